@@ -1,0 +1,90 @@
+"""Language-model head fused with the cross-entropy, so that the logits of all tokens never exist at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+IGNORED = -100
+"""The label of a position that has no loss."""
+
+CHUNK_ROWS = 512
+"""Rows taken at once by default: with fewer, adding up the (V, d) gradient of the weight costs more than the logits."""
+
+CHUNK_ELEMENTS = 2**25
+"""Logits that exist at once by default, at most: 128 MB in float32."""
+
+
+def head_cross_entropy(
+    hidden: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    chunk: int | None = None,
+) -> jax.Array:
+    """Cross-entropy of `hidden @ weight.T + bias` against `labels`, one loss a row.
+
+    Rows are taken in chunks: a chunk's logits are made, reduced to losses and dropped; the backward pass makes
+    them again. Differentiable in forward mode, reverse mode and both nested, and under `jax.vmap`.
+
+    Parameters
+    ----------
+    hidden : float array (M, d)
+        Inputs of the head.
+    weight : float array (V, d)
+        One row for each entry of the vocabulary, as in an embedding table.
+    labels : int array (M,)
+        In [0, V), or -100 where the row has no loss.
+    bias : float array (V,), optional
+        Added to the logits.
+    chunk : int, optional
+        Rows whose logits exist at once. Default: `CHUNK_ROWS`, fewer where that exceeds `CHUNK_ELEMENTS` logits.
+        The rows are split evenly, so fewer may be taken. Under `jax.vmap` this is a chunk of each mapped row set.
+
+    Returns
+    -------
+    float array (M,)
+        Losses in nats, at least float32; exactly 0 where the label is -100.
+
+    Raises
+    ------
+    ValueError
+        If `chunk` is not positive.
+    """
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if chunk is None:
+        chunk = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row, got {chunk}.")
+    pieces = -(-rows // chunk)
+    if pieces <= 1:
+        return _losses(hidden, weight, labels, bias)
+    size = -(-rows // pieces)
+    bias = None if bias is None else bias.astype(jnp.promote_types(jnp.float32, bias.dtype))
+    missing = pieces * size - rows
+    if missing:
+        hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
+        labels = jnp.pad(labels, (0, missing), constant_values=IGNORED)
+
+    # Widened outside the scan and narrowed inside: the pieces' gradients of the weight then add up in float32.
+    dtype = weight.dtype
+    wide = weight.astype(jnp.promote_types(jnp.float32, dtype))
+
+    @jax.checkpoint
+    def piece(carry: None, rows_of_piece: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return carry, _losses(rows_of_piece[0], wide.astype(dtype), rows_of_piece[1], bias)
+
+    pieces_of = (hidden.reshape(pieces, size, -1), labels.reshape(pieces, size))
+    return jax.lax.scan(piece, None, pieces_of)[1].reshape(-1)[:rows]
+
+
+def _losses(hidden: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None) -> jax.Array:
+    accumulator = jnp.promote_types(jnp.float32, hidden.dtype)
+    logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulator)
+    if bias is not None:
+        logits = logits + bias.astype(accumulator)
+    # A comparison, not a gather: its transpose is elementwise too, and the head weight is used only once.
+    is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
+    of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=1)
+    return jnp.where(labels == IGNORED, 0, jax.nn.logsumexp(logits, axis=1) - of_label)

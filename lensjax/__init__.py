@@ -1,0 +1,55 @@
+"""Choose which language model to fine-tune from small fine-tuning runs.
+
+The names below load on first use, so that ``import lensjax`` costs little more than ``import jax``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lensjax.errors import InputError, UnsupportedBackendError
+
+if TYPE_CHECKING:
+    from lensjax.curves import Curves, read_losses
+    from lensjax.laws import Fits, fit, lens_law, power_law, rectified_law
+    from lensjax.models import from_pretrained
+    from lensjax.selectors import SELECTORS, Scores
+
+_HOME = {
+    "Curves": "lensjax.curves",
+    "read_losses": "lensjax.curves",
+    "Fits": "lensjax.laws",
+    "fit": "lensjax.laws",
+    "lens_law": "lensjax.laws",
+    "power_law": "lensjax.laws",
+    "rectified_law": "lensjax.laws",
+    "from_pretrained": "lensjax.models",
+    "SELECTORS": "lensjax.selectors",
+    "Scores": "lensjax.selectors",
+}
+
+__all__ = [
+    "SELECTORS",
+    "Curves",
+    "Fits",
+    "InputError",
+    "Scores",
+    "UnsupportedBackendError",
+    "fit",
+    "from_pretrained",
+    "lens_law",
+    "power_law",
+    "read_losses",
+    "rectified_law",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lensjax' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

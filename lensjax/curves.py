@@ -1,0 +1,294 @@
+"""Loss curves: the table candidate x training samples -> test loss that everything downstream works from."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lensjax import data
+from lensjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curves:
+    """Test losses of several candidates after fine-tuning on several numbers of samples.
+
+    Attributes
+    ----------
+    names : tuple of str
+        One per candidate, unique; M of them.
+    sizes : float64 array (S,)
+        Training samples, strictly ascending; 0 is the zero-shot loss.
+    losses : float64 array (M, S)
+        Mean token cross-entropy in nats; NaN is a point that was not measured.
+    parameters : float64 array (M,) or None
+        Number of weights of each candidate; NaN where unknown.
+    families : tuple of str or None
+        Model family of each candidate.
+    source : str
+        Where the losses come from, for messages.
+    """
+
+    names: tuple[str, ...]
+    sizes: np.ndarray
+    losses: np.ndarray
+    parameters: np.ndarray | None = None
+    families: tuple[str, ...] | None = None
+    source: str = "curves"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.float64))
+        object.__setattr__(self, "losses", np.asarray(self.losses, np.float64))
+        if self.losses.shape != (len(self.names), len(self.sizes)):
+            raise InputError(
+                f"{self.source}: losses have shape {self.losses.shape}, but there are {len(self.names)} names "
+                f"and {len(self.sizes)} sizes."
+            )
+        if self.parameters is not None:
+            object.__setattr__(self, "parameters", np.asarray(self.parameters, np.float64))
+        if np.any(np.diff(self.sizes) <= 0) or np.any(self.sizes < 0):
+            raise InputError(f"{self.source}: sizes must be ascending and not negative, found {self.sizes.tolist()}.")
+        bad = ~np.isnan(self.losses) & ~(np.isfinite(self.losses) & (self.losses > 0))
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise InputError(
+                f"{self.source}: loss of {self.names[row]} at {self.sizes[column]:g} samples is "
+                f"{self.losses[row, column]:g}; losses are positive, finite numbers (nats per token)."
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def visible(self, largest: float) -> Curves:
+        """Return the curves as they look to someone who has measured only up to `largest` samples."""
+        keep = self.sizes <= largest
+        return dataclasses.replace(self, sizes=self.sizes[keep], losses=self.losses[:, keep])
+
+    def at(self, size: float) -> np.ndarray:
+        """Return the losses (M,) measured at exactly `size` samples, NaN where there is none."""
+        match = np.flatnonzero(self.sizes == size)
+        if not len(match):
+            return np.full(len(self.names), np.nan)
+        return self.losses[:, match[0]]
+
+    def rows(self, which: list[int] | np.ndarray) -> Curves:
+        """Return the curves of some of the candidates, by position."""
+        which = np.asarray(which)
+        return dataclasses.replace(
+            self,
+            names=tuple(self.names[i] for i in which),
+            losses=self.losses[which],
+            parameters=None if self.parameters is None else self.parameters[which],
+            families=None if self.families is None else tuple(self.families[i] for i in which),
+        )
+
+
+NAME_COLUMNS = ("config name", "model", "name", "candidate")
+PARAMETER_COLUMNS = ("parameters", "params", "size")
+FAMILY_COLUMNS = ("family",)
+SAMPLE_COLUMNS = ("samples", "n_samples", "train_samples", "d")
+
+
+def read_losses(source: str | os.PathLike[str]) -> Curves:
+    """Read a table of test losses.
+
+    Parameters
+    ----------
+    source : str or path
+        ``published:flan``, ``published:gigaword``, ``published:wmt19`` (packaged), or a CSV file (tab-separated if it
+        ends in ``.tsv``), either wide (one row per model, one column per number of samples) or long (one row per
+        measurement, with the columns model, samples, loss). Optional columns: parameters (or ``size``, as in the
+        published tables) and family. An empty cell is a point that was not measured.
+
+    Returns
+    -------
+    Curves
+
+    Raises
+    ------
+    InputError
+        No such file or packaged table; no size column; fewer than two models; a repeated model or size; a loss or
+        parameter count that is not a positive, finite number. The message names the file, the row and the column.
+    """
+    text = os.fspath(source)
+    if text.startswith("published:"):
+        name = text.removeprefix("published:")
+        if name not in data.PUBLISHED:
+            known = ", ".join(f"published:{n}" for n in data.PUBLISHED)
+            raise InputError(f"{text}: no such published table. There are: {known}.")
+        return _read_csv(data.path("published", f"{name}.csv"), text)
+    return _read_csv(Path(text), text)
+
+
+def _read_csv(path: Path, source: str) -> Curves:
+    if path.is_dir():
+        raise InputError(f"{source}: is a directory; name a CSV file of losses.")
+    if not path.exists():
+        raise InputError(
+            f"{source}: no such file. Give a CSV file of losses or one of "
+            f"{', '.join(f'published:{n}' for n in data.PUBLISHED)}."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = [(reader.line_num, line) for line in reader if any(c.strip() for c in line)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text.") from error
+    if not lines:
+        raise InputError(f"{source}: the file is empty; it needs a header and at least two models.")
+    header, rows = [c.strip() for c in lines[0][1]], lines[1:]
+    for number, row in rows:
+        if len(row) != len(header):
+            raise InputError(f"{source}, row {number}: {len(row)} cells, but the header has {len(header)} columns.")
+    lower = [c.lower() for c in header]
+    if "loss" in lower and _sample_column(lower) is not None:
+        return _from_long(source, lower, rows)
+    return _from_wide(source, header, [row for _, row in rows])
+
+
+def _sample_column(lower: list[str]) -> int | None:
+    """Return the column of a long table that holds numbers of samples; "size" is one if there is no better name."""
+    return _column(lower, (*SAMPLE_COLUMNS, "size"))
+
+
+def _column(header: list[str], candidates: tuple[str, ...]) -> int | None:
+    lower = [c.lower() for c in header]
+    return next((lower.index(c) for c in candidates if c in lower), None)
+
+
+def _size(text: str) -> float | None:
+    """Return the number of samples that a text names (1600, 1,600, 1_600 or 1.6e3), or None if it names none."""
+    try:
+        return float(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _number(text: str, what: str, unit: str) -> float:
+    """Return a positive finite number, NaN for an empty cell."""
+    text = text.strip()
+    if not text:
+        return np.nan
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(
+            f"{what} is {text!r}, not a number. Use {unit}; leave the cell empty if it was not measured."
+        ) from None
+    if not (np.isfinite(value) and value > 0):
+        raise InputError(
+            f"{what} is {text}; it must be positive and finite ({unit}). Leave the cell empty if it was not measured."
+        )
+    return value
+
+
+def _whole(value: float, what: str) -> float:
+    if not np.isfinite(value) or value < 0 or value != int(value):
+        raise InputError(f"{what} is {value:g}; a number of training samples is a whole number, 0 or more.")
+    return value
+
+
+def _from_wide(source: str, header: list[str], rows: list[list[str]]) -> Curves:
+    sized = [(i, _size(c)) for i, c in enumerate(header)]
+    columns = [(i, _whole(s, f"{source}: column {header[i]!r}")) for i, s in sized if s is not None]
+    if not columns:
+        raise InputError(
+            f"{source}: no size column. Name columns after the number of training samples (0, 200, 400, ...), or use "
+            f"the columns model, samples, loss. Found: {', '.join(header)}."
+        )
+    unclear = next((c for i, c in enumerate(header) if sized[i][1] is None and c[:1].isdigit()), None)
+    if unclear is not None:
+        raise InputError(f"{source}: column {unclear!r} is not a number of samples; write the number alone, e.g. 1600.")
+    sizes = [s for _, s in columns]
+    repeated = [s for s, count in Counter(sizes).items() if count > 1]
+    if repeated:
+        raise InputError(f"{source}: size {repeated[0]:g} has more than one column; keep one.")
+    name_at = _column(header, NAME_COLUMNS)
+    if name_at is None:
+        name_at = next((i for i, s in sized if s is None), None)
+    if name_at is None:
+        raise InputError(f"{source}: no column with the models' names; add a column 'model'.")
+    parameters_at, family_at = _column(header, PARAMETER_COLUMNS), _column(header, FAMILY_COLUMNS)
+    columns.sort(key=lambda c: c[1])
+    names = _names(source, [row[name_at] for row in rows])
+    losses = [
+        [_number(row[i], f"{source}: loss of {name} at {s:g} samples", "nats per token") for i, s in columns]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    parameters = None
+    if parameters_at is not None:
+        parameters = np.array(
+            [
+                _number(row[parameters_at], f"{source}: {header[parameters_at]} of {name}", "number of weights")
+                for name, row in zip(names, rows, strict=True)
+            ]
+        )
+    return Curves(
+        names=names,
+        sizes=np.array([s for _, s in columns]),
+        losses=np.array(losses, np.float64).reshape(len(names), len(columns)),
+        parameters=parameters,
+        families=None if family_at is None else tuple(row[family_at].strip() for row in rows),
+        source=source,
+    )
+
+
+def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]) -> Curves:
+    name_at = _column(header, NAME_COLUMNS)
+    if name_at is None:
+        raise InputError(f"{source}: no column with the models' names; add a column 'model'.")
+    sample_at, loss_at = _sample_column(header), header.index("loss")
+    assert sample_at is not None
+    parameters_at, family_at = _column(header, PARAMETER_COLUMNS), _column(header, FAMILY_COLUMNS)
+    parameters_at = None if parameters_at == sample_at else parameters_at
+    points: dict[str, dict[float, float]] = {}
+    facts: dict[str, tuple[float, str]] = {}
+    for number, row in rows:
+        where = f"{source}, row {number}"
+        name = row[name_at].strip()
+        if not name:
+            raise InputError(f"{where}: the model has no name; fill the column {header[name_at]!r}.")
+        size = _size(row[sample_at])
+        if size is None:
+            raise InputError(f"{where}: samples is {row[sample_at]!r}, not a number of training samples.")
+        curve = points.setdefault(name, {})
+        if _whole(size, f"{where}: samples") in curve:
+            raise InputError(f"{where}: {name} at {size:g} samples is there twice; keep one row (or their mean).")
+        curve[size] = _number(row[loss_at], f"{where}: loss of {name} at {size:g} samples", "nats per token")
+        parameters = np.nan
+        if parameters_at is not None:
+            parameters = _number(row[parameters_at], f"{where}: parameters of {name}", "number of weights")
+        fact = (parameters, "" if family_at is None else row[family_at].strip())
+        known = facts.setdefault(name, fact)
+        if not (np.isnan(fact[0]) or np.isnan(known[0]) or fact[0] == known[0]):
+            raise InputError(f"{where}: {name} has {fact[0]:g} parameters here and {known[0]:g} above; use one number.")
+    names = _names(source, list(points))
+    sizes = sorted({s for curve in points.values() for s in curve})
+    return Curves(
+        names=names,
+        sizes=np.array(sizes),
+        losses=np.array([[points[n].get(s, np.nan) for s in sizes] for n in names]).reshape(len(names), len(sizes)),
+        parameters=None if parameters_at is None else np.array([facts[n][0] for n in names]),
+        families=None if family_at is None else tuple(facts[n][1] for n in names),
+        source=source,
+    )
+
+
+def _names(source: str, names: list[str]) -> tuple[str, ...]:
+    names = [n.strip() for n in names]
+    if "" in names:
+        raise InputError(f"{source}, row {names.index('') + 2}: the model has no name.")
+    repeated = [n for n, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{source}: model {repeated[0]} has more than one row; give each candidate one name.")
+    if len(names) < 2:
+        raise InputError(f"{source}: {len(names)} model(s); choosing needs at least two candidates.")
+    return tuple(names)

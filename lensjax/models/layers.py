@@ -1,0 +1,329 @@
+"""Building blocks shared by the model families: attention, activations, running a stack of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lensjax.errors import InputError
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Activation functions by their name in a Hugging Face config.json."""
+
+
+class Embedding(nnx.Module):
+    """A table of vectors; unlike `nnx.Embed` it computes in whatever dtype its parameter has when called."""
+
+    def __init__(self, entries: int, width: int, dtype: Any, init: nnx.Initializer, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(init(rngs.params(), (entries, width), dtype))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Return the vectors (..., width) of `ids` (...); an id outside the table gives NaN, not a neighbour."""
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+def activation(name: str, source: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation function called `name` in the configuration `source`.
+
+    Raises
+    ------
+    InputError
+        If there is no such activation.
+    """
+    if name not in ACTIVATIONS:
+        raise InputError(
+            f"{source}: activation {name!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}."
+        )
+    return ACTIVATIONS[name]
+
+
+def positions_from_mask(attention_mask: jax.Array) -> jax.Array:
+    """Return position ids (N, T) that count the tokens the mask (N, T) keeps, so that padding shifts nothing."""
+    return jnp.maximum(jnp.cumsum(attention_mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def causal_mask(attention_mask: jax.Array) -> jax.Array:
+    """Return which keys each query may see: bool (N, 1, T, T) from the mask (N, T) of real tokens."""
+    length = attention_mask.shape[-1]
+    return jnp.tril(jnp.ones((length, length), bool)) & (attention_mask != 0)[:, None, None, :]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | jax.Array,
+    bias: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention.
+
+    Parameters
+    ----------
+    query : float array (N, T, H, h)
+    key, value : float arrays (N, S, K, h)
+        K divides H: each key head serves H / K query heads.
+    mask : bool array, broadcastable to (N, H, T, S)
+        True where the query may see the key. A query that sees none gets the mean of all values.
+    scale : float
+        Multiplies the scores.
+    bias : float array, broadcastable to (N, H, T, S), optional
+        Added to the scaled scores.
+    dropout : float
+        Rate at which attention weights are dropped where `dropout_key` is given.
+    dropout_key : PRNG key, optional
+
+    Returns
+    -------
+    float array (N, T, H, h); scores and softmax are at least float32.
+    """
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
+    accumulator = jnp.promote_types(jnp.float32, query.dtype)
+    scores = jnp.einsum("nthd,nshd->nhts", query, key, preferred_element_type=accumulator) * scale
+    if bias is not None:
+        scores = scores + bias
+    # Finite, so that a query which sees no key (padding on the left) stays finite too.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(accumulator).min), axis=-1).astype(value.dtype)
+    if dropout_key is not None:
+        weights = drop(weights, dropout, dropout_key)
+    return jnp.einsum("nhts,nshd->nthd", weights, value)
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Return `x` with elements dropped at `rate` and the rest scaled up; unchanged without a key or a rate."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, count: int) -> list[Any]:
+    """Return `count` keys, or as many times None where there is no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def run_layers(
+    layers: nnx.List,
+    x: jax.Array,
+    each: Any,
+    *shared: Any,
+    execution: str = "unroll",
+    remat: bool = False,
+) -> jax.Array:
+    """Run `x = layer(x, each[i], *shared)` through a stack of layers.
+
+    Parameters
+    ----------
+    layers : nnx.List of modules
+    x : array
+        Activations.
+    each : pytree whose leaves have a leading axis of length `len(layers)`
+        What differs from layer to layer besides the parameters (dropout keys, scales).
+    shared : pytrees
+        What all layers get (masks).
+    execution : {"unroll", "scan"}
+        "scan" stacks the layers' parameters and compiles one layer; all layers must then be alike.
+    remat : bool
+        Whether the backward pass recomputes each layer instead of keeping its activations. On CPU this saves memory
+        only with "scan": XLA recognises unrolled recomputation as the same work and undoes it.
+
+    Returns
+    -------
+    array like `x`.
+    """
+    if execution not in ("unroll", "scan"):
+        raise InputError(f"execution {execution!r} is not known; choose 'unroll' or 'scan'.")
+    parts = [nnx.split(layer) for layer in layers]
+
+    def run_one(graph: Any, x: jax.Array, state: Any, own: Any, shared: tuple[Any, ...]) -> jax.Array:
+        return nnx.merge(graph, state)(x, own, *shared)
+
+    def keep(graph: Any) -> Callable[..., jax.Array]:
+        function = partial(run_one, graph)
+        return jax.checkpoint(function) if remat else function
+
+    if execution == "unroll":
+        for i, (graph, state) in enumerate(parts):
+            x = keep(graph)(x, state, jax.tree.map(lambda leaf, i=i: leaf[i], each), shared)
+        return x
+    graph = parts[0][0]
+    if any(other != graph for other, _ in parts):
+        raise InputError("execution 'scan' needs layers that are all alike; use execution 'unroll' for this model.")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in parts))
+    one = keep(graph)
+    return jax.lax.scan(lambda x, own: (one(x, own[0], own[1], shared), None), x, (stacked, each))[0]
+
+
+def normal(std: float) -> nnx.Initializer:
+    """Return an initializer that draws from a normal distribution of mean 0 and standard deviation `std`."""
+    return jax.nn.initializers.normal(std)
+
+
+def residual_std(std: float, layers: int) -> float:
+    """Return GPT-2's standard deviation of weights that write to the residual stream twice a layer."""
+    return std / math.sqrt(2 * layers)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last axis, at least in float32, then a learned scale.
+
+    Parameters
+    ----------
+    width : int
+    epsilon : float
+        Added to the mean square.
+    dtype : dtype of the scale
+    offset : float
+        Added to the learned scale, which starts at 1 - `offset`; Gemma stores the difference from 1. With an offset
+        the product is rounded to the input's dtype, without one the normalised input is: as in the reference.
+    """
+
+    def __init__(self, width: int, epsilon: float, dtype: Any, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(width, 1.0 - offset, dtype))
+        self.epsilon = epsilon
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise x (..., width); the result has the dtype of x."""
+        accumulator = jnp.promote_types(jnp.float32, x.dtype)
+        wide = x.astype(accumulator)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        if self.offset:
+            return (wide * (self.offset + self.scale[...].astype(accumulator))).astype(x.dtype)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: the angle by which each pair of features turns with the position.
+
+    Attributes
+    ----------
+    features : int
+        How many features of a head turn, the first ones; even.
+    theta : float
+        Base of the wavelengths.
+    kind : {"default", "linear", "llama3"}
+        How the frequencies are scaled for contexts longer than those of pre-training.
+    factor : float
+        By how much low ("llama3") or all ("linear") frequencies are divided.
+    low, high : float
+        "llama3": wavelengths above `context` / `low` are scaled, those below `context` / `high` are not.
+    context : float
+        "llama3": length in tokens of pre-training.
+
+    References
+    ----------
+    Su et al. 2021, RoFormer, eq. 15; Chen et al. 2023, Extending context window by position interpolation, eq. 4
+    ("linear"); Grattafiori et al. 2024, The Llama 3 herd of models ("llama3").
+    """
+
+    features: int
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+    context: float = 1.0
+
+    def frequencies(self) -> np.ndarray:
+        """Return radians per position: float32 (features / 2,), rounded where the reference rounds."""
+        exponent = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
+        found = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
+        if self.kind == "linear":
+            found = found / np.float32(self.factor)
+        elif self.kind == "llama3":
+            # The share that stays falls from 1 at the high to 0 at the low end of the band, and is clipped outside it.
+            turns = self.context * found.astype(np.float64) / (2 * np.pi)
+            share = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+            found = (found * (share + (1 - share) / self.factor)).astype(np.float32)
+        return found
+
+    def tables(self, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Return cosines and sines (N, T, features / 2) of `dtype` for positions (N, T)."""
+        angles = positions[..., None] * jnp.asarray(self.frequencies(), jnp.promote_types(jnp.float32, dtype))
+        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotary(raw: Mapping[str, Any], features: int, context: int, source: str, theta: float = 10_000.0) -> Rotary:
+    """Read the rotary embedding of a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`).
+
+    Parameters
+    ----------
+    raw : mapping
+        With the fields rope_parameters, rope_theta, rope_scaling, original_max_position_embeddings; any may be absent.
+    features : int
+        Features of a head that turn.
+    context : int
+        The model's longest input.
+    source : str
+        Names the configuration in error messages.
+    theta : float
+        The family's default base.
+
+    Raises
+    ------
+    InputError
+        If the type is not supported, a field it needs is missing, or `features` is odd.
+    """
+    fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    base = fields.get("rope_theta") or raw.get("rope_theta") or theta
+    if features < 2 or features % 2:
+        raise InputError(f"{source}: rotary embeddings turn {features} features of a head; it must be an even number.")
+    needed: dict[str, tuple[str, ...]] = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if kind not in needed:
+        raise InputError(f"{source}: rope_type {kind!r} is not supported; supported: {', '.join(sorted(needed))}.")
+    missing = [name for name in needed[kind] if not isinstance(fields.get(name), (int, float))]
+    if missing:
+        raise InputError(f"{source}: rope_type {kind!r} needs a number for {', '.join(missing)}; correct config.json.")
+    factor = float(fields["factor"]) if kind != "default" else 1.0
+    if kind != "llama3":
+        return Rotary(features, float(base), kind, factor)
+    original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings") or context
+    low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
+    return Rotary(features, float(base), kind, factor, low, high, float(original))
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the first features of each head of x (N, T, H, h) by the angles of `Rotary.tables`; the rest pass."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, x[..., 2 * half :]] if 2 * half < x.shape[-1] else turned, axis=-1)
+
+
+def window_mask(attention_mask: jax.Array, window: int | None) -> jax.Array:
+    """Return `causal_mask` narrowed to the last `window` tokens, the query's own among them; None narrows nothing."""
+    mask = causal_mask(attention_mask)
+    if window is None:
+        return mask
+    length = attention_mask.shape[-1]
+    return mask & jnp.triu(jnp.ones((length, length), bool), 1 - window)

@@ -1,0 +1,222 @@
+"""Phi-1, Phi-1.5 and Phi-2 in Flax NNX: attention and perceptron side by side, part of each head turning.
+
+References
+----------
+Li et al. 2023, Textbooks are all you need II: phi-1.5 technical report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lensjax.errors import InputError
+from lensjax.models import layers
+from lensjax.models.base import CausalLM
+from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed
+
+
+@dataclasses.dataclass(frozen=True)
+class PhiConfig(ModelConfig):
+    """What Phi's config.json decides; the names are those of the file where it has them."""
+
+    max_length: int
+    rope: layers.Rotary
+    intermediate_size: int = 0
+    num_key_value_heads: int = 0
+    hidden_act: str = "gelu_new"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    qk_layernorm: bool = False
+    tie_word_embeddings: bool = False
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attention_dropout: float = 0.0
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> PhiConfig:
+        """Read the dictionary of a config.json; `source` names it in error messages.
+
+        Raises
+        ------
+        InputError
+            If a value asks for what this port does not compute.
+        """
+        width = positive(raw, "hidden_size", 2048, source)
+        heads = positive(raw, "num_attention_heads", 32, source)
+        if width % heads:
+            raise InputError(
+                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; correct config.json."
+            )
+        key_heads = positive(raw, "num_key_value_heads", heads, source)
+        if heads % key_heads:
+            raise InputError(
+                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}; "
+                "correct config.json."
+            )
+        length = positive(raw, "max_position_embeddings", 2048, source)
+        layers.activation(raw.get("hidden_act", "gelu_new"), source)
+        fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
+        if not isinstance(part, (int, float)) or not 0 < part <= 1:
+            raise InputError(f"{source}: partial_rotary_factor is {part!r}; it must be above 0 and at most 1.")
+        inherited = {f.name for f in dataclasses.fields(ModelConfig)}
+        read = {"rope", "intermediate_size", "num_key_value_heads"}
+        own = {f.name for f in dataclasses.fields(cls)} - inherited - read
+        return cls.base(
+            raw,
+            vocab_size=positive(raw, "vocab_size", 51200, source),
+            width=width,
+            heads=heads,
+            layers=positive(raw, "num_hidden_layers", 24, source),
+            max_length=length,
+            rope=layers.rotary(raw, int(width // heads * part), length, source),
+            intermediate_size=positive(raw, "intermediate_size", 8192, source),
+            num_key_value_heads=key_heads,
+            **{name: raw[name] for name in own if raw.get(name) is not None},
+        )
+
+
+class Block(nnx.Module):
+    """One layer: attention and a two-matrix perceptron on the same normalised residual stream."""
+
+    def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs):
+        width, head_dim = config.width, config.width // config.heads
+        self.norm = _norm(config, width, dtype, rngs)
+        self.query = _linear(config, width, width, dtype, rngs)
+        self.key = _linear(config, width, config.num_key_value_heads * head_dim, dtype, rngs)
+        self.value = _linear(config, width, config.num_key_value_heads * head_dim, dtype, rngs)
+        self.out = _linear(config, width, width, dtype, rngs)
+        if config.qk_layernorm:
+            self.query_norm = _norm(config, head_dim, dtype, rngs)
+            self.key_norm = _norm(config, head_dim, dtype, rngs)
+        self.mlp_in = _linear(config, width, config.intermediate_size, dtype, rngs)
+        self.mlp_out = _linear(config, config.intermediate_size, width, dtype, rngs)
+        self.config = config
+
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, mask: jax.Array, tables: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        """Apply the layer to the residual stream x (N*T, d); mask (N, 1, T, T), tables of `layers.Rotary`."""
+        config = self.config
+        weights_key, attention_key, mlp_key = layers.split_key(key, 3)
+        shape = (mask.shape[0], mask.shape[-1], -1, config.width // config.heads)
+        h = self.norm(x)
+        queries, keys = self.query(h).reshape(shape), self.key(h).reshape(shape)
+        if config.qk_layernorm:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        mixed = layers.attention(
+            layers.rotate(queries, tables),
+            layers.rotate(keys, tables),
+            self.value(h).reshape(shape),
+            mask,
+            scale=shape[-1] ** -0.5,
+            dropout=config.attention_dropout,
+            dropout_key=weights_key,
+        )
+        attended = layers.drop(self.out(mixed.reshape(x.shape)), config.resid_pdrop, attention_key)
+        inner = layers.ACTIVATIONS[config.hidden_act](self.mlp_in(h))
+        return attended + layers.drop(self.mlp_out(inner), config.resid_pdrop, mlp_key) + x
+
+
+class Phi(CausalLM):
+    """Phi with its language-model head, which has a bias.
+
+    Parameters
+    ----------
+    config : PhiConfig
+    dtype : dtype of the parameters
+    rngs : nnx.Rngs
+        Stream "params" draws the initial weights.
+    """
+
+    config: PhiConfig
+
+    def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(config)
+        init = layers.normal(config.initializer_range)
+        self.tokens = layers.Embedding(config.vocab_size, config.width, dtype, init, rngs)
+        self.layers = nnx.List([Block(config, dtype, rngs) for _ in range(config.layers)])
+        self.norm = _norm(config, config.width, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.head = layers.Embedding(config.vocab_size, config.width, dtype, init, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, dtype))
+
+    def hidden(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the inputs (N, T, d) of the head for token ids (N, T); see `CausalLM`."""
+        config, (samples, length) = self.config, input_ids.shape
+        self.check_length(length)
+        if attention_mask is None:
+            attention_mask = jnp.ones((samples, length), jnp.int32)
+        embed_key, layers_key = layers.split_key(dropout_key, 2)
+        x = layers.drop(self.tokens(input_ids.reshape(-1)), config.embd_pdrop, embed_key)
+        x = layers.run_layers(
+            self.layers,
+            x,
+            None if layers_key is None else jax.random.split(layers_key, config.layers),
+            layers.causal_mask(attention_mask),
+            config.rope.tables(layers.positions_from_mask(attention_mask), x.dtype),
+            execution=self.execution,
+            remat=self.remat,
+        )
+        return self.norm(x).reshape(samples, length, config.width)
+
+    def head_weight(self) -> jax.Array:
+        """Return the head's weight (V, d), the embedding table where the two are tied."""
+        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
+
+    def head_bias(self) -> jax.Array:
+        """Return the head's bias (V,)."""
+        return self.bias[...]
+
+
+def _norm(config: PhiConfig, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The one-pass variance cancels in float32; the two-pass one does not.
+    return nnx.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def _linear(config: PhiConfig, inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    init = layers.normal(config.initializer_range)
+    return nnx.Linear(inputs, outputs, param_dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def table(config: PhiConfig) -> Table:
+    """Return where each parameter stands in a Hugging Face checkpoint."""
+    linears = {
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "out": "self_attn.dense",
+        "mlp_in": "mlp.fc1",
+        "mlp_out": "mlp.fc2",
+    }
+    norms = {
+        "layers.{i}.norm": "layers.{i}.input_layernorm",
+        "layers.{i}.query_norm": "layers.{i}.self_attn.q_layernorm",
+        "layers.{i}.key_norm": "layers.{i}.self_attn.k_layernorm",
+        "norm": "final_layernorm",
+    }
+    rules = [Rule("tokens.embedding", "embed_tokens.weight"), Rule("bias", "lm_head.bias")]
+    for ours, theirs in linears.items():
+        rules.append(transposed(f"layers.{{i}}.{ours}.kernel", f"layers.{{i}}.{theirs}.weight"))
+        rules.append(Rule(f"layers.{{i}}.{ours}.bias", f"layers.{{i}}.{theirs}.bias"))
+    for ours, theirs in norms.items():
+        rules.append(Rule(f"{ours}.scale", f"{theirs}.weight"))
+        rules.append(Rule(f"{ours}.bias", f"{theirs}.bias"))
+    if not config.tie_word_embeddings:
+        rules.append(Rule("head.embedding", "lm_head.weight"))
+    return Table(
+        rules=tuple(rules),
+        prefix="model.",
+        outside=("lm_head.weight", "lm_head.bias"),
+        same={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
+        # The rotary frequencies, which old checkpoints store as a buffer.
+        ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    )

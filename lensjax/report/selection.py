@@ -1,0 +1,156 @@
+"""A finished selection as data: who was chosen, what to expect, what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lensjax.curves import Curves
+from lensjax.metrics import pear_corr, rel_acc, rmse
+from lensjax.selectors import Scores
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """Everything one selection found.
+
+    Attributes
+    ----------
+    source : str
+        Where the losses come from: a table or a task.
+    curves : Curves
+        Visible losses of the M candidates, and their parameter counts.
+    target : float
+        Training samples the choice is made for.
+    scores : mapping of method to Scores
+        The method asked for first.
+    flops : float64 array (M, S)
+        Cost of each measurement in floating-point operations, NaN where unknown.
+    full_flops : float64 array (M,)
+        Cost of fine-tuning each candidate on `target` samples, NaN where unknown.
+    cost_note : str
+        How both were counted.
+    truth : float64 array (M,) or None
+        Measured losses at `target`, where they are known.
+    refused : mapping of method to reason
+        Methods asked for that the data do not allow.
+    lost_flops : float
+        Spent on candidates that failed.
+    failures : mapping of candidate to reason
+        Candidates that could not be ranked.
+    unverified : mapping of candidate to reason
+        Ranked candidates whose loss at `target` should have been measured and could not be.
+    facts : mapping
+        Run directory, wall time, versions and the like.
+    """
+
+    source: str
+    curves: Curves
+    target: float
+    scores: Mapping[str, Scores]
+    flops: np.ndarray
+    full_flops: np.ndarray
+    cost_note: str
+    truth: np.ndarray | None = None
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lost_flops: float = 0.0
+    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unverified: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def main(self) -> Scores:
+        """The verdict of the method asked for."""
+        return next(iter(self.scores.values()))
+
+    @property
+    def best(self) -> str:
+        """Name of the candidate to fine-tune."""
+        return self.main.best
+
+    def spent(self, scores: Scores) -> float:
+        """FLOPs of the measurements a method used; NaN if any of them is unknown."""
+        return float(np.where(scores.used, self.flops, 0.0).sum())
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Pearson correlation, relative accuracy and RMSE against the truth; empty without one."""
+        if self.truth is None:
+            return {}
+        return {
+            "PearCorr": pear_corr(scores.score, self.truth),
+            "RelAcc": rel_acc(scores.score, self.truth),
+            "RMSE": rmse(scores.predicted_loss, self.truth),
+        }
+
+    def phase(self, scores: Scores, row: int) -> str:
+        """Phase of a candidate at its largest measured size: "power", "pre-power", or "" if the method knows none."""
+        transition = scores.details.get("transition")
+        measured = np.flatnonzero(np.isfinite(self.curves.losses[row]))
+        if transition is None or np.isnan(transition[row]) or not len(measured):
+            return ""
+        return "power" if self.curves.sizes[measured[-1]] >= transition[row] else "pre-power"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON-serialisable data; a number that could not be computed is null."""
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "target": self.target,
+            "method": self.main.method,
+            "best": self.best,
+            "cost_note": self.cost_note,
+            "full_flops": _plain(self.full_flops.sum()),
+            "lost_flops": _plain(self.lost_flops),
+            "sizes": _plain(self.curves.sizes),
+            "methods": {name: self._method(scores) for name, scores in self.scores.items()},
+            "refused_methods": dict(self.refused),
+            "candidates": [
+                {
+                    "name": name,
+                    "parameters": None if self.curves.parameters is None else _plain(self.curves.parameters[row]),
+                    "losses": _plain(self.curves.losses[row]),
+                    "flops": _plain(self.flops[row]),
+                    "full_flops": _plain(self.full_flops[row]),
+                    "true_loss": None if self.truth is None else _plain(self.truth[row]),
+                }
+                for row, name in enumerate(self.curves.names)
+            ],
+            "failures": dict(self.failures),
+            "unverified": dict(self.unverified),
+            "facts": dict(self.facts),
+        }
+
+    def _method(self, scores: Scores) -> dict[str, Any]:
+        return {
+            "best": scores.best if np.isfinite(scores.score).any() else None,
+            "flops": _plain(self.spent(scores)),
+            "metrics": {name: _plain(value) for name, value in self.metrics(scores).items()},
+            "ranking": [
+                {
+                    "rank": rank,
+                    "name": self.curves.names[row],
+                    "score": _plain(scores.score[row]),
+                    "predicted_loss": _plain(scores.predicted_loss[row]),
+                    "phase": self.phase(scores, row) or None,
+                    "status": scores.status[row],
+                    "sizes_used": _plain(self.curves.sizes[scores.used[row]]),
+                    **{name: _plain(values[row]) for name, values in scores.details.items()},
+                }
+                for rank, row in enumerate(scores.order, start=1)
+            ],
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers as Python numbers or lists, with None for what is not finite (JSON knows no NaN)."""
+    if np.ndim(value):
+        return [_plain(v) for v in value]
+    number = float(value)
+    if not np.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number

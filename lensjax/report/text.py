@@ -1,0 +1,169 @@
+"""A selection as plain text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lensjax.report.selection import Selection
+from lensjax.selectors import Scores
+
+LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Format a number of a law: short, and a dash where there is none."""
+    if np.isnan(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:.1e}"
+
+
+def samples(value: float) -> str:
+    """Format a number of samples."""
+    if not np.isfinite(value):
+        return "-"
+    if value >= 1e9:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out cells in columns: the first two left-aligned, numbers right-aligned."""
+    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [
+            str(cell).ljust(width) if i == 1 or i == len(header) - 1 else str(cell).rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def ranking(selection: Selection, scores: Scores) -> str:
+    """Lay out the candidates, best first, with what is expected of each and why."""
+    predicts = np.isfinite(scores.predicted_loss).any()
+    laws = [c for c in LAW_COLUMNS if c in scores.details]
+    header = ["rank", "candidate"]
+    header += [f"loss at {samples(selection.target)}"] if predicts else ["score"]
+    header += ["measured"] if selection.truth is not None else []
+    header += [*laws]
+    header += ["D*", "phase"] if "transition" in scores.details else []
+    header += ["based on"]
+    rows = []
+    for rank, row in enumerate(scores.order, start=1):
+        cells = [str(rank), selection.curves.names[row]]
+        cells += [number(scores.predicted_loss[row] if predicts else scores.score[row], 4)]
+        cells += [number(selection.truth[row], 4)] if selection.truth is not None else []
+        cells += [number(scores.details[c][row]) for c in laws]
+        if "transition" in scores.details:
+            cells += [samples(scores.details["transition"][row]), selection.phase(scores, row) or "-"]
+        why = [
+            _points(selection, scores, int(row)) or scores.status[row],
+            scores.remarks[row] if scores.remarks else "",
+        ]
+        rows.append([*cells, "; ".join(filter(None, why))])
+    return table(header, rows)
+
+
+def _points(selection: Selection, scores: Scores, row: int) -> str:
+    """Say which measurements a verdict rests on; the whole story is in `Scores.status`."""
+    sizes = selection.curves.sizes[scores.used[row]]
+    tuned = sizes[sizes > 0]
+    if not len(tuned) or len(scores.details) == 0:
+        return ""
+    return f"{len(tuned)} sizes, {samples(tuned[0])} to {samples(tuned[-1])}{', zero-shot' if 0 in sizes else ''}"
+
+
+def comparison(selection: Selection) -> str:
+    """Lay out the methods against each other: choice, cost, and how good the choice was where that is known."""
+    header = ["", "method", "choice", "FLOPs"]
+    known = selection.truth is not None
+    header += ["PearCorr %", "RelAcc %", "RMSE"] if known else ["predicted"]
+    rows = []
+    for name, scores in selection.scores.items():
+        best = scores.best if np.isfinite(scores.score).any() else "-"
+        cells = ["", name, best, flops(selection.spent(scores))]
+        if known:
+            found = selection.metrics(scores)
+            cells += [percent(found["PearCorr"]), percent(found["RelAcc"]), number(found["RMSE"])]
+        else:
+            cells += [number(float(scores.predicted_loss[scores.order[0]]), 4)]
+        rows.append(cells)
+    text = table([*header, ""], [[*r, ""] for r in rows])
+    if known and "model_size" in selection.scores:
+        text += (
+            "\nmodel_size scores by minus log size, lower is better; the papers print its PearCorr with the other sign."
+        )
+    return text
+
+
+def percent(value: float) -> str:
+    """Format a share in percent."""
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def flops(value: float) -> str:
+    """Format a count of floating-point operations."""
+    return "unknown" if np.isnan(value) else f"{value:.2e}"
+
+
+def answer(selection: Selection) -> str:
+    """Say in one sentence which candidate to fine-tune and what to expect of it."""
+    scores = selection.main
+    order = scores.order
+    text = f"Fine-tune {scores.best}"
+    predicted = float(scores.predicted_loss[order[0]])
+    if np.isfinite(predicted):
+        text += f": expected test loss {predicted:.4f} nats per token at {samples(selection.target)} samples"
+    else:
+        text += f" for {samples(selection.target)} samples (method {scores.method} predicts no loss)"
+    if len(order) > 1 and np.isfinite(scores.score[order[1]]):
+        text += f"; next {selection.curves.names[order[1]]}"
+        if np.isfinite(scores.predicted_loss[order[1]]):
+            text += f" ({scores.predicted_loss[order[1]]:.4f})"
+    return text + "."
+
+
+def cost(selection: Selection) -> str:
+    """Say what finding out cost, beside fine-tuning every candidate on all samples."""
+    spent, full = selection.spent(selection.main), float(selection.full_flops.sum())
+    if np.isnan(spent) or np.isnan(full):
+        return f"Cost: unknown ({selection.cost_note})."
+    return (
+        f"Cost: {flops(spent)} FLOPs, {percent(spent / full)} % of fine-tuning all {len(selection.curves)} candidates "
+        f"on {samples(selection.target)} samples ({flops(full)}); {selection.cost_note}."
+        + (f" {flops(selection.lost_flops)} more went to candidates that failed." if selection.lost_flops else "")
+    )
+
+
+def judgement(selection: Selection) -> str:
+    """Say how good the choice was, where the losses at the target are known."""
+    if selection.truth is None:
+        return ""
+    found = selection.metrics(selection.main)
+    truly = selection.curves.names[int(np.nanargmin(selection.truth))]
+    known = [f"{n} {percent(found[n])} %" for n in ("RelAcc", "PearCorr") if np.isfinite(found[n])]
+    known += [f"RMSE {found['RMSE']:.4f}"] if np.isfinite(found["RMSE"]) else []
+    text = f"Against the losses measured at {samples(selection.target)}: {', '.join(known)}"
+    return f"{text}; the best candidate was {truly}."
+
+
+def render(selection: Selection) -> str:
+    """Return the whole selection as text, the answer first."""
+    parts = [answer(selection), cost(selection), judgement(selection)]
+    parts = [*filter(None, parts), "", ranking(selection, selection.main)]
+    if len(selection.scores) > 1:
+        parts += ["", "All methods:", comparison(selection)]
+    lists = {
+        "Methods that these losses do not allow:": selection.refused,
+        "Not ranked:": selection.failures,
+        "Not verified:": selection.unverified,
+    }
+    for title, reasons in lists.items():
+        if reasons:
+            parts += ["", title, *(f"  {name}: {reason}" for name, reason in reasons.items())]
+    return "\n".join(parts)

@@ -1,0 +1,231 @@
+"""The journal of a selection: every finished fine-tuning run is a line on disk before the next one starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensjax.curves import Curves
+from lensjax.errors import InputError, SelectionError
+
+SPECIFICATION = "specification.json"
+JOURNAL = "runs.jsonl"
+PARTIAL = ".part"  # ends the name of a file that is being written
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run: a candidate fine-tuned on `size` samples (0: only evaluated).
+
+    Attributes
+    ----------
+    key : str
+        Identifies what defines the run: candidate, task, size, seed, plan.
+    candidate : str
+    size : int
+        Training samples.
+    test_loss : float or None
+        Mean token cross-entropy on the test set, nats; None if the run failed: such a run is made again.
+    steps : int
+        Optimiser steps up to the weights kept by early stopping (t of eq. 9).
+    tokens : int
+        Tokens seen in training, all epochs.
+    flops : float
+        6 N per token trained on.
+    seconds : float
+        Wall time.
+    reason : str
+        Why training ended, or why the run failed.
+    facts : mapping
+        Everything else worth keeping (validation losses, hyper-parameters, versions).
+    """
+
+    key: str
+    candidate: str
+    size: int
+    test_loss: float | None
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    reason: str = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def key_of(definition: Mapping[str, Any]) -> str:
+    """Return a short stable name for what defines a run; `definition` must be JSON-serialisable."""
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """An append-only record of runs in a directory.
+
+    Parameters
+    ----------
+    directory : Path
+        Created if it does not exist. If it holds the journal of the same specification, its runs are kept.
+    specification : mapping
+        What is being selected, JSON-serialisable: two selections share a directory only if it is equal.
+
+    Raises
+    ------
+    InputError
+        If the directory is a file, holds something else or the journal of another selection; the message says what
+        differs.
+    """
+
+    def __init__(self, directory: Path, specification: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.notices: list[str] = []
+        self._runs: dict[str, Run] = {}
+        self._open(specification)
+        self._lock()
+        self._read()
+
+    def _open(self, specification: Mapping[str, Any]) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"--out {self.directory}: is a file; name a directory.")
+        path = self.directory / SPECIFICATION
+        wanted = json.loads(json.dumps(specification))
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except (OSError, ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict):
+                raise InputError(f"--out {self.directory}: {SPECIFICATION} is damaged; name a new directory.")
+            if found != wanted:
+                differs = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
+                raise InputError(
+                    f"--out {self.directory}: holds another run ({', '.join(differs)} differ). Name a new directory, "
+                    "or repeat the options of that run to continue it."
+                )
+        elif self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
+            raise InputError(f"--out {self.directory}: is not empty and holds no lensjax run. Name a new directory.")
+        else:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(wanted, indent=2) + "\n")
+            except OSError as error:
+                raise InputError(f"--out {self.directory}: cannot be written ({error.strerror}).") from error
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this one lives; the system drops the lock when it dies."""
+        handle = os.open(self.directory / SPECIFICATION, os.O_RDONLY)
+        self._release = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise InputError(
+                f"--out {self.directory}: another lensjax.select is running there. Wait for it or name a new directory."
+            ) from None
+
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        self._release()
+
+    def _read(self) -> None:
+        path = self.directory / JOURNAL
+        if not path.exists():
+            return
+        raw = path.read_bytes()
+        whole, _, torn = raw.rpartition(b"\n")
+        if torn:
+            # A kill in the middle of a write leaves a line without its end: that run is repeated.
+            self.notices.append(f"{path}: the last line was cut off and is dropped; its run is repeated")
+            with path.open("r+b") as file:
+                file.truncate(len(raw) - len(torn))
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                run = Run(**json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise InputError(
+                    f"{path}, line {number}: not a run record. Remove that line, or name a new directory."
+                ) from None
+            self._runs[run.key] = run
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def get(self, key: str) -> Run | None:
+        """Return the finished run of that key, or None."""
+        return self._runs.get(key)
+
+    def append(self, run: Run) -> None:
+        """Put a run on disk; when this returns, it survives a crash.
+
+        Raises
+        ------
+        SelectionError
+            If it cannot be written (a full disk, say); the journal is then as it was.
+        """
+        line = json.dumps(dataclasses.asdict(run)) + "\n"
+        path = self.directory / JOURNAL
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+                os.fsync(file.fileno())
+            sync_directory(self.directory)
+        except OSError as error:
+            # Half a line would be glued to the next one.
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise SelectionError(
+                f"{path}: cannot be written ({error.strerror}). Make room and give the same command again."
+            ) from error
+        self._runs[run.key] = run
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content so that a crash leaves either the old or the new one.
+
+    What is no regular file (a device, a pipe) is written to, not replaced; a link is followed.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(path.name + PARTIAL)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make sure that the names of new files in a directory survive a crash."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def curves_of(runs: list[Run], names: list[str], parameters: Mapping[str, int], source: str) -> Curves:
+    """Arrange finished runs as loss curves; failed runs are points that were not measured."""
+    sizes = sorted({r.size for r in runs})
+    losses = np.full((len(names), len(sizes)), np.nan)
+    for run in runs:
+        if run.test_loss is not None:
+            losses[names.index(run.candidate), sizes.index(run.size)] = run.test_loss
+    return Curves(
+        names=tuple(names),
+        sizes=np.array(sizes, np.float64),
+        losses=losses,
+        parameters=np.array([parameters[n] for n in names], np.float64),
+        source=source,
+    )

@@ -1,0 +1,230 @@
+"""The command line: options in, exit status out. What it does is in `from_losses` and `live`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
+from lensjax.runs import write_atomically
+
+if TYPE_CHECKING:
+    from lensjax.report.selection import Selection
+
+PROGRAM = "lensjax.select"
+EXAMPLES = """\
+examples:
+  python -m lensjax.select
+      the demo: small models, real text, minutes on a laptop
+  python -m lensjax.select --losses published:flan --visible 204800 --method all
+      rank 30 language models from published losses
+  python -m lensjax.select --losses table.csv --target 1000000
+      rank from losses you already have
+  python -m lensjax.select --task my.jsonl --input-field question --target-field answer \\
+          --models ./gpt2 ./my-checkpoint --out runs/mine
+      fine-tune two models on subsets of your data and choose one
+  The same command again continues an interrupted selection.
+
+exit status: 0 chosen; 1 a candidate failed, or the selection could not be finished; 2 the input cannot be used;
+130 interrupted
+"""
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+LOSSES_ONLY = ("tokens_per_sample",)
+LIVE_ONLY = (
+    *("task", "input_field", "target_field", "models", "out", "smallest", "seed", "validation", "test", "max_length"),
+    *("learning_rate", "batch_size", "max_epochs", "verify"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message}. See python -m lensjax.select --help.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser. Options default to None, so that one given for the other mode can be refused."""
+    p = _Parser(
+        prog=f"python -m {PROGRAM}",
+        description="Choose which language model to fine-tune, from small fine-tuning runs or from measured losses.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    both = p.add_argument_group("the choice")
+    both.add_argument("--target", type=_samples, metavar="N", help="training samples the chosen model will be tuned on")
+    both.add_argument("--visible", type=_samples, metavar="N", help="largest subset the choice may be based on")
+    both.add_argument(
+        "--method", default="lens", metavar="NAME", help="lens (default), ats, rectified, power, ..., all"
+    )
+    both.add_argument("--gamma", type=int, default=3, help="Algorithm 1: points that make a line (default 3)")
+    both.add_argument("--tau", type=float, default=5.0, help="Algorithm 1: deviation that ends it (default 5)")
+    both.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")
+    both.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    table = p.add_argument_group("from losses measured already")
+    table.add_argument(
+        "--losses", metavar="TABLE", help="CSV file, or published:flan, published:gigaword, published:wmt19"
+    )
+    table.add_argument(
+        "--tokens-per-sample", type=float, metavar="X", help="for the cost (default 1: the paper's 6 N D)"
+    )
+    live = p.add_argument_group("by fine-tuning")
+    live.add_argument(
+        "--task", type=Path, metavar="FILE", help=".jsonl or .csv of samples (default: WordNet definitions)"
+    )
+    live.add_argument("--input-field", metavar="NAME", help="field the model reads (default input)")
+    live.add_argument("--target-field", metavar="NAME", help="field it is to produce (default target)")
+    live.add_argument(
+        "--models", nargs="+", metavar="MODEL", help="directories or Hugging Face ids (default: demo models)"
+    )
+    live.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/TASK-...)")
+    live.add_argument(
+        "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 100); sizes double"
+    )
+    live.add_argument("--validation", type=_samples, metavar="N", help="samples for early stopping (default 300)")
+    live.add_argument("--test", type=_samples, metavar="N", help="samples for the test loss (default 500)")
+    live.add_argument("--seed", type=_seed, help="of the split and the order of samples (default 0)")
+    live.add_argument("--max-length", type=_samples, metavar="N", help="tokens kept of a sample (default 128)")
+    live.add_argument("--learning-rate", type=float, metavar="X", help="of AdamW (default 0.0003, demo models 0.002)")
+    live.add_argument("--batch-size", type=_samples, metavar="N", help="samples per step (default 32)")
+    live.add_argument("--max-epochs", type=_samples, metavar="N", help="passes over a subset at most (default 10)")
+    live.add_argument("--verify", action="store_true", default=None, help="tune all on --target samples too, and judge")
+    return p
+
+
+def _seed(text: str) -> int:
+    """Read a seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _samples(text: str) -> int:
+    """Read a whole number of samples; 1e6 and 1_000_000 are fine."""
+    try:
+        value = float(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not value.is_integer() or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(value)
+
+
+def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        Without the program's name.
+    out, err : text streams
+        Result and progress.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if a candidate failed.
+
+    Raises
+    ------
+    InputError
+        Before any long work, if something given cannot be used.
+    """
+    given = parser().parse_args(arguments)
+    _check(given)
+    from lensjax.report.text import render
+
+    selection = _from_losses(given) if given.losses is not None else _live(given, err)
+    text = render(selection)
+    document = json.dumps(selection.as_dict(), indent=2, allow_nan=False) + "\n"
+    # Whatever happens to the files, the result has been seen.
+    out.write(text + "\n")
+    out.flush()
+    directory = selection.facts.get("directory")
+    if directory is not None:
+        write_atomically(Path(directory) / "selection.txt", text + "\n")
+        write_atomically(Path(directory) / "selection.json", document)
+    if given.json is not None:
+        write_atomically(given.json, document)
+    return FAILED if selection.failures or selection.unverified else 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse options that contradict each other or name what cannot be written, before anything is read."""
+    from lensjax.selectors import check_rule, get_selector
+
+    if given.method != "all":
+        get_selector(given.method)
+    check_rule(given.gamma, given.tau)
+    wrong = LIVE_ONLY if given.losses is not None else LOSSES_ONLY
+    for name in wrong:
+        if getattr(given, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            where = "belongs to selection by fine-tuning" if given.losses is not None else "needs --losses"
+            raise InputError(f"{flag} {where}; remove {flag}{' or --losses' if given.losses is not None else ''}.")
+    if given.json is not None and not given.json.parent.is_dir():
+        raise InputError(f"--json {given.json}: there is no directory {given.json.parent}; make it first.")
+    if given.json is not None and given.json.is_dir():
+        raise InputError(f"--json {given.json}: is a directory; name a file.")
+    if given.json is not None and not os.access(given.json if given.json.exists() else given.json.parent, os.W_OK):
+        raise InputError(f"--json {given.json}: cannot be written; name another file.")
+    if given.learning_rate is not None and not (given.learning_rate > 0 and math.isfinite(given.learning_rate)):
+        raise InputError(f"--learning-rate is {given.learning_rate:g}; it must be positive and finite.")
+
+
+def _from_losses(given: argparse.Namespace) -> Selection:
+    from lensjax.select.from_losses import select_from_losses
+
+    return select_from_losses(
+        given.losses,
+        visible=given.visible,
+        target=given.target,
+        method=given.method,
+        gamma=given.gamma,
+        tau=given.tau,
+        tokens_per_sample=1.0 if given.tokens_per_sample is None else given.tokens_per_sample,
+    )
+
+
+def _live(given: argparse.Namespace, err: TextIO) -> Selection:
+    from lensjax.finetune import Plan
+    from lensjax.report.progress import Console
+    from lensjax.select.live import LiveSelection, default_directory
+    from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
+
+    plan_names = ("learning_rate", "batch_size", "max_epochs")
+    names = (
+        *("task", "input_field", "target_field", "out", "smallest", "seed", "validation", "test", "max_length"),
+        *("visible", "target", "method", "gamma", "tau", "verify"),
+    )
+    chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
+    defaults = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}
+    plan = Plan(**defaults | {n: getattr(given, n) for n in plan_names if getattr(given, n) is not None})
+    request = Request(models=tuple(given.models or ()), plan=plan, **chosen)
+    prepared = prepare(request)
+    console = Console(err, quiet=given.quiet)
+    return LiveSelection(prepared, request.out or default_directory(prepared), console).execute()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with the process's streams; return its exit status."""
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments, sys.stdout, sys.stderr)
+    except (InputError, UnsupportedBackendError) as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return BAD_INPUT
+    except SelectionError as error:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
+        return FAILED
+    except OSError as error:
+        what = error.filename or "a file"
+        sys.stderr.write(f"{PROGRAM}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{PROGRAM}: interrupted. Runs that had finished are kept; the same command continues.\n")
+        return INTERRUPTED

@@ -1,0 +1,154 @@
+"""Selection from a table of losses that somebody has measured already."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lensjax.curves import Curves, read_losses
+from lensjax.errors import InputError
+from lensjax.metrics import training_flops
+from lensjax.report.selection import Selection
+from lensjax.selectors import SELECTORS, Scores, get_selector
+
+DEFAULT_RATIO = 8  # target / largest visible size of the published tables, the paper's least demanding budget
+
+
+def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -> tuple[float, float]:
+    """Decide what is visible and for how many samples to choose.
+
+    Parameters
+    ----------
+    curves : Curves
+    visible : float, optional
+        Default: every size below the target, which is then above them all or one of the table's sizes, whose losses
+        are the truth; for the published tables, which hold the truth, a `DEFAULT_RATIO`-th of
+        the target.
+    target : float, optional
+        Default, for the published tables only: the largest size.
+
+    Returns
+    -------
+    visible, target : float
+
+    Raises
+    ------
+    InputError
+        No target for the user's own table; nothing visible; a target that is not above the visible sizes.
+    """
+    published = curves.source.startswith("published:")
+    if target is None:
+        if not published:
+            raise InputError(
+                f"{curves.source}: say for how many training samples you will fine-tune the chosen model: --target N."
+            )
+        target = float(curves.sizes[-1])
+    if not (np.isfinite(target) and target > 0):
+        raise InputError(f"--target is {target:g}; a number of training samples is above 0.")
+    if visible is None:
+        below = curves.sizes[curves.sizes <= target / DEFAULT_RATIO if published else curves.sizes < target]
+        if not published and target < curves.sizes[-1] and not (curves.sizes == target).any():
+            raise InputError(
+                f"--target {target:g} lies below sizes that were measured ({_listed(curves.sizes)}). Raise --target, "
+                "or hide sizes with --visible N."
+            )
+        if not len(below):
+            raise InputError(
+                f"--target {target:g}: no size of {curves.source} is visible below it (sizes: {_listed(curves.sizes)})"
+                ". Raise --target or say what is visible: --visible N."
+            )
+        visible = float(below[-1])
+    if not len(curves.visible(visible).sizes):
+        raise InputError(f"--visible {visible:g}: {curves.source} has {_listed(curves.sizes)}.")
+    largest = float(curves.visible(visible).sizes[-1])
+    if target <= largest:
+        raise InputError(
+            f"--target {target:g} is not above the largest visible size {largest:g}. Raise --target, or hide sizes "
+            "with --visible N."
+        )
+    return largest, target
+
+
+def _listed(sizes: np.ndarray) -> str:
+    return ", ".join(f"{s:g}" for s in sizes)
+
+
+def score_all(
+    curves: Curves, target: float, method: str, *, gamma: int, tau: float
+) -> tuple[dict[str, Scores], dict[str, str]]:
+    """Score visible curves by one method, or by all of them ("all", lens first).
+
+    Returns
+    -------
+    scores : dict method -> Scores
+    refused : dict method -> reason
+        Of "all", the methods that the data do not allow.
+
+    Raises
+    ------
+    InputError
+        If the method is unknown or cannot be used on these curves.
+    """
+    options = {"lens": {"gamma": gamma, "tau": tau}, "ats": {"k": gamma, "delta": tau}}
+    if method != "all":
+        return {method: get_selector(method)(curves, target, **options.get(method, {}))}, {}
+    found: dict[str, Scores] = {}
+    refused: dict[str, str] = {}
+    for name, selector in SELECTORS.items():
+        try:
+            found[name] = selector(curves, target, **options.get(name, {}))
+        except InputError as error:
+            refused[name] = str(error)
+    if not found:
+        raise InputError(next(iter(refused.values())))
+    return found, refused
+
+
+def select_from_losses(
+    source: str,
+    *,
+    visible: float | None = None,
+    target: float | None = None,
+    method: str = "lens",
+    gamma: int,
+    tau: float,
+    tokens_per_sample: float = 1.0,
+) -> Selection:
+    """Rank the candidates of a table.
+
+    Parameters
+    ----------
+    source : str
+        See `lensjax.curves.read_losses`.
+    visible, target : float, optional
+        See `resolve_sizes`.
+    method : str
+        A key of `lensjax.selectors.SELECTORS`, or "all".
+    gamma, tau : int, float
+        Stopping rule of Algorithm 1.
+    tokens_per_sample : float
+        Tokens trained on per sample, epochs and trials included; 1 gives the paper's 6 N D.
+
+    Raises
+    ------
+    InputError
+        See `read_losses`, `resolve_sizes` and the selectors.
+    """
+    curves = read_losses(source)
+    if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
+        raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
+    largest, target = resolve_sizes(curves, visible, target)
+    seen = curves.visible(largest)
+    truth = curves.at(target)
+    scores, refused = score_all(seen, target, method, gamma=gamma, tau=tau)
+    parameters = np.full(len(curves), np.nan) if curves.parameters is None else curves.parameters
+    return Selection(
+        source=source,
+        curves=seen,
+        target=target,
+        scores=scores,
+        refused=refused,
+        flops=training_flops(parameters[:, None], tokens_per_sample * seen.sizes),
+        full_flops=training_flops(parameters, tokens_per_sample * target),
+        cost_note=f"6 N D with {tokens_per_sample:g} token(s) per sample",
+        truth=truth if np.isfinite(truth).any() else None,
+    )

@@ -1,0 +1,322 @@
+"""A selection by fine-tuning, checked as a whole before any long work: task, candidates, subset sizes, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensjax import backend, data, models
+from lensjax.errors import InputError
+from lensjax.finetune import Plan
+from lensjax.selectors import check_rule
+from lensjax.tasks import Encoded, Task, bucket_lengths, encode, load_task
+
+DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
+DEMO_FIELDS = ("word", "definition")
+DEMO_MODELS = ("demo", "models")
+DEMO_SMALLEST, SMALLEST = 50, 200
+DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
+RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for; `None` means the default.
+
+    Attributes
+    ----------
+    models : tuple of str
+        Directories or Hugging Face ids; empty: the demo models.
+    task : Path or None
+        None: the WordNet sample.
+    input_field, target_field : str or None
+    out : Path or None
+        Run directory.
+    smallest, visible, target : int or None
+        Smallest subset (`SMALLEST`, for the demo task `DEMO_SMALLEST`), largest subset that may be used (an eighth of
+        the target), and samples the choice is made for (all of the task's).
+    method : str
+    gamma, tau : int, float
+    seed : int
+    validation, test : int
+        Samples set aside.
+    max_length : int
+        Tokens kept of a sample.
+    plan : Plan
+    verify : bool
+        Fine-tune every candidate on `target` samples too, and say how good the choice was.
+    """
+
+    models: tuple[str, ...] = ()
+    task: Path | None = None
+    input_field: str | None = None
+    target_field: str | None = None
+    out: Path | None = None
+    smallest: int | None = None
+    visible: int | None = None
+    target: int | None = None
+    method: str = "lens"
+    gamma: int = 3
+    tau: float = 5.0
+    seed: int = 0
+    validation: int = 300
+    test: int = 500
+    max_length: int = 128
+    plan: Plan = dataclasses.field(default_factory=Plan)
+    verify: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One model to choose from, and what is known before it is loaded.
+
+    Attributes
+    ----------
+    name : str
+        In the report.
+    directory : Path
+        Where its files are, those of a hub id in the hub's cache.
+    config : ModelConfig
+    parameters : int
+    fingerprint, tokenizer : str
+        Change whenever a file of the checkpoint, or one of its tokenizer, does.
+    """
+
+    name: str
+    directory: Path
+    config: models.ModelConfig
+    parameters: int
+    fingerprint: str
+    tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """The task as one tokenizer sees it; candidates with the same tokenizer share it.
+
+    Attributes
+    ----------
+    train, validation, test : Encoded
+    visible : int
+        Training samples of the largest subset; the others are there for verification only.
+    pad_id : int
+    """
+
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+    visible: int
+    pad_id: int
+
+    @property
+    def parts(self) -> tuple[Encoded, ...]:
+        """Training, validation and test samples."""
+        return (self.train, self.validation, self.test)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Padded lengths that hold every sample.
+
+        Samples for verification only never change how the others are batched: a longer one gets a length of its own.
+        """
+        seen = np.concatenate([part.lengths for part in (self.train.first(self.visible), self.validation, self.test)])
+        found = bucket_lengths(seen)
+        longest = int(self.train.lengths.max())
+        return found if longest <= found[-1] else (*found, -(-longest // 8) * 8)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a training sample on average."""
+        return float(self.train.lengths.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that was checked as a whole: nothing in it fails for a reason that could have been known before."""
+
+    request: Request
+    task: Task
+    candidates: tuple[Candidate, ...]
+    tokens: Mapping[str, Tokens]
+    sizes: tuple[int, ...]
+    target: int
+    max_length: int
+    notes: tuple[str, ...]
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What all runs of this selection have in common."""
+        request = self.request
+        return {
+            "task": self.task.fingerprint,
+            "validation": request.validation,
+            "test": request.test,
+            "seed": request.seed,
+            "max_length": self.max_length,
+            "plan": dataclasses.asdict(request.plan),
+        }
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """What makes this selection itself and no other: two share a run directory only if it is equal."""
+        return {
+            **self.definition,
+            "candidates": {c.name: c.fingerprint for c in self.candidates},
+            "sizes": list(self.sizes),
+            "target": self.target,
+            "gamma": self.request.gamma,
+            "tau": self.request.tau,
+        }
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request as a whole before any long work.
+
+    Raises
+    ------
+    InputError
+        See `load_task`, `lensjax.models.check_checkpoint`; fewer than two or repeated candidates; subset sizes that do
+        not fit the task or each other.
+    """
+    backend.require_exact_backend()
+    check_rule(request.gamma, request.tau)
+    task = _task(request)
+    sizes, target = _sizes(request, len(task.train))
+    candidates = _candidates(request)
+    limits = [c.config.max_length for c in candidates]
+    max_length = min([request.max_length, *(n for n in limits if n is not None)])
+    notes = list(task.notes)
+    tokens: dict[str, Tokens] = {}
+    for candidate in candidates:
+        if candidate.tokenizer not in tokens:
+            found = _tokens(task, candidate, sizes[-1], target if request.verify else sizes[-1], max_length)
+            tokens[candidate.tokenizer] = found
+            cut = sum(part.truncated for part in found.parts)
+            if cut:
+                notes.append(f"{cut} samples were cut at {max_length} tokens ({candidate.name}'s tokenizer)")
+        largest = max(int(ids.max()) for part in tokens[candidate.tokenizer].parts for ids in part.ids)
+        if largest >= candidate.config.vocab_size:
+            raise InputError(
+                f"--models {candidate.name}: its tokenizer gives token {largest}, but the model knows "
+                f"{candidate.config.vocab_size} tokens. Use the tokenizer the model was trained with."
+            )
+    if len(tokens) > 1:
+        notes.append(
+            "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
+            "not the same piece of text for all of them"
+        )
+    return Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes))
+
+
+def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+    tokenizer = models.load_tokenizer(candidate.directory)
+    train, validation, test = (
+        encode(part, tokenizer, max_length) for part in (task.subset(largest), task.validation, task.test)
+    )
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    return Tokens(train, validation, test, visible, pad)
+
+
+def _task(request: Request) -> Task:
+    path, fields = request.task, (request.input_field, request.target_field)
+    if path is None:
+        path = data.path(*DEMO_TASK)
+        fields = (fields[0] or DEMO_FIELDS[0], fields[1] or DEMO_FIELDS[1])
+    return load_task(
+        path,
+        input_field=fields[0] or "input",
+        target_field=fields[1] or "target",
+        validation=request.validation,
+        test=request.test,
+        seed=request.seed,
+    )
+
+
+def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
+    """Return the doubling subset sizes, ascending, and the target."""
+    target = available if request.target is None else request.target
+    smallest = request.smallest or (DEMO_SMALLEST if request.task is None else SMALLEST)
+    if available < smallest:
+        raise InputError(
+            f"the task has {available} training samples, fewer than the smallest subset ({smallest}). Add "
+            "samples, set fewer aside (--validation, --test), or lower --smallest."
+        )
+    visible = request.visible
+    if visible is None:
+        visible = max(min(target // RATIO, available), smallest)
+    if visible < smallest:
+        raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
+    if visible > available:
+        raise InputError(f"--visible {visible}: the task has {available} training samples; lower it.")
+    sizes = []
+    size = smallest
+    while size <= visible:
+        sizes.append(size)
+        size *= 2
+    if target <= sizes[-1]:
+        raise InputError(
+            f"--target {target} is not above the largest visible subset ({sizes[-1]}). Raise --target or lower "
+            "--visible."
+        )
+    needed = sizes_needed(request.method, request.gamma)
+    if len(sizes) < needed:
+        raise InputError(
+            f"{len(sizes)} subset size(s) ({', '.join(map(str, sizes))}) are too few: method {request.method} needs "
+            f"{needed}. Lower --smallest or raise --visible."
+        )
+    if request.verify and target > available:
+        raise InputError(f"--verify: the target is {target} samples, but the task has {available} to fine-tune on.")
+    return tuple(sizes), target
+
+
+def sizes_needed(method: str, gamma: int) -> int:
+    """Return how many subset sizes a method needs beside the zero-shot loss."""
+    return {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "subtuning": 1}.get(method, 0)
+
+
+def _candidates(request: Request) -> tuple[Candidate, ...]:
+    paths = list(request.models) or [str(p) for p in sorted(data.path(*DEMO_MODELS).iterdir()) if p.is_dir()]
+    if len(paths) < 2:
+        raise InputError(f"--models: {len(paths)} model ({paths[0]}); choosing needs at least two candidates.")
+    names = [os.path.basename(os.path.abspath(p)) if os.path.isdir(p) else p for p in paths]
+    if len(set(names)) < len(names):
+        names = paths
+    found: list[Candidate] = []
+    for name, path in zip(names, paths, strict=True):
+        config = models.check_checkpoint(path)
+        directory = models.resolve(path)
+        candidate = Candidate(
+            name, directory, config, models.count_parameters(config), _digest(directory), _digest(directory, True)
+        )
+        same = next((c for c in found if c.name == name or c.fingerprint == candidate.fingerprint), None)
+        if same is not None:
+            raise InputError(f"--models: {same.name} and {name} are the same model; name each candidate once.")
+        found.append(candidate)
+    return tuple(found)
+
+
+def _digest(directory: Path, tokenizer: bool = False) -> str:
+    """Return what identifies a checkpoint, or its tokenizer alone: the contents of the files that matter."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        wanted = file.name.startswith(TOKENIZER_FILES) or file.suffix == ".model"
+        if not tokenizer:
+            wanted |= file.name == "config.json" or file.suffix == ".safetensors"
+        if not (wanted and file.is_file()):
+            continue
+        digest.update(file.name.encode())
+        # The hub's cache names a file after its contents: there is no need to read it.
+        blob = file.resolve()
+        if blob.parent.name == "blobs":
+            digest.update(blob.name.encode())
+            continue
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,105 @@
+"""Outputs of language models as functions of (parameters, one example), for kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.errors import InputError
+
+OUTPUTS = {
+    "loss": "mean loss over the example's labelled tokens, nats per token",
+    "loss_sum": "summed loss of the example, nats",
+    "gold_probability": "mean probability of the labelled tokens",
+    "gold_logit": "mean logit of the labelled tokens",
+    "projections": "mean over the labelled tokens of 4 random projections of the logits; 4 outputs",
+}
+"""What a model's output can be, with its unit."""
+
+PROJECTIONS = 4
+IGNORED = -100
+
+
+def is_model(f: Any) -> bool:
+    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so brings its own parameters."""
+    return hasattr(f, "loss_sums") and callable(f)
+
+
+def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Any, Any]:
+    """Return (f, params) so that `f(params, example)` is the named output of a language model.
+
+    Parameters
+    ----------
+    model : `lensjax.models.LanguageModel`, or any Flax NNX module with its `loss_sums(batch)` and `__call__`
+        An example is a mapping of arrays without the batch axis: input_ids (T,), labels (T,), attention_mask (T,).
+    output : str
+        One of `OUTPUTS`.
+    seed : int
+        Of the random projections.
+
+    Returns
+    -------
+    f : hashable; the same object for models of the same structure, so that nothing is compiled twice
+    params : nnx.State of the model's parameters
+
+    Raises
+    ------
+    InputError
+        If there is no such output.
+    """
+    if output not in OUTPUTS:
+        raise InputError(f"output={output!r} is not known; choose one of {', '.join(OUTPUTS)}.")
+    from flax import nnx
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    if jax.tree.leaves(rest):
+        # State beside the parameters is closed over, so such a function cannot be kept between calls.
+        return _ModelOutput(graph, output, seed, rest), params
+    return _kept(graph, output, seed), params
+
+
+def model_function(model: Any, output: str) -> tuple[Any, Any]:
+    """Return `ntk_outputs(model, output)`."""
+    return ntk_outputs(model, output)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ModelOutput:
+    graph: Any
+    output: str
+    seed: int
+    rest: Any
+
+    def __call__(self, params: Any, example: Mapping[str, jax.Array]) -> jax.Array:
+        from flax import nnx
+
+        model = nnx.merge(self.graph, params, self.rest)
+        batch = {name: value[None] for name, value in example.items()}
+        if self.output in ("loss", "loss_sum"):
+            total, tokens = model.loss_sums(batch)
+            return total[0] if self.output == "loss_sum" else total[0] / jnp.maximum(tokens[0], 1)
+        mask = batch.get("attention_mask")
+        mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
+        logits = model(batch["input_ids"], mask)[0, :-1]
+        real = mask[0] != 0
+        # Position t predicts token t + 1; padding neither predicts nor is predicted.
+        labels = jnp.where(real[1:] & real[:-1], batch["labels"][0, 1:], IGNORED)
+        weights = (labels != IGNORED) / jnp.maximum(jnp.sum(labels != IGNORED), 1)
+        if self.output == "projections":
+            signs = jax.random.rademacher(jax.random.key(self.seed), (logits.shape[-1], PROJECTIONS), logits.dtype)
+            return weights.astype(logits.dtype) @ logits @ (signs / jnp.sqrt(logits.shape[-1]).astype(logits.dtype))
+        scores = jax.nn.softmax(logits, axis=-1) if self.output == "gold_probability" else logits
+        gold = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        return jnp.sum(weights.astype(gold.dtype) * gold)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(graph: Any, output: str, seed: int) -> _ModelOutput:
+    from flax import nnx
+
+    return _ModelOutput(graph, output, seed, nnx.State({}))

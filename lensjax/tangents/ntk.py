@@ -1,0 +1,227 @@
+"""The empirical neural tangent kernel of any differentiable function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.backend import require_exact_backend
+from lensjax.errors import InputError
+from lensjax.tangents import oracles
+from lensjax.tangents.models import is_model, model_function
+from lensjax.tangents.problem import ByLayer, Function, Problem, Select, compiled, make_problem, one_example
+from lensjax.tangents.reducers import Norms, Pairs, Reducer
+from lensjax.tangents.report import NtkReport, report_of
+from lensjax.tangents.transform import Transform
+
+Method = Literal["auto", "transform", "jacobian", "ntvp"]
+Outputs = Literal["full", "trace", "diagonal"]
+
+
+def ntk(
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    method: Method = "auto",
+    parameters: Select = None,
+    by_layer: ByLayer = False,
+    outputs: Outputs = "full",
+    return_report: bool = False,
+) -> Any:
+    """Return the empirical neural tangent kernel: inner products of the parameter gradients of examples.
+
+    Called as ``ntk(f, params, x1, x2)`` for any function, or as ``ntk(model, batch1, batch2, output="loss")`` for a
+    language model of `lensjax.models` (or any with its methods).
+
+    Parameters
+    ----------
+    f : callable (params, one example) -> real array, or pytree of real arrays
+        Differentiable in reverse mode; plain JAX, or any library's pure apply function. C is how many numbers it
+        returns, flattened in order.
+    params : pytree of arrays
+    x1, x2 : pytrees whose leaves have a leading axis of N and M examples
+        The kernel's rows and columns. Without `x2` the columns are the rows.
+    output : str
+        For models, what the model's outputs are: see `lensjax.tangents.models.OUTPUTS`.
+    method : {"auto", "transform", "jacobian", "ntvp"}
+        "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
+        parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
+        and the second where the examples have more outputs than there are parameters, or where reverse mode does not
+        exist (`while_loop`); the report says which and why.
+    parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
+        Which parameters count; default all floating-point ones. The others are constants.
+    by_layer : bool, "parameter", or callable path -> layer name
+        Return one kernel for each layer; these add up to the whole. True: a layer is a path without its last part.
+    outputs : {"full", "trace", "diagonal"}
+        Which pairs of outputs: all; equal ones, summed; equal ones, kept apart.
+    return_report : bool
+        Return `(kernel, report)`.
+
+    Returns
+    -------
+    float array, at least float32: (N, M) if f returns one number without axes or for "trace"; (N, C, M, C) for "full";
+    (N, M, C) for "diagonal". With `by_layer` a dict of them. Unit: that of f squared over that of a parameter squared.
+
+    Raises
+    ------
+    InputError
+        If the input does not fit together; see the message.
+    UnsupportedBackendError
+        Where the installed jaxlib computes wrong derivatives.
+
+    Notes
+    -----
+    The kernel is exact. Weights that are applied once have their share taken in passing; weights with several uses
+    keep their inputs and cotangents; whatever else is done to a parameter has its per-example gradients made, for
+    that parameter only. The report names those. Compiled once for each `f` object and shapes.
+
+    References
+    ----------
+    Jacot et al. 2018, arXiv:1806.07572; Novak et al. 2022, arXiv:2206.08720, for the three ways to contract it;
+    LensLLM (ICML 2025), eq. 8.
+    """
+    if is_model(f):
+        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
+    chosen, reason = _choose(problem, method, params, x1)
+    crossed = outputs == "full" and problem.outputs > 1
+    if chosen == "transform":
+        reducer = Pairs(problem.rows, problem.columns, crossed)
+        blocks = transformed(problem, reducer, params, x1, x2)
+    else:
+        blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
+    result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
+    kernel = result if by_layer else result[""]
+    if not return_report:
+        return kernel
+    return kernel, report_of(problem, chosen, reason, params, x1)
+
+
+def explain(
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    method: Method = "auto",
+    parameters: Select = None,
+) -> NtkReport:
+    """Return the report of `ntk` without computing anything; arguments as there, arrays may be shapes."""
+    if is_model(f):
+        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    problem = checked(f, params, x1, x2, parameters, False, method=method)
+    return report_of(problem, *_choose(problem, method, params, x1), params, x1)
+
+
+def gradient_norms(
+    f: Any, params: Any, x: Any = None, *, output: str = "loss", parameters: Select = None, by_layer: ByLayer = False
+) -> Any:
+    """Return the norm of each example's gradient, in one backward pass; the squares are the kernel's diagonal.
+
+    Parameters
+    ----------
+    f, params, x, output, parameters, by_layer : as in `ntk`
+
+    Returns
+    -------
+    float array (N,), or (N, C) if f returns several numbers; with `by_layer` a dict of them.
+    """
+    if is_model(f):
+        f, params, x = (*model_function(f, output), params)
+    problem = checked(f, params, x, None, parameters, by_layer)
+    squares = transformed(problem, Norms(problem.rows), params, x, None)
+    result = {}
+    for layer, name in enumerate(problem.layer_names):
+        norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T
+        result[name] = norms[:, 0] if problem.scalar else norms
+    return result if by_layer else result[""]
+
+
+def checked(
+    f: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer, **choices: str
+) -> Problem:
+    """Return the problem that a public function's arguments describe; raises what `ntk` does."""
+    require_exact_backend()
+    valid = {"outputs": ("full", "trace", "diagonal"), "method": ("auto", "transform", "jacobian", "ntvp")}
+    for name, value in choices.items():
+        if value not in valid[name]:
+            raise InputError(f"{name}={value!r} is not known; choose one of {', '.join(valid[name])}.")
+    if not callable(f):
+        raise InputError(f"f must be a function of (params, one example) or a language model, not {type(f).__name__}.")
+    return make_problem(f, params, x1, x2, parameters, by_layer)
+
+
+def _choose(problem: Problem, method: Method, params: Any, x1: Any) -> tuple[str, str]:
+    if method != "auto":
+        return method, "asked for"
+    static = dataclasses.replace(problem, function=_no_function)
+    return compiled(problem.function, ("choice", static), lambda get: _automatic(problem, params, x1))
+
+
+def _automatic(problem: Problem, params: Any, x1: Any) -> tuple[str, str]:
+    count = sum(leaf.size for leaf in problem.chosen(params))
+    if count < problem.outputs:
+        return "jacobian", f"{count} parameters are fewer than {problem.outputs} outputs of an example"
+    if not oracles.has_reverse_mode(problem, params, x1):
+        return "jacobian", "a while_loop has no reverse mode; forward mode, one pass for each parameter"
+    return "transform", "exact in one backward pass"
+
+
+def transformed(
+    problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any, key: Any = None
+) -> dict[int, jax.Array]:
+    """Return what the reducer wants for each layer; compiled once for each function and shapes."""
+    static = dataclasses.replace(problem, function=_no_function)
+
+    def make(get: Callable[[], Function]) -> Any:
+        def run(params: Any, x1: Any, x2: Any, key: Any) -> dict[int, jax.Array]:
+            own = dataclasses.replace(static, function=get())
+            x = x1 if x2 is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x1, x2)
+            plan = own.plan(params, one_example(x1))
+            return Transform(plan, reducer, own.outputs)(jax.tree.leaves(params), jax.tree.leaves(x), key)
+
+        return jax.jit(run)
+
+    return compiled(problem.function, (static, reducer), make)(params, x1, x2, key)
+
+
+def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+    static = dataclasses.replace(problem, function=_no_function)
+
+    def make(get: Callable[[], Function]) -> Any:
+        def run(params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+            own = dataclasses.replace(static, function=get())
+            contract = oracles.by_jacobian if method == "jacobian" else oracles.by_products
+            return contract(own, params, x1, x2, crossed)
+
+        return jax.jit(run)
+
+    return compiled(problem.function, (static, method, crossed), make)(params, x1, x2)
+
+
+def _no_function(params: Any, example: Any) -> Any:
+    raise AssertionError("only stands for the function where it must not be kept")
+
+
+def _shaped(blocks: dict[int, jax.Array], layer: int, problem: Problem, outputs: str, crossed: bool) -> jax.Array:
+    columns = problem.rows if problem.columns is None else problem.columns
+    count = problem.outputs
+    shape = (problem.rows, count, columns, count) if crossed else (count, problem.rows, columns)
+    # A selected parameter that the function never reads has no share.
+    block = blocks.get(layer)
+    block = jnp.zeros(shape) if block is None else block
+    if crossed:
+        return block
+    if outputs == "trace":
+        return block.sum(0)
+    if problem.scalar:
+        return block[0]
+    return block.transpose(1, 2, 0) if outputs == "diagonal" else block.transpose(1, 0, 2)[..., None]

@@ -1,0 +1,154 @@
+"""The kernel by other ways: materialised Jacobians, and products of the kernel with vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.backend import require_exact_backend
+from lensjax.errors import InputError
+from lensjax.tangents.models import is_model, model_function
+from lensjax.tangents.problem import Problem, Select, abstract, make_problem, one_example
+from lensjax.tangents.reducers import Pairs
+
+
+def has_reverse_mode(problem: Problem, params: Any, x1: Any) -> bool:
+    """Whether the function can be differentiated backwards (a `while_loop` with a gradient cannot)."""
+
+    def pull(params: Any, example: Any) -> Any:
+        y, back = jax.vjp(lambda chosen: problem.flat(params, chosen, example), problem.chosen(params))
+        return back(y)
+
+    try:
+        jax.eval_shape(pull, abstract(params), one_example(x1))
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        return False
+    return True
+
+
+def by_jacobian(problem: Problem, params: Any, x1: Any, x2: Any, crossed: bool) -> dict[int, jax.Array]:
+    """Return each layer's kernel from per-example Jacobians of all its parameters."""
+    reducer = Pairs(problem.rows, problem.columns, crossed)
+    x = x1 if x2 is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x1, x2)
+
+    def of_chosen(chosen: list[jax.Array], example: Any) -> jax.Array:
+        return problem.flat(params, chosen, example)
+
+    differentiate = jax.jacrev if has_reverse_mode(problem, params, x1) else jax.jacfwd
+    jacobians = jax.vmap(differentiate(of_chosen), in_axes=(None, 0))(problem.chosen(params), x)
+    result: dict[int, jax.Array] = {}
+    for layer, jacobian in zip((n for n in problem.layers if n is not None), jacobians, strict=True):
+        share = reducer(jacobian.reshape(reducer.examples, problem.outputs, -1))
+        result[layer] = result[layer] + share if layer in result else share
+    return result
+
+
+class NtkOperator:
+    """A kernel that is only ever multiplied with: `K @ v` costs one pull-back and one push-forward.
+
+    Attributes
+    ----------
+    shape : (N, C, M, C)
+        C numbers of output for each example; `v` is (M, C) and the product (N, C). Where f returns one number without
+        axes the C are left out.
+    """
+
+    def __init__(self, problem: Problem, params: Any, x1: Any, x2: Any, layer: int | None = None) -> None:
+        columns = problem.rows if problem.columns is None else problem.columns
+        count = () if problem.scalar else (problem.outputs,)
+        self.shape = (problem.rows, *count, columns, *count)
+        self._problem, self._params, self._x1, self._x2, self._layer = problem, params, x1, x2, layer
+        self._product = jax.jit(self._multiply, static_argnames="transposed")
+
+    def __matmul__(self, v: jax.Array) -> jax.Array:
+        """Return the kernel times a vector."""
+        return self._apply(v, False)
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        """Return the transposed kernel times a vector: (N, C) -> (M, C)."""
+        return self._apply(v, True)
+
+    def dense(self, chunk: int = 16) -> jax.Array:
+        """Return the kernel as an array, by one product for each column, `chunk` of them at a time."""
+        inside = self.shape[len(self.shape) // 2 :]
+        size = 1
+        for n in inside:
+            size *= n
+        eye = jnp.eye(size, dtype=self._dtype()).reshape(size, *inside)
+        columns = jax.lax.map(lambda v: self @ v, eye, batch_size=chunk)
+        return jnp.moveaxis(columns, 0, -1).reshape(self.shape)
+
+    def _dtype(self) -> Any:
+        problem = self._problem
+        return jnp.result_type(
+            *jax.tree.leaves(jax.eval_shape(problem.function, abstract(self._params), one_example(self._x1)))
+        )
+
+    def _apply(self, v: jax.Array, transposed: bool) -> jax.Array:
+        half = len(self.shape) // 2
+        expected = self.shape[:half] if transposed else self.shape[half:]
+        if v.shape != expected:
+            raise InputError(
+                f"The kernel {self.shape} multiplies arrays of shape {expected}, not {v.shape}; reshape it."
+            )
+        return self._product(v, self._params, self._x1, self._x2, transposed=transposed)
+
+    def _multiply(self, v: jax.Array, params: Any, x1: Any, x2: Any, transposed: bool) -> jax.Array:
+        problem = self._problem
+        chosen = problem.chosen(params)
+        layers = [n for n in problem.layers if n is not None]
+        x2 = x1 if x2 is None else x2
+        x1, x2 = (x2, x1) if transposed else (x1, x2)
+
+        def over(x: Any) -> Any:
+            return lambda chosen: jax.vmap(lambda one: problem.flat(params, chosen, one))(x)
+
+        y2, pull = jax.vjp(over(x2), chosen)
+        (direction,) = pull(v.reshape(y2.shape).astype(y2.dtype))
+        if self._layer is not None:
+            direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
+        out = jax.jvp(over(x1), (chosen,), (direction,))[1]
+        return out[:, 0] if problem.scalar else out
+
+
+def ntk_operator(
+    f: Any, params: Any, x1: Any = None, x2: Any = None, *, output: str = "loss", parameters: Select = None
+) -> NtkOperator:
+    """Return the kernel as a linear operator that never makes it: for N where even the kernel is too large.
+
+    Parameters
+    ----------
+    f, params, x1, x2, output, parameters : as in `lensjax.tangents.ntk`
+
+    Returns
+    -------
+    NtkOperator
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `lensjax.tangents.ntk`
+
+    Notes
+    -----
+    All examples go through the function together, with the memory of one gradient over them. A solver such as
+    `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs nothing else.
+    """
+    require_exact_backend()
+    if is_model(f):
+        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2)
+
+
+def by_products(problem: Problem, params: Any, x1: Any, x2: Any, crossed: bool) -> dict[int, jax.Array]:
+    """Return each layer's kernel from its products with all unit vectors."""
+    result = {}
+    columns = problem.rows if problem.columns is None else problem.columns
+    for layer in range(len(problem.layer_names)):
+        whole = NtkOperator(problem, params, x1, x2, layer).dense()
+        whole = whole.reshape(problem.rows, problem.outputs, columns, problem.outputs)
+        result[layer] = whole if crossed else jnp.einsum("icjc->cij", whole)
+    return result

@@ -1,0 +1,123 @@
+"""What is wanted of the per-example gradients: kernels, squared norms or random features, summed over parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.gram import EXACT, accumulator
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Inner products between examples.
+
+    Attributes
+    ----------
+    rows : int
+        The first `rows` examples are the kernel's rows.
+    columns : int or None
+        The examples after them are its columns; None: the rows are the columns too.
+    crossed : bool
+        Whether outputs of an example are paired with other outputs too.
+    """
+
+    rows: int
+    columns: int | None
+    crossed: bool
+
+    @property
+    def examples(self) -> int:
+        """Number of examples that go through the program together."""
+        return self.rows + (self.columns or 0)
+
+    def shape(self, outputs: int) -> tuple[int, ...]:
+        """Shape of a result for `outputs` outputs an example."""
+        columns = self.rows if self.columns is None else self.columns
+        return (self.rows, outputs, columns, outputs) if self.crossed else (outputs, self.rows, columns)
+
+    def sides(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Split the leading axis into rows and columns."""
+        return (x, x) if self.columns is None else (x[: self.rows], x[self.rows :])
+
+    def __call__(self, gradient: jax.Array) -> jax.Array:
+        """Reduce gradients (B, C, K)."""
+        left, right = self.sides(gradient)
+        dtype = accumulator(gradient)
+        if self.crossed:
+            (n, c, size), (m, k, _) = left.shape, right.shape
+            left, right = left.reshape(n * c, size), right.reshape(m * k, size)
+            return jnp.matmul(left, right.T, precision=EXACT, preferred_element_type=dtype).reshape(n, c, m, k)
+        if left.shape[1] == 1:  # a plain product, which XLA does better on CPU than one with a batch axis of 1
+            return jnp.matmul(left[:, 0], right[:, 0].T, precision=EXACT, preferred_element_type=dtype)[None]
+        return jnp.einsum("ick,jck->cij", left, right, precision=EXACT, preferred_element_type=dtype)
+
+    def arrange(self, blocks: jax.Array) -> jax.Array:
+        """Turn (N, C, M, C) blocks from a token contraction into a result."""
+        return blocks if self.crossed else jnp.einsum("icjc->cij", blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Squared norm of each example's gradient."""
+
+    examples: int
+    crossed: bool = False
+
+    def shape(self, outputs: int) -> tuple[int, ...]:
+        """Shape of a result for `outputs` outputs an example."""
+        return (outputs, self.examples)
+
+    def __call__(self, gradient: jax.Array) -> jax.Array:
+        """Reduce gradients (B, C, K)."""
+        return jnp.sum(jnp.square(gradient.astype(accumulator(gradient))), axis=-1).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Random features whose inner products are the kernel in expectation.
+
+    Attributes
+    ----------
+    examples : int
+    left, right : int
+        A matrix gradient is projected from both sides to (left, right) entries; left * right is the width.
+    """
+
+    examples: int
+    left: int
+    right: int
+    crossed: bool = False
+
+    def __call__(self, gradient: jax.Array) -> jax.Array:
+        """Refuse: a projection depends on where in the gradient an entry stands; see `sketch` and `signs`."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Number of features."""
+        return self.left * self.right
+
+    def shape(self, outputs: int) -> tuple[int, ...]:
+        """Shape of a result for `outputs` outputs an example."""
+        return (outputs, self.examples, self.width)
+
+    def signs(self, key: jax.Array, rows: int, side: str, dtype: jnp.dtype) -> jax.Array:
+        """Return the random projection (rows, left or right) of one side of a matrix; rows have unit norm."""
+        columns = self.left if side == "left" else self.right
+        key = jax.random.fold_in(key, 0 if side == "left" else 1)
+        return jax.random.rademacher(key, (rows, columns), dtype) * (1 / math.sqrt(columns))
+
+    def sketch(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
+        """Return features (C, B, width) of vector gradients (B, C, K): each entry, signed, goes to a random feature."""
+        entries = gradient.shape[-1]
+        place, sign = jax.random.split(key)
+        bucket = jax.random.randint(place, (entries,), 0, self.width)
+        signed = gradient * jax.random.rademacher(sign, (entries,), gradient.dtype)
+        summed = jnp.zeros((*gradient.shape[:2], self.width), accumulator(gradient)).at[:, :, bucket].add(signed)
+        return jnp.swapaxes(summed, 0, 1)
+
+
+Reducer = Pairs | Norms | Features

@@ -1,0 +1,182 @@
+"""The share of a kernel, of norms or of features that one parameter has, from the factors of its gradient.
+
+Axes: B examples, C outputs, T tokens (everything a weight is applied to), H batch axes of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.gram import (
+    EXACT,
+    accumulator,
+    add_rows,
+    reduce_products,
+    reduce_weight_gradients,
+    row_gram,
+    split_columns,
+    token_gram,
+)
+from lensjax_kernels.head_gram import head_left_times, head_pull
+
+from lensjax.tangents.reducers import Features, Pairs, Reducer
+from lensjax.tangents.uses import Canonical
+
+TOKEN_PAIRS_COST = 4
+"""How much slower an operation on token pairs is than one of a large product, on CPU."""
+
+OUTER_BYTES = 2**25
+"""Memory for the rows that looked-up cotangents are added to at once, and for the factors of products there."""
+
+RowsOf = Callable[[jax.Array, int], jax.Array]
+
+
+def of_lift(cotangents: jax.Array, reducer: Reducer, key: jax.Array | None) -> jax.Array:
+    """Return the share of a parameter whose per-example gradients (B, C, ...) exist."""
+    flat = cotangents.reshape(*cotangents.shape[:2], -1)
+    if isinstance(reducer, Features):
+        assert key is not None
+        return reducer.sketch(flat, key)
+    return reducer(flat)
+
+
+def of_dot(
+    canonical: Canonical, x: jax.Array, cotangents: jax.Array, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of a product's parameter; `x` (B, ...) the other operand, `cotangents` (B, C, ...)."""
+    left = canonical.inputs(x)
+    right = jax.vmap(canonical.cotangents, 1, 1)(cotangents)
+    if left.shape[1] == 1:
+        return of_factors(left[:, 0], right[:, :, 0], canonical.inputs_first, reducer, key)
+
+    def step(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        own = None if key is None else jax.random.fold_in(key, one[2])
+        return total + of_factors(one[0], one[1], canonical.inputs_first, reducer, own), None
+
+    zero = jnp.zeros(reducer.shape(right.shape[1]), accumulator(left, right))
+    heads = (jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 2, 0), jnp.arange(left.shape[1]))
+    return jax.lax.scan(step, zero, heads)[0]
+
+
+def of_factors(
+    left: jax.Array, right: jax.Array, inputs_first: bool, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of gradients `left[b].T @ right[b, c]`, or of their transposes."""
+    (examples, tokens, d), (_, outputs, _, e) = left.shape, right.shape
+    if isinstance(reducer, Features):
+        assert key is not None
+        sides = ("left", "right") if inputs_first else ("right", "left")
+        a = jnp.einsum("btd,dp->btp", left, reducer.signs(key, d, sides[0], left.dtype))
+        g = jnp.einsum("bcte,eq->bctq", right, reducer.signs(key, e, sides[1], right.dtype))
+        order = "btp,bctq->cbpq" if inputs_first else "btp,bctq->cbqp"
+        return jnp.einsum(order, a, g, preferred_element_type=accumulator(a, g)).reshape(reducer.shape(outputs))
+    if isinstance(reducer, Pairs):
+        if tokens == 1:
+            return _one_token(left[:, 0], right[:, :, 0], reducer)
+        pairs = reducer.rows * (reducer.columns or reducer.rows)
+        direct = pairs * tokens**2 * (d + outputs**2 * e) * TOKEN_PAIRS_COST
+        if direct < examples * outputs * tokens * d * e + pairs * outputs**2 * d * e:
+            (left1, left2), (right1, right2) = reducer.sides(left), reducer.sides(right)
+            return reducer.arrange(token_gram(left1, right1, left2, right2))
+    return reduce_weight_gradients(left, right, reducer)
+
+
+def _one_token(left: jax.Array, right: jax.Array, reducer: Pairs) -> jax.Array:
+    (left1, left2), (right1, right2) = reducer.sides(left), reducer.sides(right)
+    dtype = accumulator(left, right)
+    inputs = jnp.einsum("nd,md->nm", left1, left2, precision=EXACT, preferred_element_type=dtype)
+    if reducer.crossed:
+        outputs = jnp.einsum("nce,mke->ncmk", right1, right2, precision=EXACT, preferred_element_type=dtype)
+        return inputs[:, None, :, None] * outputs
+    return inputs * jnp.einsum("nce,mce->cnm", right1, right2, precision=EXACT, preferred_element_type=dtype)
+
+
+def of_rows(
+    ids: jax.Array, right: jax.Array, height: int, shared: bool, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of a table whose rows `ids` (B, T) were looked up, with cotangents `right` (B, C, T, e).
+
+    `shared`: the ids are the same for all examples.
+    """
+    (examples, tokens), (_, outputs, _, width) = ids.shape, right.shape
+    if isinstance(reducer, Features):
+        assert key is not None
+        left = jnp.where(ids[..., None] < 0, 0, reducer.signs(key, height, "left", right.dtype)[ids])
+        g = jnp.einsum("bcte,eq->bctq", right, reducer.signs(key, width, "right", right.dtype))
+        out = jnp.einsum("btp,bctq->cbpq", left, g, preferred_element_type=accumulator(g))
+        return out.reshape(reducer.shape(outputs))
+    if shared and tokens < height:
+        unique, places = jnp.unique(ids[0], return_inverse=True, size=tokens)
+        places = jnp.where(ids[0] < 0, -1, places.reshape(-1))
+        ids, height = jnp.broadcast_to(places, ids.shape), unique.shape[0]
+    elif isinstance(reducer, Pairs):
+        pairs = reducer.rows * (reducer.columns or reducer.rows)
+        direct = pairs * tokens**2 * outputs**2 * width * TOKEN_PAIRS_COST
+        if direct < height * (examples * outputs * width + pairs * outputs**2 * width):
+            # Ids of -1 looked nothing up: their cotangents do not count.
+            right = jnp.where((ids < 0)[:, None, :, None], 0, right)
+            (ids1, ids2), (right1, right2) = reducer.sides(ids), reducer.sides(right)
+            return reducer.arrange(row_gram(ids1, right1, ids2, right2))
+    return over_rows([], (ids, right), height, reducer)
+
+
+def over_rows(
+    products: Sequence[tuple[RowsOf, jax.Array]],
+    table: tuple[jax.Array, jax.Array] | None,
+    height: int,
+    reducer: Reducer,
+) -> jax.Array:
+    """Return the share of gradients that are sums of products and of added rows, some rows at a time.
+
+    Parameters
+    ----------
+    products : pairs of a function (start, size) -> left factor (B, T, size) or (B, C, T, size), and a right factor
+        See `reduce_products`; beyond the last row the left factor must be zero.
+    table : ids (B, T), -1 for none, and the rows (B, C, T, e) that are added there
+    height : number of rows
+    reducer : what is wanted
+    """
+    examples = reducer.examples
+    if table is not None:
+        outputs, width, dtype = table[1].shape[1], table[1].shape[3], accumulator(table[1])
+        bytes_per_row = examples * outputs * width * dtype.itemsize
+    else:
+        bytes_per_row = max(right.size // right.shape[-1] * right.dtype.itemsize for _, right in products)
+    size, pieces = split_columns(height, bytes_per_row, OUTER_BYTES)
+
+    def one(start: jax.Array) -> jax.Array:
+        plus = None
+        if table is not None:
+            empty = jnp.zeros((examples, outputs, size, width), dtype)
+            plus = add_rows(empty, jnp.where(table[0] < 0, -1, table[0] - start), table[1])
+        return reduce_products([(left(start, size), right) for left, right in products], plus, reducer)
+
+    if pieces == 1:
+        return one(jnp.int32(0))
+    shape = jax.eval_shape(one, jnp.int32(0))
+    zero = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.scan(lambda total, start: (total + one(start), None), zero, jnp.arange(pieces) * size)[0]
+
+
+def of_head(
+    saved: tuple[jax.Array, ...],
+    weight: jax.Array,
+    cotangents: jax.Array,
+    reducer: Reducer | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the cotangents (B, C, T, d) of the hidden states and the share of the head's weight."""
+    hidden, labels, normalizers = saved
+    if not isinstance(reducer, Features):
+        return head_pull(hidden, weight, labels, normalizers, cotangents, reducer)
+    assert key is not None
+    dtype, width = normalizers.dtype, hidden.shape[-1]
+    signs = reducer.signs(key, weight.shape[0], "left", dtype)
+    both = head_left_times(hidden, weight, labels, normalizers, jnp.concatenate([weight.astype(dtype), signs], 1))
+    scaled = cotangents.astype(dtype)[..., None]
+    right = jnp.einsum("btd,dq->btq", hidden.astype(dtype), reducer.signs(key, width, "right", dtype))
+    share = jnp.einsum("btp,bctq->cbpq", both[..., width:], scaled * right[:, None])
+    pulled = (scaled * both[:, None, :, :width]).astype(hidden.dtype)
+    return pulled, share.reshape(reducer.shape(cotangents.shape[1]))

@@ -1,0 +1,51 @@
+"""Tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
+
+import json
+import os
+import shutil
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub; read when huggingface_hub is imported
+
+import jax
+import numpy as np
+import pytest
+
+from lensjax import data, models
+
+TOKENIZER = next(p for p in sorted(data.path("demo", "models").iterdir()) if p.is_dir())
+CONFIG = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_positions": 64,
+    "n_layer": 1,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Two random GPT-2 models of different width with the demo tokenizer: list of directories."""
+    vocabulary = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
+    root = tmp_path_factory.mktemp("models")
+    found = []
+    for number, width in enumerate((8, 16)):
+        model = models.init_model({**CONFIG, "n_embd": width, "vocab_size": vocabulary}, jax.random.key(number))
+        directory = root / f"tiny-{width}"
+        models.save_pretrained(model, directory)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TOKENIZER / file, directory / file)
+        found.append(directory)
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory):
+    """A task of 140 samples that can be learned: the answer names the parity and the size of a number."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("task") / "parity.jsonl"
+    numbers = rng.permutation(1000)[:140]
+    rows = [{"input": str(n), "target": ("even" if n % 2 == 0 else "odd") + " number"} for n in numbers]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path

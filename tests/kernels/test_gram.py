@@ -1,0 +1,135 @@
+"""Contractions of per-example gradients, each against the dense gradients in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lensjax_kernels import gram, head_gram
+
+SHAPES = [(3, 2, 5, 7, 9), (4, 1, 1, 6, 2), (2, 3, 4, 1, 5)]
+"""Examples, outputs, tokens, width of the inputs, width of the cotangents."""
+
+LARGE = (6, 2, 96, 320, 1100)
+"""The gradients have 4.2 million elements, which go through in uneven chunks."""
+
+
+def draw(*shape, seed=0, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
+
+def pairs(gradient):
+    n, c, _ = gradient.shape
+    flat = gradient.reshape(n * c, -1)
+    return (flat @ flat.T).reshape(n, c, n, c)
+
+
+def dense_pairs(gradient):
+    gradient = np.asarray(gradient, np.float64)
+    flat = gradient.reshape(gradient.shape[0] * gradient.shape[1], -1)
+    return (flat @ flat.T).reshape(*gradient.shape[:2], *gradient.shape[:2])
+
+
+def worst(got, want):
+    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_weight_gradients(shape, dtype, tolerance):
+    with jax.enable_x64(True):
+        b, c, t, d, e = shape
+        left, right = draw(b, t, d, dtype=dtype), draw(b, c, t, e, dtype=dtype)
+        want = dense_pairs(np.einsum("btd,bcte->bcde", left, right, dtype=np.float64, optimize=True))
+        got = gram.reduce_weight_gradients(left, right, pairs)
+        assert got.dtype == dtype
+        assert worst(got, want) < tolerance
+        chunked = gram.reduce_weight_gradients(left, right, pairs, chunk_bytes=1)  # as small as chunks get
+        assert worst(chunked, want) < tolerance
+        first = np.einsum("icjc->ij", want[:, :1, :, :1])
+        single = gram.reduce_weight_gradients(left, right[:, :1], lambda g: g[:, 0] @ g[:, 0].T)
+        assert worst(single, first) < tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_pairs(shape):
+    with jax.enable_x64(True):
+        b, c, t, d, e = shape
+        left, right = draw(b, t, d), draw(b, c, t, e)
+        want = dense_pairs(np.einsum("btd,bcte->bcde", left, right))
+        got = gram.token_gram(left[:1], right[:1], left[1:], right[1:])
+        np.testing.assert_allclose(got, want[:1, :, 1:], rtol=0, atol=1e-12 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("height", [7, 300])
+def test_looked_up_rows(height):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        ids, right = jnp.asarray(rng.integers(0, height, (4, 6))), draw(4, 2, 6, 5)
+        dense = np.zeros((4, 2, height, 5))
+        for b in range(4):
+            for t in range(6):
+                dense[b, :, ids[b, t]] += right[b, :, t]
+        want = dense_pairs(dense)
+        got = gram.row_gram(ids[:3], right[:3], ids[3:], right[3:])
+        np.testing.assert_allclose(got, want[:3, :, 3:], rtol=0, atol=1e-12 * np.abs(want).max())
+        added = gram.add_rows(jnp.zeros((4, 2, 5, 5)), ids - 2, right)  # rows 2 to 6 of the table
+        np.testing.assert_allclose(added, dense[:, :, 2:7], rtol=1e-12)
+        left = draw(4, 3, height)
+        product = draw(4, 2, 3, 5)
+        both = gram.crossed_gram(lambda i: left[i][:, ids], product, right)
+        other = np.einsum("btv,bcte->bcve", left, product).reshape(8, -1) @ dense.reshape(8, -1).T
+        np.testing.assert_allclose(both, other.reshape(4, 2, 4, 2), rtol=0, atol=1e-12 * np.abs(other).max())
+
+
+def test_sums_of_products_and_rows():
+    with jax.enable_x64(True):
+        first, second = (draw(3, 4, 70), draw(3, 2, 4, 5)), (draw(3, 2, 6, 70, seed=1), draw(3, 6, 5, seed=1))
+        plus = draw(3, 2, 70, 5)
+        dense = np.einsum("btv,bcte->bcve", *first) + np.einsum("bctv,bte->bcve", *second) + np.asarray(plus)
+        for chunk_bytes in (1, 2**21):  # in chunks of 32, 32 and 6 rows, and in one
+            got = gram.reduce_products([first, second], plus, pairs, chunk_bytes=chunk_bytes)
+            assert worst(got, dense_pairs(dense)) < 1e-12
+
+
+def head_inputs(rows, vocabulary, width, dtype):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, vocabulary, (3, rows))
+    labels[0, 0] = -100
+    return draw(3, rows, width, dtype=dtype), draw(vocabulary, width, dtype=dtype) * 0.3, jnp.asarray(labels)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width", "dtype", "tolerance"),
+    [(5, 11, 4, np.float64, 1e-12), (40, 10_007, 24, np.float32, 1e-5)],
+)
+def test_fused_head(rows, vocabulary, width, dtype, tolerance, monkeypatch):
+    with jax.enable_x64(True):
+        if rows == 5:  # several chunks of tokens and of the vocabulary even here
+            monkeypatch.setattr(head_gram, "LOGIT_BYTES", 2 * vocabulary)
+            monkeypatch.setattr(gram, "LEAST_COLUMNS", 1)
+        hidden, weight, labels = head_inputs(rows, vocabulary, width, dtype)
+        cotangents = draw(3, 2, rows, dtype=dtype)
+
+        def losses(h, w):
+            logits = jnp.asarray(h, float) @ jnp.asarray(w, float).T
+            gold = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+            return jnp.where(labels == -100, 0.0, -gold)
+
+        wide = (hidden.astype(float), weight.astype(float))
+        got, normalizers = head_gram.head_losses(hidden.reshape(-1, width), weight, labels.reshape(-1))
+        want = losses(*wide)
+        assert worst(got.reshape(labels.shape), want) < tolerance
+        normalizers = normalizers.reshape(labels.shape)
+        pulled, share = head_gram.head_pull(hidden, weight, labels, normalizers, cotangents, pairs)
+        for c in range(2):
+            (into_hidden,) = jax.vjp(lambda h: losses(h, wide[1]), wide[0])[1](cotangents[:, c].astype(float))
+            assert worst(pulled[:, c], into_hidden) < tolerance
+        softmax = jax.nn.softmax(wide[0] @ wide[1].T)
+        left = jnp.where((labels == -100)[..., None], 0, softmax - jax.nn.one_hot(labels, vocabulary))
+        right = cotangents.astype(float)[..., None] * wide[0][:, None]
+        flat = jnp.einsum("btv,bctd->bcvd", left, right).reshape(6, -1)
+        assert worst(share, np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)) < tolerance
+        matrix = draw(vocabulary, 5, dtype=dtype)
+        times = head_gram.head_left_times(hidden, weight, labels, normalizers, matrix)
+        assert worst(times, np.asarray(left @ matrix)) < tolerance
+        assert head_gram.head_pull(hidden, weight, labels, normalizers, cotangents, None)[1] is None

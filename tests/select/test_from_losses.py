@@ -1,0 +1,189 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lensjax.curves import read_losses
+from lensjax.metrics import pear_corr, rel_acc
+from lensjax.select.cli import main
+from lensjax.selectors import SELECTORS
+
+
+def test_thirty_models_are_ranked_from_published_losses(command, tmp_path):
+    status, text = command("--losses", "published:flan", "--json", tmp_path / "all.json")
+    assert status == 0
+    document = json.loads((tmp_path / "all.json").read_text())
+    ranking = document["methods"]["lens"]["ranking"]
+    assert [r["rank"] for r in ranking] == list(range(1, 31))
+    assert {r["name"] for r in ranking} == set(read_losses("published:flan").names)
+    assert text.startswith(
+        f"Fine-tune {ranking[0]['name']}: expected test loss {ranking[0]['predicted_loss']:.4f} nats"
+    )
+    predicted = [r["predicted_loss"] for r in ranking]
+    assert predicted == sorted(predicted)
+    for row in ranking:
+        # What is printed must be the law at the target, and the phase must follow from D* = F^(1/beta).
+        law = row["B"] / (row["F"] + 1638400 ** row["beta"]) + row["E"]
+        assert row["predicted_loss"] == pytest.approx(law, rel=1e-9)
+        assert row["transition"] == pytest.approx(row["F"] ** (1 / row["beta"]), rel=1e-9)
+        assert row["phase"] == ("power" if row["transition"] <= 204800 else "pre-power")
+
+
+def test_cost_is_six_n_d_over_the_sizes_used(command, tmp_path):
+    command("--losses", "published:flan", "--method", "subtuning", "--visible", "400", "--json", tmp_path / "j.json")
+    document = json.loads((tmp_path / "j.json").read_text())
+    parameters = read_losses("published:flan").parameters
+    assert document["methods"]["subtuning"]["flops"] == pytest.approx(6 * 400 * parameters.sum())
+    assert document["full_flops"] == pytest.approx(6 * 1638400 * parameters.sum())
+    visible = ("--losses", "published:flan", "--method", "subtuning", "--visible", "400")
+    command(*visible, "--json", tmp_path / "k.json", "--tokens-per-sample", "30")
+    more = json.loads((tmp_path / "k.json").read_text())
+    assert more["methods"]["subtuning"]["flops"] == pytest.approx(30 * 6 * 400 * parameters.sum())
+
+
+def test_all_methods_are_compared_with_the_truth(command, tmp_path):
+    status, text = command("--losses", "published:wmt19", "--method", "all", "--json", tmp_path / "j.json")
+    assert status == 0
+    document = json.loads((tmp_path / "j.json").read_text())
+    assert list(document["methods"]) == list(SELECTORS)
+    curves = read_losses("published:wmt19")
+    truth = curves.at(1638400)
+    for name, found in document["methods"].items():
+        scores = SELECTORS[name](curves.visible(204800), 1638400)
+        assert found["metrics"]["PearCorr"] == pytest.approx(pear_corr(scores.score, truth))
+        assert found["metrics"]["RelAcc"] == pytest.approx(rel_acc(scores.score, truth))
+        line = next(x for x in text.splitlines() if re.match(rf"\s+{name}\s", x))
+        assert f"{100 * rel_acc(scores.score, truth):.1f}" in line
+    assert "RelAcc" in text
+
+
+def table(tmp_path, sizes=(0, 200, 400, 800, 1600), models=3):
+    rows = ["model," + ",".join(map(str, sizes)) + ",parameters"]
+    for m in range(models):
+        losses = [2 + m / 10 + 3 / (2 + d**0.3) for d in sizes]
+        rows.append(f"m{m}," + ",".join(f"{x:.6f}" for x in losses) + f",{10 ** (6 + m)}")
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_table_without_truth_is_ranked_for_a_target_above_it(command, tmp_path):
+    status, text = command("--losses", table(tmp_path), "--target", "1e6")
+    assert status == 0
+    assert text.startswith("Fine-tune m0: expected test loss")
+    assert "at 1,000,000 samples" in text
+    assert "RelAcc" not in text
+
+
+def test_a_target_inside_the_table_is_a_rehearsal_from_the_sizes_below_it(command, tmp_path):
+    command("--losses", table(tmp_path), "--target", "1600", "--json", tmp_path / "j.json")
+    document = json.loads((tmp_path / "j.json").read_text())
+    assert document["sizes"] == [0, 200, 400, 800]
+    assert document["candidates"][0]["true_loss"] == pytest.approx(2 + 3 / (2 + 1600**0.3), abs=1e-5)
+    assert document["methods"]["lens"]["metrics"]["RelAcc"] == 1.0
+
+
+def test_methods_that_the_losses_do_not_allow_are_listed(command, tmp_path):
+    status, text = command("--losses", table(tmp_path), "--target", "1e6", "--visible", "800", "--method", "all")
+    assert status == 0
+    assert "Methods that these losses do not allow:\n  power:" in text
+    assert re.search(r"power: .*m0 has 3 visible loss\(es\) above 0 samples, but method power needs 4\.", text)
+
+
+def test_a_file_that_cannot_be_written_does_not_lose_the_result(tmp_path, capsys):
+    arguments = ["--losses", str(table(tmp_path)), "--target", "1e6", "--json", "/proc/none.json"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Fine-tune m0")
+    assert captured.err.startswith("lensjax.select: /proc/none.json.part: No such file or directory.")
+
+
+def test_a_special_file_is_written_to_not_replaced(command, tmp_path):
+    status, _ = command("--losses", table(tmp_path), "--target", "1e6", "--json", "/dev/null")
+    assert status == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_missing_point_is_allowed(command, tmp_path):
+    path = table(tmp_path)
+    lines = path.read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[2] = ""
+    lines[1] = ",".join(cells)
+    path.write_text("\n".join(lines))
+    status, text = command("--losses", path, "--target", "1e6")
+    assert status == 0
+    assert "m0" in text
+
+
+def test_an_unknown_cost_is_said_to_be_unknown(command, tmp_path):
+    path = table(tmp_path)
+    path.write_text("\n".join(line.rpartition(",")[0] for line in path.read_text().splitlines()))
+    status, text = command("--losses", path, "--target", "1e6", "--json", tmp_path / "j.json")
+    assert status == 0
+    assert "Cost: unknown" in text
+    assert json.loads((tmp_path / "j.json").read_text())["full_flops"] is None
+
+
+def test_every_number_of_the_json_is_finite_or_null(command, tmp_path):
+    command("--losses", table(tmp_path), "--target", "1e6", "--method", "all", "--json", tmp_path / "j.json")
+    text = (tmp_path / "j.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "say for how many training samples you will fine-tune the chosen model: --target N."),
+        (
+            ["--target", "500"],
+            "--target 500 lies below sizes that were measured (0, 200, 400, 800, 1600). Raise --target",
+        ),
+        (["--target", "800", "--visible", "1600"], "--target 800 is not above the largest visible size 1600."),
+        (["--target", "200"], "m0 has 0 visible loss(es) above 0 samples, but method lens needs 3."),
+        (
+            ["--target", "1e6", "--visible", "400"],
+            "m0 has 2 visible loss(es) above 0 samples, but method lens needs 3.",
+        ),
+        (["--target", "1e6", "--visible", "400", "--method", "rectified"], "m0 has 3 visible loss(es), but method"),
+        (["--target", "1e6", "--visible", "0.5"], "argument --visible: 0.5 is not a whole number above 0."),
+        (["--target", "none"], "argument --target: 'none' is not a number."),
+        (["--target", "1e6", "--method", "magic"], "method 'magic' is unknown; there are: lens, ats, rectified, power"),
+        (["--target", "1e6", "--gamma", "2"], "gamma is 2; a line needs at least 3 points"),
+        (["--target", "1e6", "--tau", "-1"], "tau is -1; the deviation allowed is a positive number."),
+        (["--target", "1e6", "--models", "a", "b"], "--models belongs to selection by fine-tuning; remove --models or"),
+        (["--target", "1e6", "--tokens-per-sample", "0"], "--tokens-per-sample is 0; it must be positive."),
+        (["--target", "1e6", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no directory nowhere"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate. See python -m lensjax.select --help."),
+    ],
+)
+def test_bad_options_get_one_clear_message(refused, tmp_path, options, message):
+    assert message in refused("--losses", table(tmp_path), *options)
+
+
+def test_a_bad_table_gets_one_clear_message(refused, tmp_path):
+    assert "nowhere.csv: no such file." in refused("--losses", tmp_path / "nowhere.csv", "--target", "1e6")
+    path = tmp_path / "t.csv"
+    path.write_text("model,0,200\na,1,0\nb,2,1\n")
+    assert "loss of a at 200 samples is 0; it must be positive" in refused("--losses", path, "--target", "1e6")
+
+
+def test_methods_that_need_missing_facts_say_so(refused, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("model,200,400,800,1600\na,4,3,2.5,2.2\nb,5,4,3,\n")
+    target = ("--target", "1e6")
+    assert "a has no loss at 0 samples" in refused("--losses", path, *target, "--method", "zero_shot")
+    assert "the number of parameters of a is not known" in refused("--losses", path, *target, "--method", "model_size")
+    assert "b has no loss at 1600 samples" in refused("--losses", path, *target, "--method", "subtuning")
+
+
+def test_stopping_rule_of_the_options_reaches_the_methods(command, tmp_path):
+    used = []
+    for tau in ("0.5", "1000000"):
+        command("--losses", "published:flan", "--tau", tau, "--json", tmp_path / "j.json")
+        ranking = json.loads((tmp_path / "j.json").read_text())["methods"]["lens"]["ranking"]
+        used.append(np.mean([len(r["sizes_used"]) for r in ranking]))
+    assert used[0] < used[1]

@@ -1,0 +1,218 @@
+"""Kernels of models: GPT-2 of lensjax with every output, and models of Flax NNX, Flax Linen, Equinox and plain JAX."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from lensjax_kernels import head_cross_entropy
+
+from lensjax import InputError
+from lensjax.models import base, init_model
+from lensjax.tangents import explain, ntk, ntk_outputs
+
+CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 9}
+
+
+def batch(n=4, length=7):
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 23, (n, length))
+    labels[0, :3] = -100
+    mask = np.ones((n, length), np.int32)
+    mask[1, :2] = 0  # padding on the left
+    mask[2, 5:] = 0
+    ids = rng.integers(0, 23, (n, length))
+    return {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(labels), "attention_mask": jnp.asarray(mask)}
+
+
+def gpt2(dtype=jnp.float64, **facts):
+    model = init_model({**CONFIG, **facts}, jax.random.key(0), dtype)
+    # Weights of a size that makes every part of the kernel count.
+    nnx.update(model, jax.tree.map(lambda a: a * 5 if a.ndim == 2 else a, nnx.state(model, nnx.Param)))
+    return model
+
+
+def dense_kernel(f, params, x):
+    jacobian = jax.jit(jax.vmap(jax.jacrev(f), in_axes=(None, 0)))(params, x)
+    rows = np.concatenate([np.asarray(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
+    return rows @ rows.T
+
+
+def relative(got, want):
+    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+def loss_of(model):
+    """The mean loss of one example, from the logits and by hand."""
+    graph, params = nnx.split(model)
+
+    def f(params, example):
+        one = {name: value[None] for name, value in example.items()}
+        logits = nnx.merge(graph, params)(one["input_ids"], one["attention_mask"])[0, :-1]
+        real = example["attention_mask"] != 0
+        labels = jnp.where(real[1:] & real[:-1], example["labels"][1:], -100)
+        gold = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        return -jnp.sum(jnp.where(labels == -100, 0, gold)) / jnp.sum(labels != -100)
+
+    return f, params
+
+
+@functools.cache
+def dense_loss_kernel(tied):
+    return dense_kernel(*loss_of(gpt2(tie_word_embeddings=tied)), batch())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("execution", "remat", "tied"), [("unroll", False, True), ("scan", True, True),
+                                                          ("scan", False, False)])  # fmt: skip
+def test_loss_kernel_of_gpt2(execution, remat, tied, fused, monkeypatch):
+    if fused:  # the head as one call, which the transformation knows
+        monkeypatch.setattr(base, "head_cross_entropy", jax.jit(head_cross_entropy))
+    with jax.enable_x64(True):
+        model = gpt2(tie_word_embeddings=tied)
+        model.execution, model.remat = execution, remat
+        f, params = ntk_outputs(model)
+        kernel, report = ntk(lambda p, e: f(p, e), params, batch(), return_report=True)
+        assert relative(kernel, dense_loss_kernel(tied)) < 1e-10
+        readers = {op for t in report.treatments for op in t.operations}
+        assert ("head_cross_entropy" in readers) == fused
+        # Only biases, scales and shifts are materialised.
+        assert all(name.endswith(("bias", "scale")) for t in report.materialised for name in t.parameters)
+
+
+def test_layers_of_gpt2_add_up_and_read_like_the_model():
+    with jax.enable_x64(True):
+        model = gpt2()
+        model.execution = "scan"
+        layers = ntk(model, batch(), by_layer=lambda path: ".".join(path.split(".")[:2]))
+        names = {"layers.0", "layers.1", "norm.bias", "norm.scale", "positions.embedding", "tokens.embedding"}
+        assert set(layers) == names
+        assert relative(sum(layers.values()), np.asarray(ntk(model, batch()))) < 1e-12
+        model.execution = "unroll"
+        unrolled = ntk(model, batch(), by_layer=lambda path: ".".join(path.split(".")[:2]))
+        for name in names:
+            np.testing.assert_allclose(layers[name], unrolled[name], rtol=0, atol=1e-12 * np.abs(layers[name]).max())
+
+
+@pytest.mark.parametrize("output", ["gold_probability", "gold_logit", "projections"])
+def test_other_outputs_of_gpt2(output):
+    with jax.enable_x64(True):
+        model, x = gpt2(), batch(3)
+        f, params = ntk_outputs(model, output)
+        values = jax.vmap(f, (None, 0))(params, x)
+        kernel = ntk(model, x, output=output)
+        if output == "projections":
+            assert kernel.shape == (3, 4, 3, 4)
+            kernel = kernel[:, 1, :, 1]
+            assert relative(kernel, dense_kernel(lambda p, e: f(p, e)[1], params, x)) < 1e-10
+        else:
+            assert relative(kernel, dense_kernel(f, params, x)) < 1e-10
+        logits = model(x["input_ids"], x["attention_mask"])[0, 2:-1]  # example 0: labels from position 3 on
+        gold = x["labels"][0, 3:, None]
+        if output == "gold_logit":
+            np.testing.assert_allclose(values[0], jnp.take_along_axis(logits, gold, 1).mean(), rtol=1e-12)
+        if output == "gold_probability":
+            chances = jax.nn.softmax(logits)
+            np.testing.assert_allclose(values[0], jnp.take_along_axis(chances, gold, 1).mean(), rtol=1e-12)
+
+
+def test_between_two_batches_in_float32():
+    model = gpt2(jnp.float32)
+    x = batch()
+    first, second = ({k: v[s] for k, v in x.items()} for s in (slice(0, 1), slice(1, None)))
+    whole = np.asarray(ntk(model, x))
+    assert relative(ntk(model, first, second), whole[:1, 1:]) < 1e-5
+
+
+def test_functions_of_models_are_kept_between_calls():
+    assert ntk_outputs(gpt2(jnp.float32), "loss")[0] is ntk_outputs(gpt2(jnp.float32), "loss")[0]
+    with pytest.raises(InputError, match="output='accuracy' is not known; choose one of loss, loss_sum"):
+        ntk_outputs(gpt2(jnp.float32), "accuracy")
+
+
+def sentence(n=4):
+    return jnp.asarray(np.random.default_rng(5).integers(0, 11, (n, 6)))
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        kinds = {"param_dtype": float, "rngs": rngs}
+        self.embed = nnx.Embed(11, 8, **kinds)
+        self.norm = nnx.LayerNorm(8, **kinds)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, **kinds)
+        self.mlp = nnx.Linear(8, 8, **kinds)
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        x = x + self.attention(self.norm(x))
+        return self.embed.attend(jnp.tanh(self.mlp(self.mlp(x))))
+
+
+def test_flax_nnx_with_tied_embedding_and_shared_layer():
+    with jax.enable_x64(True):
+        graph, params, rest = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param, ...)
+
+        def f(params, ids):
+            return jax.nn.logsumexp(nnx.merge(graph, params, rest)(ids)).sum()
+
+        assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
+        how = {p: t.how for t in explain(f, params, sentence()).treatments for p in t.parameters}
+        assert (how["embed.embedding"], how["mlp.kernel"]) == ("factors", "factors")
+        assert how["attention.query.kernel"] == "share"
+
+
+class LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, ids):
+        x = linen.Embed(11, 8, param_dtype=float)(ids)
+        x = linen.LayerNorm(param_dtype=float)(x)
+        x = x + linen.MultiHeadDotProductAttention(2, param_dtype=float)(x, x)
+        return linen.Dense(5, param_dtype=float)(linen.gelu(x))
+
+
+def test_flax_linen():
+    with jax.enable_x64(True):
+        model = LinenModel()
+        params = model.init(jax.random.key(0), sentence()[0])
+
+        def f(params, ids):
+            return jnp.sum(jnp.sin(model.apply(params, ids)))
+
+        assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
+        how = {p: t.how for t in explain(f, params, sentence()).treatments for p in t.parameters}
+        assert how["params.Dense_0.kernel"] == how["params.Embed_0.embedding"] == "share"
+
+
+def test_equinox():
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 3)
+        model = [eqx.nn.Embedding(11, 8, key=keys[0]), eqx.nn.LayerNorm(8), eqx.nn.MLP(8, 3, 16, 2, key=keys[1])]
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+
+        def f(params, ids):
+            embed, norm, mlp = eqx.combine(params, static)
+            return jnp.sum(jnp.cos(jax.vmap(lambda one: mlp(norm(embed(one))))(ids)))
+
+        assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
+        treatments = explain(f, params, sentence()).treatments
+        # Equinox multiplies from the left and looks one row up at a time.
+        assert sum(t.how == "share" for t in treatments) == 4
+
+
+def test_plain_jax():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = [
+            (jnp.asarray(rng.normal(size=(11, 8))), 0.0 * jnp.ones(8)),
+            (jnp.asarray(rng.normal(size=(8, 3))), 0.1),
+        ]
+
+        def f(params, ids):
+            (embedding, shift), (kernel, offset) = params
+            return jnp.sum(jax.nn.log_softmax((embedding[ids] + shift) @ kernel + offset)[:, 0])
+
+        params = jax.tree.map(jnp.asarray, params)
+        assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10

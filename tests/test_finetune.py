@@ -1,0 +1,113 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lensjax import models
+from lensjax.finetune import DivergedError, FineTuner, Plan, mean_loss
+from lensjax.tasks import batches, bucket_lengths, encode, load_task
+
+PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=4, min_steps_between=1, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_models, tiny_task):
+    task = load_task(tiny_task, input_field="input", target_field="target", validation=20, test=20)
+    model, tokenizer = models.from_pretrained(tiny_models[0])
+    sets = [encode(part, tokenizer, 64) for part in (task.train, task.validation, task.test)]
+    return model, sets, bucket_lengths(np.concatenate([s.lengths for s in sets]))
+
+
+COMPILED = {}
+
+
+def tuner(setting, **changes):
+    """A fine-tuner of that plan; those that differ only in when to stop share their compiled functions."""
+    model, _, buckets = setting
+    compiled = frozenset((k, v) for k, v in changes.items() if k in ("learning_rate", "clip"))
+    if compiled not in COMPILED:
+        COMPILED[compiled] = FineTuner(model, dataclasses.replace(PLAN, **changes), buckets, 0)
+    COMPILED[compiled].plan = dataclasses.replace(PLAN, **changes)
+    return COMPILED[compiled]
+
+
+def test_fine_tuning_lowers_the_test_loss_and_keeps_the_initial_weights(setting):
+    _, (train, validation, test), _ = setting
+    bench = tuner(setting)
+    before = [np.array(x) for x in jax.tree.leaves(bench.initial)]
+    zero_shot = bench.zero_shot(test)
+    found = bench.run(train, validation, test, seed=0)
+    assert found.test_loss < zero_shot.test_loss - 1.0
+    assert 0 < found.steps <= found.steps_run
+    assert found.tokens == train.lengths.sum() * found.steps_run / 13  # 100 samples: 13 batches of 8 an epoch
+    assert found.flops == 6 * bench.parameters * found.tokens
+    for was, now in zip(before, jax.tree.leaves(bench.initial), strict=True):
+        np.testing.assert_array_equal(was, now)
+    assert bench.run(train, validation, test, seed=0).test_loss == pytest.approx(found.test_loss, rel=1e-5)
+
+
+def test_early_stopping_returns_the_weights_with_the_best_validation_loss(setting):
+    _, (train, validation, test), _ = setting
+    found = tuner(setting, learning_rate=0.1, max_epochs=30, patience=1).run(train.first(8), validation, test, seed=0)
+    steps, losses = zip(*found.validation_history, strict=True)
+    assert "has not improved for 1 evaluations" in found.reason
+    assert found.steps == steps[int(np.argmin(losses))]
+    assert found.validation_loss == min(losses)
+    assert losses[-1] > min(losses)
+    assert found.steps_run == steps[-1]
+
+
+def test_a_rate_that_helps_nothing_leaves_the_zero_shot_loss(setting):
+    _, (train, validation, test), _ = setting
+    bench = tuner(setting, learning_rate=100.0, clip=1e6, max_epochs=1)
+    found = bench.run(train, validation, test, seed=0)
+    assert found.steps == 0
+    assert found.test_loss == pytest.approx(bench.zero_shot(test).test_loss, rel=1e-6)
+
+
+def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
+    model, (train, *_), buckets = setting
+    bench = tuner(setting, max_epochs=1)
+    params = bench._copy(bench.initial)
+    batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
+    found, _, finite = bench._step(params, bench._init(params), jax.numpy.array(True), batch)
+
+    graph, start, rest = nnx.split(model, nnx.Param, ...)
+
+    def objective(p):
+        return mean_loss(lambda q, b: nnx.merge(graph, q, rest).loss_sums(b), p, batch)
+
+    gradient = jax.grad(objective)(start)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    rate = PLAN.learning_rate / PLAN.warmup  # the first of the warm-up steps
+    for got, p, g in zip(*(jax.tree.leaves(x) for x in (found, start, gradient)), strict=True):
+        p, g = np.asarray(p, np.float64), np.asarray(g, np.float64) / max(norm, 1.0)
+        want = p - rate * (g / (np.abs(g) + 1e-8) + PLAN.weight_decay * p)  # at step 1, m/sqrt(v) is the sign
+        np.testing.assert_allclose(got, want, atol=3e-6)
+    assert bool(finite)
+
+
+def test_divergence_is_an_error_not_a_number(setting):
+    _, (train, validation, test), _ = setting
+    with pytest.raises(DivergedError, match="not finite in epoch 1"):
+        tuner(setting, learning_rate=float("inf")).run(train, validation, test, seed=0)
+
+
+def test_a_selection_compiles_one_step_for_each_length_whatever_the_subset(setting):
+    _, (train, validation, test), buckets = setting
+    COMPILED.clear()
+    bench = tuner(setting, max_epochs=1)
+    for size in (100, 50, 25, 12):
+        bench.run(train.first(size), validation, test, seed=0)
+    assert bench._step._cache_size() <= len(buckets)
+    assert bench._evaluate._cache_size() <= len(buckets)
+
+
+def test_progress_is_reported(setting):
+    _, (train, validation, test), _ = setting
+    seen = []
+    tuner(setting, max_epochs=2).run(train, validation, test, seed=0, on_progress=seen.append)
+    assert [p.epoch for p in seen][-1] == 2
+    assert seen[-1].total_steps == seen[-1].step == 26
