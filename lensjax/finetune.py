@@ -235,7 +235,7 @@ class FineTuner:
                         )
                     if on_progress:
                         on_progress(Progress(steps, per_epoch * plan.max_epochs, epoch, best_loss))
-            tokens += int(train.lengths.sum())
+            tokens += int(train.token_counts.sum())
             if since_evaluation < plan.min_steps_between and epoch < plan.max_epochs:
                 continue
             since_evaluation = 0

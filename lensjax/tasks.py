@@ -212,26 +212,35 @@ class Encoded:
         Leading tokens that do not count in the loss.
     truncated : int
         Samples whose target was cut at the maximum length.
+    separate : bool
+        Whether prompt and target go to an encoder and a decoder instead of forming one sequence.
     """
 
     ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     truncated: int
+    separate: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample, int (n,)."""
+    def token_counts(self) -> np.ndarray:
+        """Tokens of each sample, prompt and target, int (n,)."""
         return np.array([len(i) for i in self.ids], int)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length each sample needs in a batch, int (n,): of the longer side if the two are separate."""
+        counts = self.token_counts
+        return np.maximum(self.prompt_lengths, counts - self.prompt_lengths) if self.separate else counts
 
     def first(self, n: int) -> Encoded:
         """Return the first n samples."""
-        return Encoded(self.ids[:n], self.prompt_lengths[:n], self.truncated)
+        return Encoded(self.ids[:n], self.prompt_lengths[:n], self.truncated, self.separate)
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, *, separate: bool = False) -> Encoded:
     """Tokenise samples as prompt + target + end of text.
 
     Parameters
@@ -239,7 +248,9 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
     examples : sequence of Example
     tokenizer : transformers tokenizer
     max_length : int
-        Tokens kept of each sample.
+        Tokens kept of each sample; if `separate`, of each side.
+    separate : bool
+        For encoder-decoder models: the prompt gets the tokenizer's own special tokens and stays apart from the target.
 
     Raises
     ------
@@ -247,23 +258,23 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
         If the prompt alone fills `max_length`, so that no target token would be left.
     """
     if not examples:
-        return Encoded((), np.zeros(0, int), 0)
-    options = {"add_special_tokens": False}
-    prompts = tokenizer([e.prompt for e in examples], **options)["input_ids"]
-    targets = tokenizer([e.completion for e in examples], **options)["input_ids"]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return Encoded((), np.zeros(0, int), 0, separate)
+    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=separate)["input_ids"]
+    targets = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
+    start = [] if separate or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids, truncated = [], 0
     for example, prompt, target in zip(examples, prompts, targets, strict=True):
         whole = start + prompt + target + end
-        if len(start) + len(prompt) >= max_length:
+        most = len(prompt) + max_length if separate else max_length
+        if len(start) + len(prompt) >= max_length + separate:
             raise InputError(
                 f"a sample's input alone has {len(prompt)} tokens, but at most {max_length} tokens fit: "
                 f"{example.input[:60]!r}... Raise --max-length (up to the model's limit) or shorten the input."
             )
-        truncated += len(whole) > max_length
-        ids.append(np.array(whole[:max_length], np.int32))
-    return Encoded(tuple(ids), np.array([len(start) + len(p) for p in prompts], int), truncated)
+        truncated += len(whole) > most
+        ids.append(np.array(whole[:most], np.int32))
+    return Encoded(tuple(ids), np.array([len(start) + len(p) for p in prompts], int), truncated, separate)
 
 
 def bucket_lengths(lengths: np.ndarray, most: int = 3) -> tuple[int, ...]:
@@ -328,6 +339,7 @@ def batches(
     ------
     dict
         `input_ids`, `attention_mask`, `labels`: int32 (batch_size, length); `labels` is `IGNORED` where nothing counts.
+        If the samples are separate, `input_ids` holds the prompt and `labels` the target, each from position 0.
     """
     place = np.searchsorted(np.asarray(buckets), encoded.lengths)
     groups: list[tuple[int, np.ndarray]] = []
@@ -343,8 +355,10 @@ def batches(
         labels = np.full((batch_size, length), IGNORED, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         for row, sample in enumerate(members):
-            ids = encoded.ids[sample]
-            input_ids[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
-            labels[row, encoded.prompt_lengths[sample] : len(ids)] = ids[encoded.prompt_lengths[sample] :]
+            ids, split = encoded.ids[sample], encoded.prompt_lengths[sample]
+            read = ids[:split] if encoded.separate else ids
+            input_ids[row, : len(read)] = read
+            mask[row, : len(read)] = 1
+            first = 0 if encoded.separate else split
+            labels[row, first : first + len(ids) - split] = ids[split:]
         yield {"input_ids": input_ids, "attention_mask": mask, "labels": labels}

@@ -41,7 +41,7 @@ def test_fine_tuning_lowers_the_test_loss_and_keeps_the_initial_weights(setting)
     found = bench.run(train, validation, test, seed=0)
     assert found.test_loss < zero_shot.test_loss - 1.0
     assert 0 < found.steps <= found.steps_run
-    assert found.tokens == train.lengths.sum() * found.steps_run / 13  # 100 samples: 13 batches of 8 an epoch
+    assert found.tokens == train.token_counts.sum() * found.steps_run / 13  # 100 samples: 13 batches of 8 an epoch
     assert found.flops == 6 * bench.parameters * found.tokens
     for was, now in zip(before, jax.tree.leaves(bench.initial), strict=True):
         np.testing.assert_array_equal(was, now)
@@ -111,3 +111,26 @@ def test_progress_is_reported(setting):
     tuner(setting, max_epochs=2).run(train, validation, test, seed=0, on_progress=seen.append)
     assert [p.epoch for p in seen][-1] == 2
     assert seen[-1].total_steps == seen[-1].step == 26
+
+
+def test_an_encoder_decoder_model_is_fine_tuned_from_separate_prompt_and_target(tiny_models, tiny_task):
+    task = load_task(tiny_task, input_field="input", target_field="target", validation=20, test=20)
+    tokenizer = models.load_tokenizer(tiny_models[0])
+    config = {
+        "model_type": "t5",
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_heads": 2,
+        "num_layers": 1,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+    }
+    model = models.init_model(config, jax.random.key(0))
+    sets = [encode(part, tokenizer, 32, separate=True) for part in (task.train, task.validation, task.test)]
+    bench = FineTuner(model, PLAN, bucket_lengths(np.concatenate([s.lengths for s in sets])), 0)
+    found = bench.run(*sets, seed=0)
+    assert found.test_loss < bench.zero_shot(sets[2]).test_loss - 1.0
+    assert found.tokens == sets[0].token_counts.sum() * PLAN.max_epochs

@@ -136,6 +136,31 @@ def test_truncation_is_counted_and_a_prompt_that_fills_everything_refused():
         encode([Example("a a a a a", "b")], Words(), 5)
 
 
+class Wrapping(Words):
+    """A tokenizer that wraps inputs in special tokens of its own, as those of encoder-decoder models do."""
+
+    def __call__(self, texts, add_special_tokens):
+        found = super().__call__(texts, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [[90, *i, 91] if add_special_tokens else i for i in found]}
+
+
+def test_encoder_decoder_models_get_prompt_and_target_apart():
+    found = encode([Example("a bb", "ccc d e"), Example("a", "b")], Wrapping(), 5, separate=True)
+    assert [i.tolist() for i in found.ids] == [[90, 3, 5, 91, 5, 3, 3, 1], [90, 4, 91, 3, 1]]
+    assert found.prompt_lengths.tolist() == [4, 3]
+    assert found.lengths.tolist() == [4, 3]
+    assert found.token_counts.tolist() == [8, 5]
+    (batch,) = batches(found, batch_size=2, buckets=(8,), pad_id=0)
+    assert batch["input_ids"].tolist() == [[90, 3, 5, 91, 0, 0, 0, 0], [90, 4, 91, 0, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 4 + [0] * 4, [1] * 3 + [0] * 5]
+    assert batch["labels"].tolist() == [[5, 3, 3, 1] + [IGNORED] * 4, [3, 1] + [IGNORED] * 6]
+    cut = encode([Example("a", "b b b b b b")], Wrapping(), 4, separate=True)
+    assert cut.truncated == 1
+    assert cut.lengths.tolist() == [4]
+    with pytest.raises(InputError, match="at most 4 tokens fit"):
+        encode([Example("a a a", "b")], Wrapping(), 4, separate=True)
+
+
 def test_bucket_lengths_waste_the_least_padding():
     lengths = np.array([3] * 50 + [12] * 30 + [20] * 5 + [61])
     found = bucket_lengths(lengths, most=2)

@@ -1,5 +1,17 @@
 """The hot numerical primitives of lensjax: plain JAX, any device, each with one signature."""
 
+from lensjax_kernels.gram import crossed_gram, reduce_products, reduce_weight_gradients, row_gram, token_gram
 from lensjax_kernels.head import head_cross_entropy
+from lensjax_kernels.head_gram import head_left_times, head_losses, head_pull
 
-__all__ = ["head_cross_entropy"]
+__all__ = [
+    "crossed_gram",
+    "head_cross_entropy",
+    "head_left_times",
+    "head_losses",
+    "head_pull",
+    "reduce_products",
+    "reduce_weight_gradients",
+    "row_gram",
+    "token_gram",
+]

@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed
+from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class LlamaConfig(ModelConfig):
         if "ropes" not in own:
             own["ropes"] = (layers.rotary(raw, head_dim, length, source),) * count
         simple = ("hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "attention_dropout")
-        values = {name: raw[name] for name in simple if raw.get(name) is not None}
+        values = {name: typed(raw, name, getattr(cls, name), source) for name in simple if raw.get(name) is not None}
         values |= {"score_scale": head_dim**-0.5, "windows": (None,) * count} | own
         layers.activation(values.get("hidden_act", cls.hidden_act), source)
         return cls.base(

@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed
+from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PhiConfig(ModelConfig):
                 "correct config.json."
             )
         length = positive(raw, "max_position_embeddings", 2048, source)
-        layers.activation(raw.get("hidden_act", "gelu_new"), source)
+        layers.activation(typed(raw, "hidden_act", "gelu_new", source), source)
         fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
         if not isinstance(part, (int, float)) or not 0 < part <= 1:
@@ -78,7 +78,7 @@ class PhiConfig(ModelConfig):
             rope=layers.rotary(raw, int(width // heads * part), length, source),
             intermediate_size=positive(raw, "intermediate_size", 8192, source),
             num_key_value_heads=key_heads,
-            **{name: raw[name] for name in own if raw.get(name) is not None},
+            **{name: typed(raw, name, getattr(cls, name), source) for name in own if raw.get(name) is not None},
         )
 
 

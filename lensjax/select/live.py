@@ -232,7 +232,7 @@ class LiveSelection:
             flops[names.index(run.candidate), int(np.searchsorted(measured.sizes, run.size))] = run.flops
             if run.size == prepared.sizes[-1]:
                 tokens = prepared.tokens[ranked[names.index(run.candidate)].tokenizer]
-                epochs.append(run.tokens / tokens.train.lengths[: run.size].sum())
+                epochs.append(run.tokens / tokens.train.token_counts[: run.size].sum())
         passes = float(np.mean(epochs)) if epochs else float(request.plan.max_epochs)
         full_tokens = np.array([prepared.tokens[c.tokenizer].mean for c in ranked]) * prepared.target * passes
         full_flops = training_flops([c.parameters for c in ranked], full_tokens)

@@ -134,7 +134,7 @@ class Tokens:
     @property
     def mean(self) -> float:
         """Tokens of a training sample on average."""
-        return float(self.train.lengths.mean())
+        return float(self.train.token_counts.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +217,10 @@ def prepare(request: Request) -> Prepared:
 
 def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
     tokenizer = models.load_tokenizer(candidate.directory)
+    separate = getattr(candidate.config, "is_encoder_decoder", False)
     train, validation, test = (
-        encode(part, tokenizer, max_length) for part in (task.subset(largest), task.validation, task.test)
+        encode(part, tokenizer, max_length, separate=separate)
+        for part in (task.subset(largest), task.validation, task.test)
     )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     return Tokens(train, validation, test, visible, pad)
@@ -292,9 +294,10 @@ def _candidates(request: Request) -> tuple[Candidate, ...]:
     for name, path in zip(names, paths, strict=True):
         config = models.check_checkpoint(path)
         directory = models.resolve(path)
-        candidate = Candidate(
-            name, directory, config, models.count_parameters(config), _digest(directory), _digest(directory, True)
-        )
+        # An encoder-decoder model reads the same tokens in another arrangement.
+        tokenizer = _digest(directory, True) + ("-separate" if getattr(config, "is_encoder_decoder", False) else "")
+        parameters = models.count_parameters(config)
+        candidate = Candidate(name, directory, config, parameters, _digest(directory), tokenizer)
         same = next((c for c in found if c.name == name or c.fingerprint == candidate.fingerprint), None)
         if same is not None:
             raise InputError(f"--models: {same.name} and {name} are the same model; name each candidate once.")

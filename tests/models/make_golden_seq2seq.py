@@ -112,7 +112,9 @@ def make(directory: Path, seed: int, cases: tuple[str, ...]) -> None:
         with torch.no_grad():
             for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
                 # Far larger than at initialisation, and not 0 or 1 anywhere: a wrong mapping or constant must show.
-                parameter.copy_(0.15 * torch.randn_like(parameter) + (1.0 if "norm" in name and "weight" in name else 0))
+                parameter.copy_(
+                    0.15 * torch.randn_like(parameter) + (1.0 if "norm" in name and "weight" in name else 0)
+                )
         model.save_pretrained(directory / case)
         (directory / case / "generation_config.json").unlink(missing_ok=True)
         if untied:

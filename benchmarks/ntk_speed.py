@@ -1,0 +1,225 @@
+"""Time and memory of the empirical NTK of GPT-2, in units of one plain `value_and_grad` of the summed loss.
+
+In one process and interleaved (A B C, A B C, ...): the plain gradient, `lensjax.tangents.ntk`, and materialised
+`vmap(grad)`. Peak memory: of one process each, that makes the model, compiles and runs once. Peers run as they are
+installed, in processes of their own (an option names their Python): torch.func on the GPT-2 of transformers, beside
+one torch gradient, and neural-tangents on a GPT-2 in plain JAX of the same shapes, beside its own gradient.
+
+Run: PYTHONPATH=.:kernels python benchmarks/ntk_speed.py [--cases 5M-16 5M-64 ...] [--repeats 7]
+     [--torch PYTHON] [--neural-tangents PYTHON] [--no-memory]
+It writes benchmarks/results/ntk_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+LENGTH = 64
+SMALL = {"vocab_size": 8192, "n_embd": 256, "n_head": 4, "n_layer": 4}
+GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12}
+CASES: dict[str, tuple[dict[str, int], int, str]] = {
+    "5M-16": (SMALL, 16, "loss_sum"),
+    "5M-64": (SMALL, 64, "loss_sum"),
+    "5M-16-4-outputs": (SMALL, 16, "projections"),
+    "124M-8": (GPT2, 8, "loss_sum"),
+}
+"""Shapes, examples, output."""
+
+Run = Callable[[], Any]
+
+
+def lensjax_runs(case: str) -> dict[str, Run]:
+    """Return the plain gradient, the kernel, and per-example gradients, of the same model and batch."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from lensjax.models import init_model
+    from lensjax.tangents import ntk, ntk_outputs
+
+    shapes, n, output = CASES[case]
+    model = init_model({"model_type": "gpt2", "n_positions": LENGTH, **shapes}, jax.random.key(0))
+    f, params = ntk_outputs(model, output)
+    graph = nnx.graphdef(model)
+    ids = np.random.default_rng(0).integers(0, shapes["vocab_size"], (n, LENGTH)).astype(np.int32)
+    batch = {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids)}
+    gradient = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p).loss_sums(batch)[0].sum()))
+    return {
+        "gradient": lambda: jax.block_until_ready(gradient(params)),
+        "ntk": lambda: jax.block_until_ready(ntk(f, params, batch, method="transform")),
+        "jacobian": lambda: jax.block_until_ready(ntk(f, params, batch, method="jacobian")),
+    }
+
+
+def torch_runs(case: str) -> dict[str, Run]:
+    """Return one torch gradient, and the kernel by torch.func."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shapes, n, output = CASES[case]
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_positions=LENGTH, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="eager", **shapes
+    )
+    model = GPT2LMHeadModel(config).eval()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    ids = torch.randint(0, shapes["vocab_size"], (n, LENGTH))
+    signs = torch.randint(0, 2, (shapes["vocab_size"], 4)).float() * 2 - 1
+
+    def outputs(params: Any, one: Any) -> Any:
+        logits = torch.func.functional_call(model, params, (one[None],), {"use_cache": False}).logits[0, :-1]
+        if output == "projections":
+            return logits.mean(0) @ signs
+        return torch.nn.functional.cross_entropy(logits, one[1:], reduction="sum")
+
+    def gradient() -> Any:
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+
+    def kernel() -> Any:
+        differentiate = torch.func.grad if output == "loss_sum" else torch.func.jacrev
+        jacobian = torch.func.vmap(differentiate(outputs), (None, 0))(params, ids)
+        rows = [j.reshape(n * (4 if output == "projections" else 1), -1) for j in jacobian.values()]
+        return sum(r @ r.T for r in rows)
+
+    return {"torch gradient": gradient, "torch.func": kernel}
+
+
+def neural_tangents_runs(case: str) -> dict[str, Run]:
+    """Return one gradient of a GPT-2 in plain JAX, and its kernel by neural-tangents (in its old JAX)."""
+    import jax
+    import jax.numpy as jnp
+    import neural_tangents as nt
+    import numpy as np
+
+    shapes, n, output = CASES[case]
+    d, heads, vocabulary = shapes["n_embd"], shapes["n_head"], shapes["vocab_size"]
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape, scale=0.02), jnp.float32)
+
+    def norm_params() -> Any:
+        return jnp.ones(d), jnp.zeros(d)
+
+    layers = [
+        {"n1": norm_params(), "n2": norm_params(), "qkv": (draw(d, 3 * d), draw(3 * d)), "out": (draw(d, d), draw(d)),
+         "up": (draw(d, 4 * d), draw(4 * d)), "down": (draw(4 * d, d), draw(d))}
+        for _ in range(shapes["n_layer"])
+    ]  # fmt: skip
+    params = {"tokens": draw(vocabulary, d), "positions": draw(LENGTH, d), "layers": layers, "norm": norm_params()}
+    ids = jnp.asarray(rng.integers(0, vocabulary, (n, LENGTH)), jnp.int32)
+    signs = jnp.asarray(rng.integers(0, 2, (vocabulary, 4)) * 2.0 - 1, jnp.float32)
+
+    def norm(p: Any, x: Any) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p[0] + p[1]
+
+    def logits_of(p: Any, ids: Any) -> Any:
+        x = p["tokens"][ids] + p["positions"]
+        mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+        for q in p["layers"]:
+            qkv = (norm(q["n1"], x) @ q["qkv"][0] + q["qkv"][1]).reshape(*ids.shape, 3, heads, d // heads)
+            scores = jnp.einsum("...thk,...shk->...hts", qkv[..., 0, :, :], qkv[..., 1, :, :]) * (d // heads) ** -0.5
+            weights = jax.nn.softmax(jnp.where(mask, scores, -1e30))
+            mixed = jnp.einsum("...hts,...shk->...thk", weights, qkv[..., 2, :, :]).reshape(x.shape)
+            x = x + mixed @ q["out"][0] + q["out"][1]
+            x = x + jax.nn.gelu(norm(q["n2"], x) @ q["up"][0] + q["up"][1]) @ q["down"][0] + q["down"][1]
+        return norm(p["norm"], x) @ p["tokens"].T
+
+    def outputs(p: Any, ids: Any) -> Any:
+        logits = logits_of(p, ids)[:, :-1]
+        if output == "projections":
+            return logits.mean(1) @ signs
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], 2).sum((1, 2))[:, None]
+
+    gradient = jax.jit(jax.value_and_grad(lambda p: outputs(p, ids).sum()))
+    runs: dict[str, Run] = {"jax 0.4 gradient": lambda: jax.block_until_ready(gradient(params))}
+    for method in ("JACOBIAN_CONTRACTION", "STRUCTURED_DERIVATIVES"):
+        implementation = getattr(nt.NtkImplementation, method)
+        kernel = jax.jit(nt.empirical_ntk_fn(outputs, trace_axes=(), vmap_axes=0, implementation=implementation))
+        name = f"neural-tangents {method.split('_')[0].lower()}"
+        runs[name] = lambda kernel=kernel: jax.block_until_ready(kernel(ids, None, params))
+    return runs
+
+
+SIDES = {"lensjax": lensjax_runs, "torch": torch_runs, "neural-tangents": neural_tangents_runs}
+
+
+def interleaved(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Return seconds of each run, after one of each that is not counted."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def child(python: str, *arguments: str) -> Any:
+    """Run this script elsewhere and return what it prints last, as JSON."""
+    done = subprocess.run([python, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{python} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--torch", help="a Python with torch and transformers")
+    parser.add_argument("--neural-tangents", help="a Python with neural-tangents and its old JAX")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:  # one case, in a process of its own
+        runs = SIDES[options.side](options.cases[0])
+        if options.memory_of:
+            runs[options.memory_of]()
+            print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        else:
+            print(json.dumps(interleaved(runs, options.repeats)))
+        return
+
+    pythons = {"lensjax": sys.executable, "torch": options.torch, "neural-tangents": options.neural_tangents}
+    results: dict[str, Any] = {}
+    for case in options.cases:
+        results[case] = {}
+        unit = None
+        for side, python in pythons.items():
+            if python is None:
+                continue
+            asked = ("--side", side, "--cases", case)
+            seconds = child(python, *asked, "--repeats", str(options.repeats))
+            own_unit = statistics.median(next(iter(seconds.values())))
+            unit = own_unit if unit is None else unit
+            for name, times in seconds.items():
+                median = statistics.median(times)
+                entry = {"seconds": times, "over_gradient": median / unit, "over_own_gradient": median / own_unit}
+                if not options.no_memory:
+                    entry["peak_bytes"] = child(python, *asked, "--memory-of", name)
+                results[case][name] = entry
+                memory = f"{entry['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in entry else ""
+                print(f"{case:18s} {name:28s} {median:8.3f} s {median / unit:6.2f} gradients {memory}", flush=True)
+    from environment import write_result
+
+    write_result("ntk_speed", {"unit": "one jit(value_and_grad) of the summed loss, lensjax model", "cases": results})
+
+
+if __name__ == "__main__":
+    main()
