@@ -305,5 +305,6 @@ def table(config: BartConfig) -> Table:
         prefix="model.",
         outside=("final_logits_bias", "lm_head.weight"),
         same=dict.fromkeys(copies, "shared.weight"),
+        optional=("final_logits_bias",),  # a buffer in transformers, absent in files of the bare model
         ignored=(r"(encoder|decoder)\.version",),
     )

@@ -230,6 +230,9 @@ def load_model(
         leaves = []
         for path, dotted, leaf in flat:
             rule, wanted = table.sources(dotted)
+            if any(name not in names for name in wanted):
+                leaves.append((path, leaf.replace(jnp.zeros(leaf.shape, dtype))))
+                continue
             array = rule.load([tensors.read(names[name]) for name in wanted])
             leaves.append((path, leaf.replace(jnp.asarray(array.astype(dtype, copy=False)))))
         for copy, original in table.same.items():
@@ -276,6 +279,8 @@ def _check(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: _Tensor
         rule, wanted = table.sources(path)
         used.update(wanted)
         absent = [table.full(name) for name in wanted if name not in names]
+        if absent and all(name in table.optional for name in wanted):
+            continue
         if absent:
             problems.append(f"missing: {', '.join(absent)}")
             continue

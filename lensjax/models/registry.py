@@ -139,6 +139,8 @@ class Table:
         Names that never carry the prefix.
     same : mapping
         Tensors that may be there only as a copy of another: name -> the other's name.
+    optional : tuple of str
+        Tensors whose absence means zeros.
     ignored : tuple of str
         Regular expressions of tensors that are no parameters.
     """
@@ -147,6 +149,7 @@ class Table:
     prefix: str = ""
     outside: tuple[str, ...] = ()
     same: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def sources(self, path: str) -> tuple[Rule, tuple[str, ...]]:

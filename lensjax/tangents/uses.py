@@ -136,8 +136,6 @@ class Canonical:
 
 def use_of(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], bool]) -> Use | None:
     """Return the use of operand `which`, or None if this operation's factors are not known."""
-    if any(ir.is_complex(a) for a in (*operation.inputs, *operation.outputs)):
-        return None
     others = [a for i, a in enumerate(operation.inputs) if i != which]
     if operation.kind == "head":
         return Use(operation, which, "head") if which == 1 and is_batched(others[0]) else None

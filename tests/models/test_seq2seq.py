@@ -511,3 +511,15 @@ def test_the_sparse_layers_are_those_of_the_checkpoint():
     assert [i for i in range(12) if config.is_sparse(i, decoder=True)] == [1, 5, 9]
     none = load_config({"model_type": "switch_transformers", "num_layers": 4, "encoder_sparse_step": 0})
     assert not any(none.is_sparse(i, decoder=False) for i in range(4))
+
+
+def test_a_bart_file_without_the_heads_bias_means_zeros(tmp_path):
+    model = init_model(SMALL["bart"], jax.random.key(0))
+    save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["final_logits_bias"] += 1.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert float(load_model(tmp_path).head_bias()[0]) == 1.0
+    del tensors["final_logits_bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(load_model(tmp_path).head_bias(), np.zeros(SMALL["bart"]["vocab_size"]))

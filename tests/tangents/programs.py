@@ -25,7 +25,9 @@ def program(params, example="vector", **expected):
 
 
 def total(x):
-    return jnp.sum(jnp.sin(x) * jnp.arange(1, x.size + 1).reshape(x.shape) / x.size)
+    """Return two numbers that depend on all entries."""
+    weights = jnp.arange(1, x.size + 1).reshape(x.shape) / x.size
+    return jnp.stack([jnp.sum(jnp.sin(x) * weights), jnp.sum(jnp.tanh(x) * weights[::-1])])
 
 
 @program({"w": (4, 3), "b": (3,), "s": (4,)}, w=SHARE, b=LIFTED, s=LIFTED)
@@ -72,6 +74,18 @@ def tied_embedding(p, ids):
     return total(jax.nn.log_softmax(jnp.tanh(p["e"][ids] @ p["w"]) @ p["e"].T))
 
 
+@program({"e": (400, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+def tied_embedding_with_a_tall_table(p, ids):
+    return total(jax.nn.log_softmax(jnp.tanh(p["e"][ids] @ p["w"]) @ p["e"].T)[:, :9])
+
+
+@program({"e": (4000, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+def tied_fused_head_with_a_tall_table(p, ids):
+    hidden = jnp.tanh(p["e"][ids] @ p["w"] + p["e"][ids[::-1]])[:-1]
+    labels = jnp.where(ids[1:] == 3, -100, ids[1:])
+    return total(jax.jit(head_cross_entropy)(hidden, p["e"], labels))
+
+
 @program({"e": (7, 4), "p": (9, 4)}, "tokens", e=FACTORS, p=SHARE)
 def two_lookups(p, ids):
     positions = p["p"][jnp.arange(6)]
@@ -93,12 +107,12 @@ def clipped_lookup(p, ids):
 def tied_fused_head(p, ids):
     hidden = jnp.tanh(p["e"][ids] @ p["w"])[:-1]
     labels = jnp.where(ids[1:] == 3, -100, ids[1:])
-    return jax.jit(head_cross_entropy)(hidden, p["e"], labels).sum()
+    return total(jax.jit(head_cross_entropy)(hidden, p["e"], labels))
 
 
 @program({"e": (7, 4)}, "tokens", e=FACTORS)
 def head_in_chunks(p, ids):
-    return head_cross_entropy(jnp.tanh(p["e"][ids]), p["e"], ids[::-1], chunk=4).sum()
+    return total(head_cross_entropy(jnp.tanh(p["e"][ids]), p["e"], ids[::-1], chunk=4))
 
 
 @program({"h": (7, 4)}, h=FACTORS)
@@ -107,23 +121,23 @@ def fused_head_in_a_scan(p, x):
         ids = jnp.argmax(jnp.abs(row), keepdims=True)
         return total + jax.jit(head_cross_entropy)(jnp.tanh(row[None]), p["h"], ids).sum(), None
 
-    return jax.lax.scan(step, 0.0, x)[0]
+    return total(jax.lax.scan(step, 0.0, x)[0][None])
 
 
 @program({"h": (7, 4), "w": (4, 4)}, h=LIFTED, w=SHARE)
 def head_of_normalised_rows(p, x):
     rows = p["h"] / jnp.linalg.norm(p["h"], axis=1, keepdims=True)
-    return jax.jit(head_cross_entropy)(x @ p["w"], rows, jnp.arange(5)).mean()
+    return total(jax.jit(head_cross_entropy)(x @ p["w"], rows, jnp.arange(5)))
 
 
 @program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SHARE, h=SHARE)
 def untied_fused_head(p, ids):
-    return jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids).mean()
+    return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
 @program({"e": (7, 4), "h": (7, 4), "b": (7,)}, "tokens", e=SHARE, h=SHARE, b=LIFTED)
 def head_with_bias(p, ids):
-    return jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids, bias=p["b"]).mean()
+    return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids, bias=p["b"]))
 
 
 def head_cross_entropy_of_another(hidden, weight, labels):
@@ -135,7 +149,7 @@ head_cross_entropy_of_another.__name__ = "head_cross_entropy"
 
 @program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SHARE, h=SHARE)
 def a_head_of_the_same_name(p, ids):
-    return jax.jit(head_cross_entropy_of_another)(jnp.tanh(p["e"][ids]), p["h"], ids).mean()
+    return total(jax.jit(head_cross_entropy_of_another)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
 @program({"w": (3, 4, 4), "b": (3, 4)}, w=SHARE, b=LIFTED)
@@ -418,3 +432,22 @@ def scanned_backwards(p, x):
 @program({"e": (7, 4)}, "tokens", e=SHARE)
 def one_row_at_a_time(p, ids):
     return total(jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(p["e"], i * 2 - 2))(ids))
+
+
+@program({"w": (2, 4, 4)}, w=FACTORS)
+def inner_loop_on_a_scanned_layer(p, x):
+    def outer(c, w):
+        return jax.lax.fori_loop(0, 3, lambda i, h: jnp.sin(h @ w + i), c), None
+
+    return total(jax.lax.scan(outer, x, p["w"])[0])
+
+
+@program({"e": (400, 4)}, "tokens", e=SHARE)
+def lookup_outside_a_tall_table(p, ids):
+    return total(jnp.take(p["e"], ids * 100 - 150, axis=0, mode="fill", fill_value=0.0))
+
+
+@program({"w": (2, 2, 4)}, w=FACTORS)
+def shared_with_axes_in_another_order(p, x):
+    x = jax.lax.dot_general(x.reshape(5, 2, 2), p["w"], (((2, 1), (1, 0)), ((), ())))
+    return total(jnp.einsum("thk,hko->to", jnp.tanh(x).reshape(5, 2, 2), p["w"]))

@@ -101,6 +101,7 @@ def test_layers_of_gpt2_add_up_and_read_like_the_model():
 def test_other_outputs_of_gpt2(output):
     with jax.enable_x64(True):
         model, x = gpt2(), batch(3)
+        model.execution = "scan"
         f, params = ntk_outputs(model, output)
         values = jax.vmap(f, (None, 0))(params, x)
         kernel = ntk(model, x, output=output)
@@ -121,6 +122,7 @@ def test_other_outputs_of_gpt2(output):
 
 def test_between_two_batches_in_float32():
     model = gpt2(jnp.float32)
+    model.execution = "scan"
     x = batch()
     first, second = ({k: v[s] for k, v in x.items()} for s in (slice(0, 1), slice(1, None)))
     whole = np.asarray(ntk(model, x))
