@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lensjax.laws import Fits, fit, lens_law, power_law, rectified_law
     from lensjax.models import from_pretrained
     from lensjax.selectors import SELECTORS, Scores
+    from lensjax.tangents import ntk
 
 _HOME = {
     "Curves": "lensjax.curves",
@@ -23,6 +24,7 @@ _HOME = {
     "power_law": "lensjax.laws",
     "rectified_law": "lensjax.laws",
     "from_pretrained": "lensjax.models",
+    "ntk": "lensjax.tangents",
     "SELECTORS": "lensjax.selectors",
     "Scores": "lensjax.selectors",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "fit",
     "from_pretrained",
     "lens_law",
+    "ntk",
     "power_law",
     "read_losses",
     "rectified_law",
