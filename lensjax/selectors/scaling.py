@@ -15,7 +15,7 @@ from lensjax.selectors.stopping import GAMMA, TAU, check_rule, descend
 LAW_POINTS = 4  # every law here has four parameters
 
 # Weak priors of `lens`, round numbers from what fine-tuning laws look like, not tuned on the published tables
-# (benchmarks/LOG.md shows what two other strengths would have given): losses are known to about 1 %; beta is
+# (benchmarks/LOG.md shows what other choices would have given): losses are known to about 1 %; beta is
 # 0.25 +- 0.15; the irreducible loss is half of the lowest loss seen, give or take that half.
 LOSS_NOISE = 0.01
 BETA_MEAN, BETA_STD = 0.25, 0.15
