@@ -1,8 +1,16 @@
 """The hot numerical primitives of lensjax: plain JAX, any device, each with one signature."""
 
-from lensjax_kernels.gram import crossed_gram, reduce_products, reduce_weight_gradients, row_gram, token_gram
+from lensjax_kernels.gram import (
+    crossed_gram,
+    reduce_products,
+    reduce_weight_gradients,
+    row_gram,
+    token_gram,
+    weighted_gram,
+)
 from lensjax_kernels.head import head_cross_entropy
-from lensjax_kernels.head_gram import head_left_times, head_losses, head_pull
+from lensjax_kernels.head_gram import head_left_times, head_losses, head_pull, head_pull_by_tokens
+from lensjax_kernels.signs import pack_random_signs, random_signs_like, unpack_signs
 
 __all__ = [
     "crossed_gram",
@@ -10,8 +18,13 @@ __all__ = [
     "head_left_times",
     "head_losses",
     "head_pull",
+    "head_pull_by_tokens",
+    "pack_random_signs",
+    "random_signs_like",
     "reduce_products",
     "reduce_weight_gradients",
     "row_gram",
     "token_gram",
+    "unpack_signs",
+    "weighted_gram",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ LEAST_COLUMNS = 32
 
 EXACT = jax.lax.Precision.HIGHEST
 """Kernels are used for their small differences: no reduced-precision passes on devices that have them."""
+
+PAIR_BYTES = 2**24
+"""Products of token pairs that exist at once, if they can be split that far."""
 
 Reduce = Callable[[jax.Array], jax.Array]
 
@@ -129,12 +133,18 @@ def _gradient(products: Sequence[tuple[jax.Array, jax.Array]], plus: jax.Array |
 
 
 def split_columns(columns: int, bytes_per_column: int, chunk_bytes: int) -> tuple[int, int]:
-    """Return (columns of a chunk, chunks) so that a chunk takes about `chunk_bytes`, in multiples of 8 columns."""
+    """Return (columns of a chunk, chunks) so that a chunk takes about `chunk_bytes`.
+
+    Chunks have multiples of 8 columns, and divide the columns evenly if some size near does.
+    """
     pieces = max(1, math.ceil(columns * bytes_per_column / chunk_bytes))
     if pieces == 1:
         return columns, 1
     size = max(LEAST_COLUMNS, math.ceil(columns / pieces))
     size = min(columns, -(-size // 8) * 8)
+    for near in range(size * 5 // 4 // 8 * 8, size * 3 // 5, -8):
+        if columns % near == 0:
+            return near, columns // near
     return size, -(-columns // size)
 
 
@@ -152,8 +162,8 @@ def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: ja
     """Return inner products of per-example weight gradients, contracted over pairs of tokens.
 
     Entry (i, c, j, k) is `<left1[i].T @ right1[i, c], left2[j].T @ right2[j, k]>`, computed as the sum over token
-    pairs of `(left1 left2^T) * (right1 right2^T)`: no gradient is made, and one row of examples' token pairs
-    exists at a time. It pays where examples times tokens is below the widths; see `reduce_weight_gradients`.
+    pairs of `(left1 left2^T) * (right1 right2^T)`: no gradient is made, and the pairs of some rows' tokens exist at
+    a time. It pays where examples times tokens is far below the widths; see `reduce_weight_gradients`.
 
     Parameters
     ----------
@@ -170,7 +180,7 @@ def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: ja
         inputs = jnp.einsum("td,msd->tms", one[0], left2, precision=EXACT, preferred_element_type=dtype)
         return _weighted(inputs, one[1], right2, dtype)
 
-    return jax.lax.map(row, (left1, right1))
+    return _by_rows(row, (left1, right1), right1, right2)
 
 
 def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Array) -> jax.Array:
@@ -194,7 +204,7 @@ def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Ar
         equal = (one[0][:, None, None] == ids2).astype(dtype)
         return _weighted(equal, one[1], right2, dtype)
 
-    return jax.lax.map(row, (ids1, right1))
+    return _by_rows(row, (ids1, right1), right1, right2)
 
 
 def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, right2: jax.Array) -> jax.Array:
@@ -218,12 +228,39 @@ def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, r
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _weighted(entries(one[0]).astype(dtype), one[1], right2, dtype)
 
-    return jax.lax.map(row, (jnp.arange(right1.shape[0]), right1))
+    return _by_rows(row, (jnp.arange(right1.shape[0]), right1), right1, right2)
+
+
+def weighted_gram(weights: jax.Array, right1: jax.Array, right2: jax.Array) -> jax.Array:
+    """Return the sums over token pairs of weights (N, T, M, S) times products of right1 and right2.
+
+    Parameters
+    ----------
+    weights : float array (N, T, M, S)
+        Products of the left factors.
+    right1, right2 : float arrays (N, C, T, e), (M, C', S, e)
+
+    Returns
+    -------
+    float array (N, C, M, C'), at least float32.
+    """
+    dtype = accumulator(weights, right1, right2)
+    return _by_rows(lambda one: _weighted(one[0], one[1], right2, dtype), (weights, right1), right1, right2)
+
+
+def _by_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2: jax.Array) -> jax.Array:
+    """Map over examples, as many together as `PAIR_BYTES` allows: few large products are faster than many small."""
+    (examples, outputs, tokens, _), others = right1.shape, right2.shape[:3]
+    one = outputs * tokens * math.prod(others) * accumulator(right1, right2).itemsize
+    together = max(1, PAIR_BYTES // one)
+    return jax.vmap(row)(each) if together >= examples else jax.lax.map(row, each, batch_size=together)
 
 
 def _weighted(weights: jax.Array, right1: jax.Array, right2: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Sum weights (T, M, S) times <right1 (C, T, e), right2 (M, C', S, e)> over tokens: (C, M, C')."""
-    # With few outputs a product over all token pairs is cheapest; XLA fuses the weighted sum into one pass.
+    if right1.shape[0] == right2.shape[1] == 1:
+        products = jnp.einsum("te,mse->tms", right1[0], right2[:, 0], precision=EXACT, preferred_element_type=dtype)
+        return jnp.sum(products * weights, axis=(0, 2))[None, :, None]
     products = jnp.einsum("cte,mkse->ctmks", right1, right2, precision=EXACT, preferred_element_type=dtype)
     return jnp.einsum("ctmks,tms->cmk", products, weights, precision=EXACT)
 

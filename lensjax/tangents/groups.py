@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from lensjax_kernels.gram import crossed_gram, pad_axis
+from lensjax_kernels.gram import crossed_gram
+from lensjax_kernels.head import IGNORED
 from lensjax_kernels.head_gram import head_left
 
 from lensjax.tangents.reducers import Pairs, Reducer
@@ -27,8 +29,10 @@ class _Dense:
 
     def rows(self, start: jax.Array, size: int) -> jax.Array:
         factor = self._by_row()[0]
-        padded = pad_axis(factor, factor.ndim - 1, size)
-        return jax.lax.dynamic_slice_in_dim(padded, start, size, axis=factor.ndim - 1)
+        width = factor.shape[-1]
+        chunk = jax.lax.dynamic_slice_in_dim(factor, jnp.minimum(start, width - size), size, axis=factor.ndim - 1)
+        chunk = jnp.roll(chunk, jnp.minimum(width - size - start, 0), axis=factor.ndim - 1)
+        return jnp.where(start + jnp.arange(size) < width, chunk, 0)
 
     def columns(self) -> jax.Array:
         return self._by_row()[1]
@@ -48,16 +52,17 @@ class _Head:
     hidden: jax.Array  # (B, T, d)
     labels: jax.Array  # (B, T)
     normalizers: jax.Array  # (B, T)
+    logits: jax.Array | None  # (B, T, V)
     cotangents: jax.Array  # (B, C, T)
 
     def rows(self, weight: jax.Array | None) -> RowsOf:
         assert weight is not None
-        height = weight.shape[0]
 
         def left(start: jax.Array, size: int) -> jax.Array:
-            rows = jax.lax.dynamic_slice_in_dim(pad_axis(weight, 0, size), start, size)
-            factor = head_left(self.hidden, rows, self.labels, self.normalizers, start)
-            return jnp.where(start + jnp.arange(size) < height, factor, 0)
+            # `over_rows` counts on from `start`, and wants zeros after the last row.
+            own = min(size, weight.shape[0])
+            factor = head_left(self.hidden, weight, self.labels, self.normalizers, self.logits, start=start, size=own)
+            return jnp.roll(factor, jnp.minimum(weight.shape[0] - own - start, 0), axis=2)
 
         return left
 
@@ -126,10 +131,11 @@ def of_group(
             ids.append(looked.reshape(looked.shape[0], -1))
             added.append(right)
         else:
-            hidden, labels, normalizers = residual
+            hidden, labels, normalizers, logits = residual
             merged = (labels.shape[0], -1)
             hidden = hidden.reshape(*merged, hidden.shape[-1])
-            heads.append(_Head(hidden, labels.reshape(merged), normalizers.reshape(merged), right))
+            logits = None if logits is None else logits.reshape(*merged, logits.shape[-1])
+            heads.append(_Head(hidden, labels.reshape(merged), normalizers.reshape(merged), logits, right))
     outputs = cotangents[0].shape[1]
     orientations = {part.inputs_first for part in dots}
     if dots and not ids and not heads and (outputs == 1 or len(orientations) == 1):
@@ -180,11 +186,11 @@ def _by_tokens(
         total = total + _joined(dots, 1, reducer)
         factors = [part.by_row() for part in dots]
         left, right = jnp.concatenate([a for a, _ in factors], 1), jnp.concatenate([g for _, g in factors], 2)
-        source: tuple[jax.Array, ...] = (left,)
+        source: tuple[Any, ...] = (left,)
     else:
         head = heads[0]
         right = head.columns()
-        source = (head.hidden, head.labels, head.normalizers)
+        source = (head.hidden, head.labels, head.normalizers, head.logits)
     added = jnp.where((ids < 0)[:, None, :, None], 0, added)  # these looked nothing up
     ids = jnp.maximum(ids, 0)
     split = reducer.sides
@@ -193,25 +199,29 @@ def _by_tokens(
     return total + reducer.arrange(one_way + other_way.transpose(2, 3, 0, 1))
 
 
-def split_tree(arrays: tuple[jax.Array, ...], reducer: Pairs, side: int) -> tuple[jax.Array, ...]:
+def split_tree(arrays: tuple[Any, ...], reducer: Pairs, side: int) -> tuple[Any, ...]:
     """Return one side of each array."""
-    return tuple(reducer.sides(a)[side] for a in arrays)
+    return tuple(None if a is None else reducer.sides(a)[side] for a in arrays)
 
 
 def _crossed(
-    source: tuple[jax.Array, ...], right: jax.Array, ids: jax.Array, added: jax.Array, weight: jax.Array | None
+    source: tuple[Any, ...], right: jax.Array, ids: jax.Array, added: jax.Array, weight: jax.Array | None
 ) -> jax.Array:
     if len(source) == 1:
         left = source[0]
         return crossed_gram(lambda i: left[i][:, ids], right, added)
-    hidden, labels, normalizers = source
+    hidden, labels, normalizers, logits = source
     assert weight is not None
     looked_up = weight[ids.reshape(-1)]
 
     def entries(i: jax.Array) -> jax.Array:
-        # As many "rows of the head" as tokens looked up; the label is compared with their ids, not their places.
-        probabilities = head_left(hidden[i], looked_up, jnp.full_like(labels[i], -1), normalizers[i])
-        left = probabilities.reshape(-1, *ids.shape) - (labels[i][:, None, None] == ids)
-        return jnp.where(labels[i][:, None, None] == -100, 0, left)
+        if logits is None:
+            # As many "rows of the head" as tokens looked up; no label among them, for it is an id and not a place.
+            none = jnp.full_like(labels[i], -1)
+            chances = head_left(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
+        else:
+            chances = jnp.exp(logits[i][:, ids] - normalizers[i][:, None, None])
+        left = chances - (labels[i][:, None, None] == ids)
+        return jnp.where(labels[i][:, None, None] == IGNORED, 0, left)
 
     return crossed_gram(entries, right, added)

@@ -36,7 +36,8 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Any
     Parameters
     ----------
     model : `lensjax.models.LanguageModel`, or any Flax NNX module with its `loss_sums(batch)` and `__call__`
-        An example is a mapping of arrays without the batch axis: input_ids (T,), labels (T,), attention_mask (T,).
+        An example is a mapping of arrays without the batch axis: input_ids (T,), labels (T,), attention_mask (T,);
+        for an encoder-decoder, whose `config.is_encoder_decoder` is true, labels (S,) have a length of their own.
     output : str
         One of `OUTPUTS`.
     seed : int
@@ -83,12 +84,7 @@ class _ModelOutput:
         if self.output in ("loss", "loss_sum"):
             total, tokens = model.loss_sums(batch)
             return total[0] if self.output == "loss_sum" else total[0] / jnp.maximum(tokens[0], 1)
-        mask = batch.get("attention_mask")
-        mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
-        logits = model(batch["input_ids"], mask)[0, :-1]
-        real = mask[0] != 0
-        # Position t predicts token t + 1; padding neither predicts nor is predicted.
-        labels = jnp.where(real[1:] & real[:-1], batch["labels"][0, 1:], IGNORED)
+        logits, labels = _labelled_logits(model, batch)
         weights = (labels != IGNORED) / jnp.maximum(jnp.sum(labels != IGNORED), 1)
         if self.output == "projections":
             signs = jax.random.rademacher(jax.random.key(self.seed), (logits.shape[-1], PROJECTIONS), logits.dtype)
@@ -96,6 +92,19 @@ class _ModelOutput:
         scores = jax.nn.softmax(logits, axis=-1) if self.output == "gold_probability" else logits
         gold = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
         return jnp.sum(weights.astype(gold.dtype) * gold)
+
+
+def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return one example's logits (T, V) and the label (T,) of each, -100 where nothing is to be predicted."""
+    mask = batch.get("attention_mask")
+    mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        labels = batch["labels"]
+        return model(batch["input_ids"], mask, model.shift_right(labels))[0], labels[0]
+    real = mask[0] != 0
+    # Position t predicts token t + 1; padding neither predicts nor is predicted.
+    labels = jnp.where(real[1:] & real[:-1], batch["labels"][0, 1:], IGNORED)
+    return model(batch["input_ids"], mask)[0, :-1], labels
 
 
 @functools.lru_cache(maxsize=64)

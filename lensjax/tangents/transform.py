@@ -417,7 +417,8 @@ class Transform:
             # (C, times, repeats, B, ...) -> (times, B, C, repeats, ...)
             ct = ct.reshape(self.outputs, times, repeats, *ct.shape[1 + around :])
             cotangents.append(jnp.transpose(ct, (1, 3, 0, 2, *range(4, ct.ndim))))
-            residuals.append(tuple(jnp.moveaxis(x.reshape(times, repeats, *x.shape[around:]), 2, 1) for x in residual))
+            shaped = [None if x is None else x.reshape(times, repeats, *x.shape[around:]) for x in residual]
+            residuals.append(tuple(None if x is None else jnp.moveaxis(x, 2, 1) for x in shaped))
 
         def one(each: Any) -> jax.Array:
             residuals, cotangents, weight = each

@@ -14,9 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as jp
+from lensjax_kernels.gram import accumulator
 from lensjax_kernels.head_gram import head_losses
 
 from lensjax.tangents import ir
+
+KEPT_LOGITS = 2**27
+"""The fused head keeps its logits for the backward pass where they take less memory than this, in bytes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,13 +52,15 @@ class Use:
             return math.prod(out) // max(1, math.prod(n for i, n in enumerate(shape) if i not in used))
         return math.prod(out) // max(1, math.prod(shape[1:])) if self.kind == "rows" else math.prod(out)
 
-    def forward(self, w: jax.Array, rest: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def forward(self, w: jax.Array, rest: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
         """Apply the operation to (B, ...) operands and one parameter: output (B, ...), and what its factors need."""
         if self.kind == "head":
             hidden, labels = rest
-            losses, normalizers = head_losses(hidden.reshape(-1, hidden.shape[-1]), w, labels.reshape(-1))
-            normalizers = normalizers.reshape(labels.shape)
-            return losses.reshape(labels.shape), (hidden, labels, normalizers)
+            rows, vocabulary = hidden.reshape(-1, hidden.shape[-1]), w.shape[0]
+            keep = labels.size * vocabulary * accumulator(hidden, w).itemsize < KEPT_LOGITS
+            losses, normalizers, logits = head_losses(rows, w, labels.reshape(-1), keep=keep)
+            logits = None if logits is None else logits.reshape(*labels.shape, vocabulary)
+            return losses.reshape(labels.shape), (hidden, labels, normalizers.reshape(labels.shape), logits)
         (x,) = rest
         return self.apply(w, x), (x,)
 

@@ -102,10 +102,11 @@ def head_inputs(rows, vocabulary, width, dtype):
     ("rows", "vocabulary", "width", "dtype", "tolerance"),
     [(5, 11, 4, np.float64, 1e-12), (40, 10_007, 24, np.float32, 1e-5)],
 )
-def test_fused_head(rows, vocabulary, width, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch):
     with jax.enable_x64(True):
         if rows == 5:  # several chunks of tokens and of the vocabulary even here
-            monkeypatch.setattr(head_gram, "LOGIT_BYTES", 2 * vocabulary)
+            monkeypatch.setattr(head_gram, "LOGIT_BYTES", 500)
             monkeypatch.setattr(gram, "LEAST_COLUMNS", 1)
         hidden, weight, labels = head_inputs(rows, vocabulary, width, dtype)
         cotangents = draw(3, 2, rows, dtype=dtype)
@@ -116,20 +117,25 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, monkeypatch):
             return jnp.where(labels == -100, 0.0, -gold)
 
         wide = (hidden.astype(float), weight.astype(float))
-        got, normalizers = head_gram.head_losses(hidden.reshape(-1, width), weight, labels.reshape(-1))
-        want = losses(*wide)
-        assert worst(got.reshape(labels.shape), want) < tolerance
-        normalizers = normalizers.reshape(labels.shape)
-        pulled, share = head_gram.head_pull(hidden, weight, labels, normalizers, cotangents, pairs)
+        flat = (hidden.reshape(-1, width), weight, labels.reshape(-1))
+        got, normalizers, logits = head_gram.head_losses(*flat, keep=keep)
+        assert (logits is not None) == keep
+        assert worst(got.reshape(labels.shape), losses(*wide)) < tolerance
+        logits = logits.reshape(*labels.shape, -1) if keep else None
+        known = (hidden, weight, labels, normalizers.reshape(labels.shape), logits)
+        pulled, share = head_gram.head_pull(*known, cotangents, pairs)
+        again, by_tokens = head_gram.head_pull_by_tokens(*known, cotangents, rows=1)
         for c in range(2):
             (into_hidden,) = jax.vjp(lambda h: losses(h, wide[1]), wide[0])[1](cotangents[:, c].astype(float))
             assert worst(pulled[:, c], into_hidden) < tolerance
+            assert worst(again[:, c], into_hidden) < tolerance
         softmax = jax.nn.softmax(wide[0] @ wide[1].T)
         left = jnp.where((labels == -100)[..., None], 0, softmax - jax.nn.one_hot(labels, vocabulary))
         right = cotangents.astype(float)[..., None] * wide[0][:, None]
         flat = jnp.einsum("btv,bctd->bcvd", left, right).reshape(6, -1)
-        assert worst(share, np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)) < tolerance
+        want = np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)
+        assert worst(share, want) < tolerance
+        assert worst(by_tokens, want[:1, :, 1:]) < tolerance
         matrix = draw(vocabulary, 5, dtype=dtype)
-        times = head_gram.head_left_times(hidden, weight, labels, normalizers, matrix)
-        assert worst(times, np.asarray(left @ matrix)) < tolerance
-        assert head_gram.head_pull(hidden, weight, labels, normalizers, cotangents, None)[1] is None
+        assert worst(head_gram.head_left_times(*known, matrix), np.asarray(left @ matrix)) < tolerance
+        assert head_gram.head_pull(*known, cotangents, None)[1] is None
