@@ -1,5 +1,9 @@
 import json
 import os
+import pathlib
+import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from lensjax.errors import InputError, SelectionError
 from lensjax.runs import JOURNAL, Journal, Run, curves_of, key_of, write_atomically
 
 SPECIFICATION = {"task": "t", "sizes": [1, 2]}
+WORKER = pathlib.Path(__file__).with_name("journal_worker.py")
 
 
 def run(key="k", **facts):
@@ -144,3 +149,20 @@ def test_curves_leave_failed_and_unmade_runs_empty():
     assert curves.sizes.tolist() == [0, 200]
     np.testing.assert_array_equal(curves.losses, [[np.nan, 2.0], [3.0, np.nan]])
     assert curves.parameters.tolist() == [10, 20]
+
+
+def test_killed_at_any_moment_nothing_finished_is_lost_or_repeated(tmp_path):
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed.mkdir()
+    done = subprocess.run([sys.executable, WORKER, killed], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == 60
+    assert found["torn"] > 0
+    assert found["repeated"] == 0
+    # A selection that was never disturbed ends with the same runs in the same order.
+    worker = runpy.run_path(str(WORKER))
+    worker["work"](undisturbed, lambda what, key: None)
+    lines = (undisturbed / JOURNAL).read_text().splitlines()
+    assert found["runs"] == [json.loads(line) for line in lines]
+    assert len(lines) == 24
