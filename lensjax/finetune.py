@@ -15,10 +15,12 @@ import optax
 from flax import nnx
 
 from lensjax.metrics import training_flops
+from lensjax.models.lora import Lora, add_lora, parameter_counts, with_dropout
 from lensjax.tasks import Batch, Encoded, batches
 
 Params = Any  # a pytree of weights
 LOOK_EVERY = 16  # steps between two looks at how training goes
+FROZEN_FLOPS = 4  # per frozen weight and token: its own gradient, 2 of the 6 of a trained one, is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Plan:
         Steps.
     clip : float
         Largest global norm of a gradient.
+    lora : lensjax.models.lora.Lora, optional
+        Train low-rank adapters with these settings, and nothing else; weight decay is then on them alone.
     """
 
     learning_rate: float = 3e-4
@@ -53,6 +57,7 @@ class Plan:
     min_steps_between: int = 10
     warmup: int = 10
     clip: float = 1.0
+    lora: Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +75,15 @@ class Outcome:
     tokens : int
         Tokens (prompt and target, no padding) trained on in all.
     flops : float
-        6 N per token.
+        6 per trained weight and token; 4 per frozen weight, for no gradient of it is formed (2 forward, 2 to pass the
+        gradient of its outputs on to its inputs).
     seconds : float
         Wall time.
     validation_history : tuple of (step, loss)
     reason : str
         Why it ended.
+    trainable : int
+        Weights that training changes: all, or those of the adapters.
     """
 
     test_loss: float
@@ -87,6 +95,7 @@ class Outcome:
     seconds: float
     validation_history: tuple[tuple[int, float], ...]
     reason: str
+    trainable: int = 0
 
 
 class DivergedError(RuntimeError):
@@ -115,35 +124,59 @@ class FineTuner:
     Parameters
     ----------
     model : flax.nnx.Module
-        With ``loss_sums(batch) -> (loss_sum (N,), token_count (N,))``, as the ports of `lensjax.models`.
+        With ``loss_sums(batch) -> (loss_sum (N,), token_count (N,))``, as the ports of `lensjax.models`. Its
+        `nnx.Param`s are trained; all else, such as the weights under adapters, is passed in and never differentiated.
     plan : Plan
+        With `lora`, the model gets these adapters, from the same random numbers in each run.
     buckets : sequence of int
         Padded lengths.
     pad_id : int
         Token used for padding.
+
+    Raises
+    ------
+    InputError
+        If the plan's adapters do not fit the model.
     """
 
     def __init__(self, model: Any, plan: Plan, buckets: Iterable[int], pad_id: int) -> None:
+        if plan.lora is not None:
+            settings = {f.name: getattr(plan.lora, f.name) for f in dataclasses.fields(plan.lora)}
+            model = add_lora(model, key=jax.random.key(0), **settings)
         graph, *states = nnx.split(model, nnx.Param, ...)
-        params, rest = states
+        params, self.frozen = states
         self.plan, self.buckets, self.pad_id = plan, tuple(buckets), pad_id
         self.initial = params
-        self.parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))
+        self.parameters, self.trainable = parameter_counts(model)
         schedule = optax.linear_schedule(plan.learning_rate / max(plan.warmup, 1), plan.learning_rate, plan.warmup)
         self.optimiser = optax.chain(
             optax.clip_by_global_norm(plan.clip), optax.adamw(schedule, weight_decay=plan.weight_decay)
         )
 
-        def loss_sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return nnx.merge(graph, params, rest).loss_sums(batch)
+        # The frozen weights are an argument: closed over, they would be constants, copied into each program.
+        def loss_sums(params: Params, frozen: Params, batch: Batch, key: Any = None) -> tuple[jax.Array, jax.Array]:
+            return with_dropout(nnx.merge(graph, params, frozen), key).loss_sums(batch)
 
-        def step(params: Params, state: Any, finite: jax.Array, batch: Batch) -> tuple[Params, Any, jax.Array]:
-            loss, gradient = jax.value_and_grad(lambda p: mean_loss(loss_sums, p, batch))(params)
+        def step(
+            params: Params,
+            state: Any,
+            finite: jax.Array,
+            frozen: Params,
+            batch: Batch,
+            dropout_key: jax.Array,
+            number: int | jax.Array,
+        ) -> tuple[Params, Any, jax.Array]:
+            key = jax.random.fold_in(dropout_key, number)
+
+            def loss(params: Params) -> jax.Array:
+                return mean_loss(lambda params, batch: loss_sums(params, frozen, batch, key), params, batch)
+
+            value, gradient = jax.value_and_grad(loss)(params)
             update, state = self.optimiser.update(gradient, state, params)
-            return optax.apply_updates(params, update), state, finite & jnp.isfinite(loss)
+            return optax.apply_updates(params, update), state, finite & jnp.isfinite(value)
 
-        def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            sums, counts = loss_sums(params, batch)
+        def evaluate(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            sums, counts = loss_sums(params, frozen, batch)
             return sums.sum(), counts.sum()
 
         # Weights and optimiser state are replaced by the step, so their buffers are reused.
@@ -162,7 +195,7 @@ class FineTuner:
             If it is not finite.
         """
         pending = [
-            self._evaluate(params, batch)
+            self._evaluate(params, self.frozen, batch)
             for batch in batches(encoded, batch_size=self.plan.batch_size, buckets=self.buckets, pad_id=self.pad_id)
         ]
         sums, counts = (math.fsum(float(p[i]) for p in pending) for i in (0, 1))
@@ -171,12 +204,17 @@ class FineTuner:
             raise DivergedError(f"the loss is {value}")
         return value
 
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of training on so many tokens, see `Outcome`."""
+        frozen = self.parameters - self.trainable
+        return float(training_flops(self.trainable, tokens)) + FROZEN_FLOPS * frozen * tokens
+
     def zero_shot(self, test: Encoded) -> Outcome:
         """Evaluate the model as it is."""
         start = time.perf_counter()
         value = self.loss(self.initial, test)
         seconds = time.perf_counter() - start
-        return Outcome(value, float("nan"), 0, 0, 0, 0.0, seconds, (), "not fine-tuned")
+        return Outcome(value, float("nan"), 0, 0, 0, 0.0, seconds, (), "not fine-tuned", self.trainable)
 
     def run(
         self,
@@ -196,7 +234,7 @@ class FineTuner:
         ----------
         train, validation, test : Encoded
         seed : int
-            Of the order of the batches.
+            Of the order of the batches and of the adapters' dropout.
         on_progress : callable, optional
             Called with a `Progress` after every few steps.
 
@@ -213,6 +251,7 @@ class FineTuner:
         best, best_loss, best_step = self.initial, self.loss(self.initial, validation), 0
         history = [(0, best_loss)]
         since_best = steps = since_evaluation = 0
+        dropout_key = jax.random.key(seed)
         reason = f"{plan.max_epochs} epochs done"
         tokens = 0
         shuffled: dict[str, Any] = {
@@ -224,7 +263,7 @@ class FineTuner:
         per_epoch = sum(1 for _ in batches(train, **shuffled))
         for epoch in range(1, plan.max_epochs + 1):
             for batch in batches(train, **shuffled):
-                params, state, finite = self._step(params, state, finite, batch)
+                params, state, finite = self._step(params, state, finite, self.frozen, batch, dropout_key, steps)
                 steps += 1
                 since_evaluation += 1
                 if steps % LOOK_EVERY == 0 or steps % per_epoch == 0:
@@ -256,8 +295,9 @@ class FineTuner:
             steps=best_step,
             steps_run=steps,
             tokens=tokens,
-            flops=float(training_flops(self.parameters, tokens)),
+            flops=self.flops(tokens),
             seconds=time.perf_counter() - start,
             validation_history=tuple(history),
             reason=reason,
+            trainable=self.trainable,
         )

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -7,6 +8,7 @@ from flax import nnx
 
 from lensjax import models
 from lensjax.finetune import DivergedError, FineTuner, Plan, mean_loss
+from lensjax.models.lora import Frozen, Lora
 from lensjax.tasks import batches, bucket_lengths, encode, load_task
 
 PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=4, min_steps_between=1, warmup=2)
@@ -43,6 +45,7 @@ def test_fine_tuning_lowers_the_test_loss_and_keeps_the_initial_weights(setting)
     assert 0 < found.steps <= found.steps_run
     assert found.tokens == train.token_counts.sum() * found.steps_run / 13  # 100 samples: 13 batches of 8 an epoch
     assert found.flops == 6 * bench.parameters * found.tokens
+    assert found.trainable == bench.parameters
     for was, now in zip(before, jax.tree.leaves(bench.initial), strict=True):
         np.testing.assert_array_equal(was, now)
     assert bench.run(train, validation, test, seed=0).test_loss == pytest.approx(found.test_loss, rel=1e-5)
@@ -72,7 +75,8 @@ def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
     bench = tuner(setting, max_epochs=1)
     params = bench._copy(bench.initial)
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
-    found, _, finite = bench._step(params, bench._init(params), jax.numpy.array(True), batch)
+    true, key = jax.numpy.array(True), jax.random.key(0)
+    found, _, finite = bench._step(params, bench._init(params), true, bench.frozen, batch, key, 0)
 
     graph, start, rest = nnx.split(model, nnx.Param, ...)
 
@@ -134,3 +138,57 @@ def test_an_encoder_decoder_model_is_fine_tuned_from_separate_prompt_and_target(
     found = bench.run(*sets, seed=0)
     assert found.test_loss < bench.zero_shot(sets[2]).test_loss - 1.0
     assert found.tokens == sets[0].token_counts.sum() * PLAN.max_epochs
+
+
+@pytest.fixture(scope="module")
+def adapted(setting):
+    """A model, a fine-tuner of adapters for it, what its run gave, and the model's weights before."""
+    model, sets, buckets = setting
+    # The head is frozen: with weights as small as at the start of pre-training, its logits would stay small.
+    model = models.init_model(json.loads(model.config.raw) | {"initializer_range": 0.5}, jax.random.key(0))
+    before = {name: np.array(leaf[...]) for name, leaf in nnx.to_flat_state(nnx.state(model))}
+    bench = FineTuner(model, dataclasses.replace(PLAN, learning_rate=0.03, lora=Lora(rank=4, dropout=0.1)), buckets, 0)
+    return model, bench, bench.run(*sets, seed=0), before
+
+
+def test_adapters_learn_and_nothing_else_changes(setting, adapted):
+    _, sets, _ = setting
+    model, bench, found, before = adapted
+    assert found.test_loss < bench.zero_shot(sets[2]).test_loss - 0.5
+    assert found.validation_loss == min(loss for _, loss in found.validation_history)
+    frozen = {name: leaf for name, leaf in nnx.to_flat_state(bench.frozen) if type(leaf) is Frozen}
+    assert len(frozen) == len(before)
+    for name, leaf in nnx.to_flat_state(bench.frozen):
+        np.testing.assert_array_equal(leaf[...], before[tuple(part for part in name if part != "base")])
+    for name, leaf in nnx.to_flat_state(nnx.state(model)):
+        np.testing.assert_array_equal(leaf[...], before[name])
+
+
+def test_gradients_and_optimiser_state_are_of_the_adapters_alone(setting, adapted):
+    _, (train, *_), buckets = setting
+    _, bench, found, before = adapted
+    # One layer of width 8: qkv 8 -> 24, out 8 -> 8, perceptron 8 -> 32 -> 8, each with rank 4.
+    assert bench.trainable == found.trainable == 4 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8))
+    frozen = sum(value.size for value in before.values())
+    assert bench.parameters == frozen + bench.trainable
+    assert found.flops == (4 * frozen + 6 * bench.trainable) * found.tokens
+    params = bench._copy(bench.initial)
+    state = bench._init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * bench.trainable + 2  # moments, and steps twice
+    batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
+    # The frozen weights are inputs of the program and not constants in it.
+    arguments = (params, state, jax.numpy.array(True), bench.frozen, batch, jax.random.key(0), 0)
+    assert 'dense<"0x' not in bench._step.lower(*arguments).as_text()
+
+
+def test_adapters_of_an_early_stop_are_those_of_the_best_evaluation(setting):
+    model, (train, validation, test), buckets = setting
+    plan = dataclasses.replace(PLAN, learning_rate=0.3, max_epochs=30, patience=1, lora=Lora(rank=2))
+    bench = FineTuner(model, plan, buckets, 0)
+    found = bench.run(train.first(8), validation, test, seed=0)
+    losses = [loss for _, loss in found.validation_history]
+    assert "has not improved for 1 evaluations" in found.reason
+    assert found.validation_loss == min(losses) < losses[-1]
+    assert found.steps < found.steps_run
+    start = bench.zero_shot(test).test_loss
+    assert (found.test_loss == pytest.approx(start, rel=1e-6)) == (found.steps == 0)

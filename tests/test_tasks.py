@@ -1,11 +1,14 @@
+import dataclasses
 import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lensjax.errors import InputError
-from lensjax.tasks import IGNORED, Encoded, Example, batches, bucket_lengths, encode, load_task
+from lensjax.tasks import CHAT, IGNORED, PRESETS, Encoded, Example, batches, bucket_lengths, encode, load_task
 
 ROWS = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(50)]
 
@@ -20,6 +23,9 @@ class Words:
     def __call__(self, texts, add_special_tokens):
         assert not add_special_tokens
         return {"input_ids": [[2 + len(w) for w in t.split()] for t in texts]}
+
+    def decode(self, ids):
+        return " ".join("x" * (i - 2) for i in ids)
 
 
 def write(path, rows=ROWS):
@@ -108,11 +114,16 @@ def test_a_bad_task_gets_one_clear_message(tmp_path, rows, message):
 
 
 def test_an_unreadable_task_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"t\.jsonl: no such file\. --task takes \.jsonl"):
+    with pytest.raises(InputError, match=r"t\.jsonl: no such file\. --task takes a file \(\.jsonl, "):
         load(tmp_path / "t.jsonl")
+    (tmp_path / "t.xlsx").write_text("")
+    with pytest.raises(InputError, match=r"t\.xlsx: unknown kind of file"):
+        load(tmp_path / "t.xlsx")
     (tmp_path / "t.parquet").write_text("")
-    with pytest.raises(InputError, match=r"t\.parquet: unknown kind of file"):
+    with pytest.raises(InputError, match=r"t\.parquet: cannot be read as Parquet"):
         load(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"squad: no such file\. --task takes a file .* or one of flan, wikitext"):
+        load("squad")
     (tmp_path / "t.jsonl").write_text('{"q": "x"\n')
     with pytest.raises(InputError, match=r"line 1: not JSON"):
         load(tmp_path / "t.jsonl")
@@ -199,3 +210,154 @@ def test_batches_without_a_generator_keep_one_order():
     one, two = (list(batches(encoded([3, 4, 5]), batch_size=2, buckets=(8,), pad_id=0)) for _ in range(2))
     for a, b in zip(one, two, strict=False):
         np.testing.assert_array_equal(a["input_ids"], b["input_ids"])
+
+
+def test_parquet_and_nested_fields(tmp_path):
+    table = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    assert load(table).train == load(write(tmp_path / "t.jsonl")).train
+    nested = write(tmp_path / "n.jsonl", [{"translation": {"zh": r["q"], "en": r["a"]}} for r in ROWS])
+    found = load(nested, input_field="translation.zh", target_field="translation.en")
+    assert found.train == load(table).train
+    with pytest.raises(InputError, match=r"line 1: no field 'translation\.de' \(found: 'translation'\)"):
+        load(nested, input_field="translation.de", target_field="translation.en")
+
+
+def test_texts_for_language_modelling(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f"line {i}\n\n" for i in range(40)))
+    task = load(path, input_field=None, target_field=None)
+    assert task.text_only
+    assert len(task.train) == 25
+    assert (task.train[0].prompt, task.train[0].completion[:5]) == ("", "line ")
+    rows = [{"text": "" if i % 3 == 0 else f"text {i}"} for i in range(60)]
+    found = load(write(tmp_path / "t.jsonl", rows), input_field=None, target_field=None, text_field="text")
+    assert found.notes == ("20 empty texts were left out",)
+    with pytest.raises(InputError, match="--text-field text is language modelling"):
+        load(path, text_field="text")
+
+
+def save(directory, **splits):
+    """Write a data set directory as the hub has them, a Parquet file for each split."""
+    directory.mkdir(parents=True)
+    for split, rows in splits.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}-00000-of-00001.parquet")
+    return str(directory)
+
+
+SCHEMAS = {
+    "flan": lambda i: {"inputs": f"question {i}", "targets": f"answer {i}", "_task_name": "t"},
+    "wikitext": lambda i: {"text": f"paragraph {i} \n" if i % 2 else ""},
+    "gigaword": lambda i: {"document": f"question {i}", "summary": f"answer {i}"},
+    "wmt19": lambda i: {"translation": {"zh": f"question {i}", "en": f"answer {i}"}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_read_data_of_the_published_schema(name, tmp_path, monkeypatch):
+    preset = PRESETS[name]
+    rows = [SCHEMAS[name](i) for i in range(120)]
+    parts = {"train": rows[:80], "validation": rows[80:100], "test": rows[100:]}
+    own = sorted(set(preset.splits.values()))
+    directory = save(tmp_path / "data", **{split: parts[split] for split in own})
+    local = dataclasses.replace(preset, dataset=directory, config=None, revision=None)
+    monkeypatch.setitem(PRESETS, name, local)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    task = load_task(name, validation=4, test=9)
+    assert (len(task.validation), len(task.test)) == (4, 9)
+    assert task.name == name
+    assert task.text_only == (name == "wikitext")
+    tested = {example.target for example in task.test}
+    where = preset.splits.get("test", "train")
+    field = preset.text_field or preset.target_field
+    of_split = {str(row.get(field) or row.get("translation", {}).get("en")).strip() for row in parts[where]}
+    assert tested <= of_split
+    if name != "wikitext":
+        example = task.train[0]
+        assert example.input.removeprefix("question") == example.target.removeprefix("answer")
+
+
+def test_samples_of_two_splits_are_taken_out_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = save(tmp_path / "data", train=ROWS, validation=ROWS[5:12], test=ROWS[:10])
+    task = load(directory, validation_split="validation", test_split="test", validation=2)
+    assert not {*task.train} & {*task.test, *task.validation}
+    assert len(task.train) == 50 - 12
+    assert task.notes == (
+        "5 samples of validation are in another split too: left out",
+        "12 samples of train are in another split too: left out",
+    )
+    with pytest.raises(InputError, match="its test split has 10 distinct samples, but 11 are asked for"):
+        load(directory, validation_split="validation", test_split="test", validation=2, test=11)
+    limited = load(directory, limit=30)
+    assert len(limited.train) == 15
+    assert load(directory, limit=30, seed=1).train != limited.train
+    with pytest.raises(InputError, match="split 'nothing': cannot be loaded"):
+        load(directory, split="nothing")
+
+
+def test_a_local_file_has_no_splits(tmp_path):
+    with pytest.raises(InputError, match="is a local file: configuration, splits and revision"):
+        load(write(tmp_path / "t.jsonl"), split="train")
+
+
+def test_templates(tmp_path):
+    path = write(tmp_path / "t.jsonl")
+    example = load(path, template="Q: {input}\nA: ").train[0]
+    assert example.prompt + example.completion == f"Q: {example.input}\nA: {example.target}"
+    assert load(path, template="Q: {input}\nA: ").fingerprint != load(path).fingerprint
+    with pytest.raises(InputError, match=r"--template 'Q: ' has no \{input\} where the input goes"):
+        load(path, template="Q: ")
+
+
+class Chatting(Words):
+    chat_template = "a template"
+    bos_token_id = 7
+
+    def apply_chat_template(self, talks, add_generation_prompt, tokenize, return_dict):
+        assert add_generation_prompt
+        assert tokenize
+        assert return_dict
+        return {"input_ids": [[50, *super(Chatting, self).__call__([t[0]["content"]], False)["input_ids"][0], 51]
+                              for t in talks]}  # fmt: skip
+
+
+def test_the_chat_template_is_the_tokenizers_own():
+    found = encode([Example("a bb", "ccc d", CHAT)], Chatting(), 64)
+    assert found.ids[0].tolist() == [50, 3, 4, 51, 5, 3, 1]
+    assert found.prompt_lengths.tolist() == [4]
+    with pytest.raises(InputError, match="a candidate's tokenizer has no chat template"):
+        encode([Example("a", "b", CHAT)], Words(), 64)
+
+
+def test_texts_are_packed_into_full_rows():
+    texts = [Example("", "a bb ccc", ""), Example("", "dddd", ""), Example("", "e ff", "")]
+    found = encode(texts, Words(), 4, pack=True)
+    assert found.truncated == 0
+    assert [row.tolist() for row in found.rows[0]] == [[3, 4, 5, 1], [6, 1, 3, 4], [1]]
+    assert found.lengths.tolist() == [4, 4, 1]
+    # The subset of two samples is packed by itself: nothing of the third is in it.
+    assert [row.tolist() for row in found.first(2).rows[0]] == [[3, 4, 5, 1], [6, 1]]
+    assert found.counted == 3 + 3
+    assert found.target_bytes == len("a bb ccc" + "dddd" + "e ff")
+    (batch,) = batches(found, batch_size=3, buckets=(4,), pad_id=0)
+    assert batch["labels"].tolist() == [[3, 4, 5, 1], [6, 1, 3, 4], [1, IGNORED, IGNORED, IGNORED]]
+    with pytest.raises(InputError, match="an encoder-decoder model has no input to read in language modelling"):
+        encode(texts, Words(), 4, separate=True)
+
+
+def test_loss_per_byte_is_the_same_whatever_the_tokens():
+    examples = [Example("q", "aa bb cc")]
+    words, letters = encode(examples, Words(), 64), encode(examples, Letters(), 64)
+    assert (words.counted, letters.counted) == (4, 10)
+    # A summed loss of 20 nats, shared among the tokens of each.
+    assert words.target_bytes == letters.target_bytes == 9
+    assert 20 / words.counted * words.tokens_per_byte == pytest.approx(20 / 9)
+    assert 20 / letters.counted * letters.tokens_per_byte == pytest.approx(20 / 9)
+    cut = encode(examples, Words(), 3)
+    assert (cut.truncated, cut.target_bytes) == (1, len("xx xx"))
+
+
+class Letters(Words):
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [[ord(c) for c in t] for t in texts]}

@@ -12,19 +12,31 @@ from lensjax.models.checkpoints import (
     resolve,
     save_pretrained,
 )
+from lensjax.models.execution import stack_layers, unstack_layers
+from lensjax.models.lora import Lora, ParameterCounts, add_lora, merge_lora, parameter_counts
+from lensjax.models.lora_files import load_lora, save_lora
 from lensjax.models.registry import FAMILIES, ModelConfig
 
 __all__ = [
     "FAMILIES",
     "LanguageModel",
+    "Lora",
     "ModelConfig",
+    "ParameterCounts",
+    "add_lora",
     "check_checkpoint",
     "count_parameters",
     "from_pretrained",
     "init_model",
     "load_config",
+    "load_lora",
     "load_model",
     "load_tokenizer",
+    "merge_lora",
+    "parameter_counts",
     "resolve",
+    "save_lora",
     "save_pretrained",
+    "stack_layers",
+    "unstack_layers",
 ]

@@ -231,9 +231,7 @@ class Bart(Seq2SeqLM):
         x = stack.embedding_norm(x + stack.positions(positions.reshape(-1) + OFFSET))
         x = layers.drop(x, config.dropout, embed_key)
         keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
-        x = layers.run_layers(
-            stack.layers, x, keys, mask, memory, memory_mask, execution=self.execution, remat=self.remat
-        )
+        x = self.run_layers(stack.layers, x, keys, mask, memory, memory_mask)
         return x.reshape(samples, length, config.width)
 
     def encode(

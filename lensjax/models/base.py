@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from flax import nnx
 from lensjax_kernels import head_cross_entropy
 
 from lensjax.errors import InputError
+from lensjax.models.execution import run_layers
+from lensjax.models.layers import attention_implementation
+from lensjax.models.lora import Lora, with_dropout
 from lensjax.models.registry import ModelConfig
 
 IGNORED = -100
@@ -26,9 +30,15 @@ class LanguageModel(nnx.Module):
     ----------
     config : ModelConfig
     execution : {"unroll", "scan"}
-        How the layers are run, see `layers.run_layers`; set before `nnx.split`.
-    remat : bool
-        Whether the backward pass recomputes each layer instead of keeping its activations; set before `nnx.split`.
+        How the layers are run, see `execution.run_layers`; set before `nnx.split`.
+    remat : bool or str
+        Whether the backward pass recomputes each layer instead of keeping its activations, or the name of a policy of
+        `jax.checkpoint_policies`, see `execution.checkpointed`; set before `nnx.split`.
+    attention : {"auto", "plain", "xla", "cudnn"}
+        How attention is computed, see `layers.attention_implementation`; set before `nnx.split`. On a GPU in half
+        precision "auto" is flash attention, which has no forward mode and no second derivative: "plain" has both.
+    lora : lensjax.models.lora.Lora or None
+        The settings of its adapters, if it has some from `add_lora`.
     """
 
     config: ModelConfig
@@ -36,7 +46,14 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.execution = "unroll"
-        self.remat = False
+        self.remat: bool | str = False
+        self.attention = "auto"
+        self.lora: Lora | None = None
+
+    def run_layers(self, layers: Any, x: Any, each: Any, *shared: Any) -> Any:
+        """Run `x = layer(x, each[i], *shared)` through a stack as this model is set; see `execution.run_layers`."""
+        with attention_implementation(self.attention):
+            return run_layers(layers, x, each, *shared, execution=self.execution, remat=self.remat)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
@@ -111,7 +128,7 @@ class CausalLM(LanguageModel):
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the logits (N, T, V) of each position's next token; see `LanguageModel`."""
-        hidden = self.hidden(input_ids, attention_mask, dropout_key=dropout_key)
+        hidden = with_dropout(self, dropout_key).hidden(input_ids, attention_mask, dropout_key=dropout_key)
         logits = hidden.reshape(-1, hidden.shape[-1]) @ self.head_weight().T
         bias = self.head_bias()
         return (logits if bias is None else logits + bias).reshape(*input_ids.shape, -1)
@@ -122,7 +139,7 @@ class CausalLM(LanguageModel):
         """Sum the loss of each sample; see `LanguageModel`."""
         mask = batch.get("attention_mask")
         mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
-        hidden = self.hidden(batch["input_ids"], mask, dropout_key=dropout_key)
+        hidden = with_dropout(self, dropout_key).hidden(batch["input_ids"], mask, dropout_key=dropout_key)
         labels = next_token_labels(batch["labels"], mask)
         return loss_sums(hidden[:, :-1], self.head_weight(), labels, bias=self.head_bias())
 
@@ -238,7 +255,7 @@ class Seq2SeqLM(LanguageModel):
                 f"This {self.config.model_type} model is an encoder-decoder and got no decoder_input_ids; "
                 "make them from the labels with its shift_right."
             )
-        hidden = self.hidden(
+        hidden = with_dropout(self, dropout_key).hidden(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, dropout_key=dropout_key
         )
         logits = hidden.reshape(-1, hidden.shape[-1]) @ self.head_weight().T
@@ -268,7 +285,7 @@ class Seq2SeqLM(LanguageModel):
         dropout_key : PRNG key, optional
         """
         labels = jnp.asarray(batch["labels"])
-        hidden = self.hidden(
+        hidden = with_dropout(self, dropout_key).hidden(
             batch["input_ids"], batch.get("attention_mask"), self.shift_right(labels), dropout_key=dropout_key
         )
         return loss_sums(hidden, self.head_weight(), labels, bias=self.head_bias())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +18,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lensjax.errors import InputError
-from lensjax.models.base import LanguageModel
-from lensjax.models.registry import Family, ModelConfig, Table, family
+from lensjax.models.base import LanguageModel, Seq2SeqConfig
+from lensjax.models.execution import is_stacked, unstack_layers
+from lensjax.models.gguf import GGUFFile, GGUFTensors, gguf_config, gguf_tokenizer, load_gguf
+from lensjax.models.hub import TOKENIZER_ANY, resolve, without_advice
+from lensjax.models.lora import adapters
+from lensjax.models.registry import ModelConfig, family
+from lensjax.models.weights import Tensors, assemble, family_of, match, parameter_shapes
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model*.msgpack")
-CONVERSION = "transformers.AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET)."
-TOKENIZER_ANY = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-)
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
-    """Return the local directory of a model, fetching it from the Hugging Face hub if it is an id.
+def is_gguf(name_or_path: str | os.PathLike[str]) -> bool:
+    """Tell whether a model is named by a GGUF file."""
+    return os.fspath(name_or_path).lower().endswith(".gguf")
 
-    Parameters
-    ----------
-    name_or_path : str or path
-        A directory, or an id such as "gpt2" or "facebook/opt-350m".
-    revision : str, optional
-        Branch, tag or commit on the hub.
-    weights : bool
-        Whether the weights are needed, or only configuration and tokenizer.
 
-    Raises
-    ------
-    InputError
-        If there is no such directory, or the hub does not give the model (no network, no such id, offline mode).
-    """
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise InputError(f"{name}: is a file; name the directory that holds config.json and model.safetensors.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or isinstance(name_or_path, Path):
-        raise InputError(f"{name}: no such directory; name a model directory or a Hugging Face id.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
-    try:
-        # Files in sub-folders are other formats (onnx, openvino) of the same weights.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: is no directory here and could not be had from the Hugging Face hub ({reason}). "
-            "Check the id and the network, or download the model and name its directory."
-        ) from error
+def _conversion(encoder_decoder: bool) -> str:
+    kind = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    return f"transformers.{kind}.from_pretrained(SOURCE).save_pretrained(TARGET)."
 
 
 def load_config(
@@ -97,6 +65,8 @@ def load_config(
     """
     if isinstance(name_or_path, Mapping):
         return _config(dict(name_or_path), "the configuration")
+    if is_gguf(name_or_path):
+        return gguf_config(GGUFFile.open(name_or_path))
     file = resolve(name_or_path, revision=revision, weights=False) / "config.json"
     if not file.is_file():
         raise InputError(f"{os.fspath(name_or_path)}: has no config.json; name a directory in Hugging Face format.")
@@ -112,20 +82,13 @@ def load_config(
 def _config(raw: dict[str, Any], source: str) -> ModelConfig:
     if raw.get("auto_map"):
         raise InputError(
-            f"{source}: config.json has auto_map, that is, code of its own, which lensjax does not run; "
-            "use a checkpoint of the same model in the standard format."
+            f"{source}: config.json has auto_map, that is, code of its own, which lensjax does not run. If "
+            "transformers has the model itself, load it there without that code (trust_remote_code=False) and save it: "
+            f"{_conversion(bool(raw.get('is_encoder_decoder')))}"
         )
     if not isinstance(raw.get("model_type"), str):
         raise InputError(f'{source}: config.json has no model_type; add it, for instance "model_type": "gpt2".')
     return family(raw["model_type"], source).config.from_dict(raw, source)
-
-
-def _family(config: ModelConfig) -> Family:
-    return family(config.model_type, config.model_type)
-
-
-def _abstract(config: ModelConfig, dtype: Any) -> LanguageModel:
-    return nnx.eval_shape(lambda: _family(config).model(config, dtype, nnx.Rngs(0)))
 
 
 def count_parameters(model: str | os.PathLike[str] | ModelConfig, *, revision: str | None = None) -> int:
@@ -139,7 +102,7 @@ def count_parameters(model: str | os.PathLike[str] | ModelConfig, *, revision: s
         As in `from_pretrained`.
     """
     config = model if isinstance(model, ModelConfig) else load_config(model, revision=revision)
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(_abstract(config, jnp.float32), nnx.Param)))
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def init_model(config: ModelConfig | Mapping[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> LanguageModel:
@@ -154,32 +117,49 @@ def init_model(config: ModelConfig | Mapping[str, Any], key: jax.Array, dtype: A
     """
     if not isinstance(config, ModelConfig):
         config = load_config(config)
-    return _family(config).model(config, dtype, nnx.Rngs(key))
+    return family_of(config).model(config, dtype, nnx.Rngs(key))
 
 
-class _Tensors:
-    """The tensors of one checkpoint: names and shapes now, contents one at a time."""
+class SafeTensors(Tensors):
+    """The tensors of a model directory's safetensors files.
 
-    def __init__(self, directory: Path, source: str):
+    Parameters
+    ----------
+    directory : Path
+    config : ModelConfig
+        Decides what the way to convert other files is.
+    source : str
+        Names the checkpoint in error messages.
+
+    Raises
+    ------
+    InputError
+        If there are no such files, only pickled ones, a file is damaged, or a tensor is there twice.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, source: str):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        with contextlib.ExitStack() as stack:
-            self.handles: dict[str, Any] = {}
-            for file in self._find(directory, source):
-                try:
-                    handle = stack.enter_context(safe_open(file, "np"))
-                except (SafetensorError, OSError) as error:
-                    raise InputError(f"{file}: cannot be read as safetensors ({error}); download it again.") from error
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                    if name in self.handles:
-                        raise InputError(f"{source}: tensor {name} is in two shards, {self.files[name]} and {file}.")
-                    self.handles[name], self.files[name] = handle, file
-                    self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-            self.close = stack.pop_all().close
+        for file in self._find(directory, config, source):
+            try:
+                with safe_open(file, "np") as handle:
+                    found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file}: cannot be read as safetensors ({error}); download it again.") from error
+            for name, shape in found.items():
+                if name in self.files:
+                    raise InputError(f"{source}: tensor {name} is in two shards, {self.files[name]} and {file}.")
+                self.files[name], self.shapes[name] = file, shape
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return entries `start` to `stop` of the tensor's first axis, as stored; a scalar whole."""
+        # Opened anew each time: the file is mapped, and what was read of it counts as memory until it is closed.
+        with safe_open(self.files[name], "np") as handle:
+            return handle.get_slice(name)[start:stop] if self.shapes[name] else handle.get_tensor(name)
 
     @staticmethod
-    def _find(directory: Path, source: str) -> list[Path]:
-        index = directory / "model.safetensors.index.json"
+    def _find(directory: Path, config: ModelConfig, source: str) -> list[Path]:
+        index = directory / INDEX
         if (directory / "model.safetensors").is_file():
             return [directory / "model.safetensors"]
         if index.is_file():
@@ -195,53 +175,25 @@ class _Tensors:
         if pickled:
             raise InputError(
                 f"{source}: has only {', '.join(pickled)}, which lensjax does not open: such files can run code. "
-                f"Convert it once, where you trust it and have torch: {CONVERSION}"
+                f"Convert it once, where you trust it and have torch: {_conversion(isinstance(config, Seq2SeqConfig))}"
             )
         raise InputError(
             f"{source}: has no model.safetensors and no model.safetensors.index.json. If it comes with pickled weights "
-            f"only (pytorch_model.bin), convert it once where you trust it: {CONVERSION}"
+            "only (pytorch_model.bin), convert it once where you trust it: "
+            f"{_conversion(isinstance(config, Seq2SeqConfig))}"
         )
-
-    def read(self, name: str) -> np.ndarray:
-        return self.handles[name].get_tensor(name)
-
-
-@contextlib.contextmanager
-def _open(directory: Path, source: str) -> Iterator[_Tensors]:
-    tensors = _Tensors(directory, source)
-    try:
-        yield tensors
-    finally:
-        tensors.close()
 
 
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, revision: str | None = None
 ) -> LanguageModel:
     """Load a model without its tokenizer; see `from_pretrained`."""
+    if is_gguf(name_or_path):
+        return load_gguf(name_or_path, dtype=dtype)
     config = load_config(name_or_path, revision=revision)
     source = os.fspath(name_or_path)
-    table = _family(config).table(config)
-    graph, *states = nnx.split(_abstract(config, dtype), nnx.Param, ...)
-    abstract, rest = states
-    flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(abstract)]
-    with _open(resolve(name_or_path, revision=revision), source) as tensors:
-        names = _check(table, {path: leaf.shape for _, path, leaf in flat}, tensors, source)
-        leaves = []
-        for path, dotted, leaf in flat:
-            rule, wanted = table.sources(dotted)
-            if any(name not in names for name in wanted):
-                leaves.append((path, leaf.replace(jnp.zeros(leaf.shape, dtype))))
-                continue
-            array = rule.load([tensors.read(names[name]) for name in wanted])
-            leaves.append((path, leaf.replace(jnp.asarray(array.astype(dtype, copy=False)))))
-        for copy, original in table.same.items():
-            if copy in names and not np.array_equal(tensors.read(names[copy]), tensors.read(names[original])):
-                raise InputError(
-                    f"{source}: config.json ties {copy} to {original}, but the two differ in the checkpoint; "
-                    "set tie_word_embeddings to false in config.json."
-                )
-    return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
+    tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+    return assemble(config, tensors, dtype, source)
 
 
 def check_checkpoint(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
@@ -256,52 +208,16 @@ def check_checkpoint(name_or_path: str | os.PathLike[str], *, revision: str | No
     InputError
         As `from_pretrained` would, except for what only the tensors' contents or the tokenizer can show.
     """
-    config = load_config(name_or_path, revision=revision)
     source = os.fspath(name_or_path)
-    flat = nnx.to_flat_state(nnx.state(_abstract(config, jnp.float32), nnx.Param))
-    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in flat}
-    with _open(resolve(name_or_path, revision=revision), source) as tensors:
-        _check(_family(config).table(config), shapes, tensors, source)
+    if is_gguf(name_or_path):
+        file = GGUFFile.open(name_or_path)
+        config = gguf_config(file)
+        tensors: Tensors = GGUFTensors(file, config)
+    else:
+        config = load_config(name_or_path, revision=revision)
+        tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+    match(family_of(config).table(config), parameter_shapes(config), tensors, source)
     return config
-
-
-def _check(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: _Tensors, source: str) -> dict[str, str]:
-    """Return short name -> name in the file, or raise with everything that does not fit."""
-    names: dict[str, str] = {}
-    problems = []
-    for name in tensors.shapes:
-        short = table.short(name)
-        if short in names:
-            problems.append(f"both {names[short]} and {name} are there")
-        names[short] = name
-    used = set(table.same)
-    for path, shape in shapes.items():
-        rule, wanted = table.sources(path)
-        used.update(wanted)
-        absent = [table.full(name) for name in wanted if name not in names]
-        if absent and all(name in table.optional for name in wanted):
-            continue
-        if absent:
-            problems.append(f"missing: {', '.join(absent)}")
-            continue
-        found = [tensors.shapes[names[name]] for name in wanted]
-        try:
-            # Views of one zero: the rule's own code decides which shape it makes, and no tensor is read.
-            made = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in found]).shape
-        except ValueError:
-            made = None
-        if made != tuple(shape):
-            problems.append(
-                f"wrong shape: {', '.join(names[name] for name in wanted)} has {' and '.join(map(str, found))}, "
-                f"which does not make {tuple(shape)} for {path}"
-            )
-    problems += [f"unused: {names[name]}" for name in names if name not in used and not table.is_ignored(name)]
-    if problems:
-        raise InputError(
-            f"{source}: the checkpoint does not fit its config.json, {len(problems)} "
-            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(problems)
-        )
-    return names
 
 
 def export_tensors(model: LanguageModel, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -314,8 +230,20 @@ def export_tensors(model: LanguageModel, dtype: Any = None) -> dict[str, np.ndar
     model : LanguageModel
     dtype : optional
         Type of the arrays; default: that of the parameters.
+
+    Raises
+    ------
+    InputError
+        If the model has adapters, which its checkpoint has no place for.
     """
-    table = _family(model.config).table(model.config)
+    if adapters(model):
+        raise InputError(
+            "The model has LoRA adapters: merge them first (lensjax.models.merge_lora), or save them alone "
+            "(lensjax.models.save_lora)."
+        )
+    if is_stacked(model):
+        model = unstack_layers(model)
+    table = family_of(model.config).table(model.config)
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         rule, names = table.sources(".".join(map(str, path)))
@@ -327,22 +255,50 @@ def export_tensors(model: LanguageModel, dtype: Any = None) -> dict[str, np.ndar
 
 
 def save_pretrained(
-    model: LanguageModel, directory: str | os.PathLike[str], tokenizer: Any = None, dtype: Any = None
+    model: LanguageModel,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    dtype: Any = None,
+    *,
+    max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write a model as config.json and model.safetensors, which transformers loads.
+    """Write a model as config.json and model.safetensors, or shards with their index, which transformers loads.
 
     Parameters
     ----------
     model : LanguageModel
         Of a supported family.
     directory : str or path
-        Made if it is not there; files of the same names are replaced.
+        Made if it is not there; files of the same names are replaced, other weight files of ours or of transformers
+        (model*.safetensors and their index) removed.
     tokenizer : transformers tokenizer, optional
         Saved beside the model; config.json gets its special token ids where it has none.
     dtype : optional
         Type of the tensors on disk; default: that of the parameters.
+    max_shard_size : int or str
+        Largest file in bytes, or as "500MB" (a megabyte is 10^6 bytes); a tensor that is larger gets a file of its own.
+
+    Raises
+    ------
+    InputError
+        If `max_shard_size` is no size, or the model has adapters.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     tensors = export_tensors(model, dtype)
+    try:
+        if isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise ValueError("no file is that small")
+        plan = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda array: array.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"max_shard_size is {max_shard_size!r}; give a positive number of bytes, or '500MB'."
+        ) from error
     raw = json.loads(model.config.raw)
     kinds = sorted({str(array.dtype) for array in tensors.values()})
     raw["dtype"] = kinds[0]
@@ -353,13 +309,30 @@ def save_pretrained(
             raw.setdefault(name, getattr(tokenizer, name, None))
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", "utf-8")
-    unfinished = target / "model.safetensors.tmp"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(unfinished, target / "model.safetensors")
+    _write_json(target / "config.json", raw)
+    for file, names in plan.filename_to_tensors.items():
+        unfinished = target / f"{file}.tmp"
+        save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
+    for file in plan.filename_to_tensors:
+        os.replace(target / f"{file}.tmp", target / file)
+    index = target / INDEX
+    if plan.is_sharded:
+        _write_json(index, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    else:
+        index.unlink(missing_ok=True)
+    # What an earlier model left here would be read in place of this one, or beside it.
+    for stale in target.glob("model*.safetensors"):
+        if stale.name not in plan.filename_to_tensors and SHARD.fullmatch(stale.name):
+            stale.unlink()
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    os.replace(unfinished, file)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
@@ -370,18 +343,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
     InputError
         If the model has no tokenizer that transformers can read.
     """
+    if is_gguf(name_or_path):
+        return gguf_tokenizer(GGUFFile.open(name_or_path))
     directory = resolve(name_or_path, revision=revision, weights=False)
-    # transformers says at import that torch is missing; this is its own switch for such advice.
-    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
+    with without_advice():
         from transformers import AutoTokenizer
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
     try:
         if not any((directory / file).is_file() for file in TOKENIZER_ANY):
             # transformers would make an empty tokenizer without a word.
@@ -400,13 +366,13 @@ def from_pretrained(
 ) -> tuple[LanguageModel, Any]:
     """Load a model and its tokenizer.
 
-    Tensors are read one at a time, so that memory stays near that of the parameters.
+    Memory stays near that of the parameters: see `lensjax.models.weights`.
 
     Parameters
     ----------
     name_or_path : str or path
-        A directory with config.json, model.safetensors (or shards with their index) and tokenizer files, or a
-        Hugging Face id.
+        A directory with config.json, model.safetensors (or shards with their index) and tokenizer files, a GGUF file,
+        or a Hugging Face id.
     dtype : dtype of the parameters and of the computation
     revision : str, optional
         Branch, tag or commit on the hub.
@@ -423,5 +389,9 @@ def from_pretrained(
         If the model cannot be found or is not supported, or if the checkpoint does not fit its configuration: then
         with all unused, missing and misshapen tensors in one message.
     """
+    if is_gguf(name_or_path):
+        file = GGUFFile.open(name_or_path)
+        tokenizer = gguf_tokenizer(file)
+        return load_gguf(file, dtype=dtype), tokenizer
     model = load_model(name_or_path, dtype=dtype, revision=revision)
     return model, load_tokenizer(name_or_path, revision=revision)

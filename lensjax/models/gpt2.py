@@ -168,13 +168,11 @@ class GPT2(CausalLM):
         if config.scale_attn_by_inverse_layer_idx:
             scale = scale / jnp.arange(1, config.layers + 1)
         keys = None if layers_key is None else jax.random.split(layers_key, config.layers)
-        x = layers.run_layers(
+        x = self.run_layers(
             self.layers,
             x,
             (scale, keys),
             layers.causal_mask(attention_mask),
-            execution=self.execution,
-            remat=self.remat,
         )
         return self.norm(x).reshape(samples, length, config.width)
 

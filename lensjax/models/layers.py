@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -77,7 +79,7 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention.
+    """Softmax attention, computed as `attention_implementation` says.
 
     Parameters
     ----------
@@ -98,6 +100,17 @@ def attention(
     -------
     float array (N, T, H, h); scores and softmax are at least float32.
     """
+    kind = choose_attention(
+        _ATTENTION.get(),
+        jax.default_backend(),
+        query.dtype,
+        lengths=(query.shape[1], key.shape[1]),
+        features=query.shape[3],
+        bias=bias is not None,
+        dropout=dropout > 0 and dropout_key is not None,
+    )
+    if kind != "plain":
+        return fused_attention(query, key, value, mask, scale=scale, bias=bias, implementation=kind)
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
@@ -112,6 +125,103 @@ def attention(
     return jnp.einsum("nhts,nshd->nthd", weights, value)
 
 
+def fused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | jax.Array,
+    bias: jax.Array | None = None,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """Softmax attention by `jax.nn.dot_product_attention`; arguments as in `attention`."""
+    if not isinstance(scale, (int, float)):  # it takes no scale that is known only when the program runs
+        query, scale = (query * scale).astype(query.dtype), 1.0
+    # cuDNN wants every query's row of the mask, and may want one mask a sample.
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(
+        query, key, value, bias=bias, mask=mask, scale=float(scale), implementation=implementation
+    )
+
+
+ATTENTIONS = ("auto", "plain", "xla", "cudnn")
+"""Implementations of `attention`."""
+
+_ATTENTION: ContextVar[str] = ContextVar("attention", default="auto")
+
+
+@contextmanager
+def attention_implementation(kind: str) -> Iterator[None]:
+    """Compute attention in one way while functions are traced in this context.
+
+    Parameters
+    ----------
+    kind : {"auto", "plain", "xla", "cudnn"}
+        "plain" is written out in `attention`, in operations of JAX that can be differentiated in any way and as often
+        as wanted. "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; they drop no attention weights.
+        "cudnn" is flash attention, for NVIDIA GPUs: no scores are kept, and one gradient is all it has, no forward
+        mode and no second derivative. "auto" is `choose_attention`'s.
+
+    Raises
+    ------
+    InputError
+        If there is no such implementation.
+    """
+    if kind not in ATTENTIONS:
+        raise InputError(f"attention {kind!r} is not known; choose one of {', '.join(ATTENTIONS)}.")
+    token = _ATTENTION.set(kind)
+    try:
+        yield
+    finally:
+        _ATTENTION.reset(token)
+
+
+def choose_attention(
+    asked: str,
+    platform: str,
+    dtype: Any,
+    *,
+    lengths: tuple[int, int],
+    features: int,
+    bias: bool,
+    dropout: bool,
+) -> str:
+    """Return which implementation computes one attention.
+
+    Parameters
+    ----------
+    asked : str
+        One of `ATTENTIONS`; all but "auto" are what they say, except that dropout needs "plain".
+    platform : str
+        As `jax.default_backend()` says it.
+    dtype : dtype of the queries
+    lengths : (int, int)
+        Queries and keys.
+    features : int
+        Of a head.
+    bias : bool
+        Whether a bias is added to the scores, which is learned where there is one.
+    dropout : bool
+        Whether attention weights are dropped.
+
+    Returns
+    -------
+    "plain", "xla" or "cudnn"
+        "auto" is "cudnn" where that can do it: on a GPU, in half precision, with an even number of queries and of keys
+        (cuDNN gets the mask as a bias, whose gradient it forms only then), and heads of at most 128 features, a
+        multiple of 8. Else it is "plain": on the CPU that was not slower than "xla".
+    """
+    if dropout:
+        return "plain"
+    if asked != "auto":
+        return asked
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    even = all(length % 2 == 0 for length in lengths)
+    fits = half and even and features % 8 == 0 and features <= 128 and not bias
+    return "cudnn" if platform in ("gpu", "cuda") and fits else "plain"
+
+
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Return `x` with elements dropped at `rate` and the rest scaled up; unchanged without a key or a rate."""
     if key is None or rate == 0.0:
@@ -119,61 +229,24 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def split_key(key: jax.Array | None, count: int) -> list[Any]:
-    """Return `count` keys, or as many times None where there is no key."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def run_layers(
-    layers: nnx.List,
-    x: jax.Array,
-    each: Any,
-    *shared: Any,
-    execution: str = "unroll",
-    remat: bool = False,
-) -> jax.Array:
-    """Run `x = layer(x, each[i], *shared)` through a stack of layers.
+def per_expert(weight: Any, x: jax.Array) -> jax.Array:
+    """Apply a matrix of each expert to its tokens.
 
     Parameters
     ----------
-    layers : nnx.List of modules
-    x : array
-        Activations.
-    each : pytree whose leaves have a leading axis of length `len(layers)`
-        What differs from layer to layer besides the parameters (dropout keys, scales).
-    shared : pytrees
-        What all layers get (masks).
-    execution : {"unroll", "scan"}
-        "scan" stacks the layers' parameters and compiles one layer; all layers must then be alike.
-    remat : bool
-        Whether the backward pass recomputes each layer instead of keeping its activations. On CPU this saves memory
-        only with "scan": XLA recognises unrolled recomputation as the same work and undoes it.
+    weight : nnx.Variable (E, d, f), or a module that adapts one
+    x : float array (N, E, C, d)
 
     Returns
     -------
-    array like `x`.
+    float array (N, E, C, f)
     """
-    if execution not in ("unroll", "scan"):
-        raise InputError(f"execution {execution!r} is not known; choose 'unroll' or 'scan'.")
-    parts = [nnx.split(layer) for layer in layers]
+    return jnp.einsum("necd,edf->necf", x, weight[...]) if isinstance(weight, nnx.Variable) else weight(x)
 
-    def run_one(graph: Any, x: jax.Array, state: Any, own: Any, shared: tuple[Any, ...]) -> jax.Array:
-        return nnx.merge(graph, state)(x, own, *shared)
 
-    def keep(graph: Any) -> Callable[..., jax.Array]:
-        function = partial(run_one, graph)
-        return jax.checkpoint(function) if remat else function
-
-    if execution == "unroll":
-        for i, (graph, state) in enumerate(parts):
-            x = keep(graph)(x, state, jax.tree.map(lambda leaf, i=i: leaf[i], each), shared)
-        return x
-    graph = parts[0][0]
-    if any(other != graph for other, _ in parts):
-        raise InputError("execution 'scan' needs layers that are all alike; use execution 'unroll' for this model.")
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in parts))
-    one = keep(graph)
-    return jax.lax.scan(lambda x, own: (one(x, own[0], own[1], shared), None), x, (stacked, each))[0]
+def split_key(key: jax.Array | None, count: int) -> list[Any]:
+    """Return `count` keys, or as many times None where there is no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 def normal(std: float) -> nnx.Initializer:

@@ -294,7 +294,7 @@ class Llama(CausalLM):
         of_layer = list(zip(config.windows, config.ropes, strict=True))
         kinds = list(dict.fromkeys(of_layer))
         positions = layers.positions_from_mask(attention_mask)
-        x = layers.run_layers(
+        x = self.run_layers(
             self.layers,
             x,
             (
@@ -303,8 +303,6 @@ class Llama(CausalLM):
             ),
             [layers.window_mask(attention_mask, window) for window, _ in kinds],
             [rope.tables(positions, x.dtype) for _, rope in kinds],
-            execution=self.execution,
-            remat=self.remat,
         )
         return self.norm(x).reshape(samples, length, config.width)
 

@@ -155,13 +155,11 @@ class OPT(CausalLM):
         if projected:
             x = self.project_in(x)
         x = x + self.positions(layers.positions_from_mask(attention_mask).reshape(-1) + OFFSET)
-        x = layers.run_layers(
+        x = self.run_layers(
             self.layers,
             x,
             None if dropout_key is None else jax.random.split(dropout_key, config.layers),
             layers.causal_mask(attention_mask),
-            execution=self.execution,
-            remat=self.remat,
         )
         if config.final_norm:
             x = self.norm(x)

@@ -157,14 +157,12 @@ class Phi(CausalLM):
             attention_mask = jnp.ones((samples, length), jnp.int32)
         embed_key, layers_key = layers.split_key(dropout_key, 2)
         x = layers.drop(self.tokens(input_ids.reshape(-1)), config.embd_pdrop, embed_key)
-        x = layers.run_layers(
+        x = self.run_layers(
             self.layers,
             x,
             None if layers_key is None else jax.random.split(layers_key, config.layers),
             layers.causal_mask(attention_mask),
             config.rope.tables(layers.positions_from_mask(attention_mask), x.dtype),
-            execution=self.execution,
-            remat=self.remat,
         )
         return self.norm(x).reshape(samples, length, config.width)
 

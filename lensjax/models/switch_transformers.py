@@ -19,6 +19,7 @@ from flax import nnx
 
 from lensjax.errors import InputError
 from lensjax.models import layers
+from lensjax.models.lora import with_dropout
 from lensjax.models.registry import Rule, Table, positive, transposed
 from lensjax.models.t5 import T5, UNUSED, Block, Perceptron, Stack, T5Config, copies, encoder_mask, rules
 
@@ -126,6 +127,9 @@ jax.tree_util.register_dataclass(Routing, ["log_z", "chosen", "probability"], []
 class SparsePerceptron(nnx.Module):
     """Many perceptrons, one of which is chosen for each token; a token too many for it passes with zero."""
 
+    EXPERTS: ClassVar[tuple[str, ...]] = ("inner", "out")
+    """The matrices with a leading axis over experts."""
+
     def __init__(self, config: SwitchConfig, dtype: Any, rngs: nnx.Rngs):
         shape = (config.num_experts, config.width, config.d_ff)
         init = layers.normal(config.initializer_factor * config.width**-0.5)
@@ -174,9 +178,9 @@ class SparsePerceptron(nnx.Module):
 
         nothing = jnp.zeros((1, config.width), x.dtype)
         tokens = jnp.concatenate([x, nothing])[token.reshape(samples, config.num_experts, capacity)]
-        inner = layers.ACTIVATIONS[config.activation](jnp.einsum("necd,edf->necf", tokens, self.inner[...]))
+        inner = layers.ACTIVATIONS[config.activation](layers.per_expert(self.inner, tokens))
         inner = layers.drop(inner, config.dropout_rate, inner_key)
-        done = jnp.einsum("necf,efd->necd", inner, self.out[...]).reshape(-1, config.width)
+        done = layers.per_expert(self.out, inner).reshape(-1, config.width)
         back = jnp.where(slot < slots, sample * slots + slot, samples * slots)
         y = jnp.concatenate([done, nothing])[back.reshape(-1)] * rounded.max(axis=-1).reshape(-1, 1)
 
@@ -218,7 +222,6 @@ class SwitchTransformer(T5):
     whole batch there, so they come apart, as `router_loss`.
     An expert's capacity counts within a sample, as in transformers 5: neighbours in the batch change nothing. Padding
     takes a place only behind the sample's real tokens; in transformers this is so for padding on the right only.
-    Layers that are not all alike do not run with execution "scan".
     """
 
     config: SwitchConfig
@@ -244,7 +247,7 @@ class SwitchTransformer(T5):
         x = layers.drop(self.tokens(ids.reshape(-1)), config.dropout_rate, embed_key)
         keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
         start: Any = (x, Routing.zero(samples, config.num_experts))
-        end: Any = layers.run_layers(
+        end: Any = self.run_layers(
             stack.layers,
             start,
             keys,
@@ -253,8 +256,6 @@ class SwitchTransformer(T5):
             stack.bias(length, bidirectional=memory is None),
             memory,
             memory_mask,
-            execution=self.execution,
-            remat=self.remat,
         )
         x = layers.drop(stack.norm(end[0]), config.dropout_rate, last_key)
         return x.reshape(samples, length, config.width), end[1]
@@ -306,8 +307,9 @@ class SwitchTransformer(T5):
         real = batch.get("attention_mask")
         real = jnp.ones(ids.shape, jnp.int32) if real is None else real
         keys = layers.split_key(dropout_key, 2)
-        encoded, encoder = self._encode(ids, real, keys[0])
-        decoder = self._decode(decoder_ids, jnp.ones(labels.shape, jnp.int32), encoded, real, keys[1])[1]
+        model = with_dropout(self, dropout_key)
+        encoded, encoder = model._encode(ids, real, keys[0])
+        decoder = model._decode(decoder_ids, jnp.ones(labels.shape, jnp.int32), encoded, real, keys[1])[1]
         config = self.config
         total = jnp.zeros(labels.shape[0], encoder.log_z.dtype)
         for routing, length, step, count, is_decoder in (

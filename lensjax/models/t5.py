@@ -349,7 +349,7 @@ class T5(Seq2SeqLM):
         embed_key, layers_key, last_key = layers.split_key(key, 3)
         x = layers.drop(self.tokens(ids.reshape(-1)), config.dropout_rate, embed_key)
         keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
-        x = layers.run_layers(
+        x = self.run_layers(
             stack.layers,
             x,
             keys,
@@ -357,8 +357,6 @@ class T5(Seq2SeqLM):
             stack.bias(length, bidirectional=memory is None),
             memory,
             memory_mask,
-            execution=self.execution,
-            remat=self.remat,
         )
         x = layers.drop(stack.norm(x), config.dropout_rate, last_key)
         return x.reshape(samples, length, config.width)

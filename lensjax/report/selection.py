@@ -10,7 +10,7 @@ import numpy as np
 
 from lensjax.curves import Curves
 from lensjax.metrics import pear_corr, rel_acc, rmse
-from lensjax.selectors import Scores
+from lensjax.selectors import CERTAINTY, Scores
 
 SCHEMA = 1
 
@@ -87,6 +87,13 @@ class Selection:
             "RMSE": rmse(scores.predicted_loss, self.truth),
         }
 
+    def may_be_best(self, scores: Scores) -> list[str]:
+        """Names of the smallest set that contains the best with probability `CERTAINTY`, likeliest first."""
+        if scores.may_be_best is None or scores.best_probability is None:
+            return []
+        order = np.argsort(-scores.best_probability, kind="stable")
+        return [self.curves.names[row] for row in order if scores.may_be_best[row]]
+
     def phase(self, scores: Scores, row: int) -> str:
         """Phase of a candidate at its largest measured size: "power", "pre-power", or "" if the method knows none."""
         transition = scores.details.get("transition")
@@ -130,12 +137,14 @@ class Selection:
             "best": scores.best if np.isfinite(scores.score).any() else None,
             "flops": _plain(self.spent(scores)),
             "metrics": {name: _plain(value) for name, value in self.metrics(scores).items()},
+            **({} if scores.may_be_best is None else {"certainty": CERTAINTY, "may_be_best": self.may_be_best(scores)}),
             "ranking": [
                 {
                     "rank": rank,
                     "name": self.curves.names[row],
                     "score": _plain(scores.score[row]),
                     "predicted_loss": _plain(scores.predicted_loss[row]),
+                    **_certainty(scores, row),
                     "phase": self.phase(scores, row) or None,
                     "status": scores.status[row],
                     "sizes_used": _plain(self.curves.sizes[scores.used[row]]),
@@ -144,6 +153,15 @@ class Selection:
                 for rank, row in enumerate(scores.order, start=1)
             ],
         }
+
+
+def _certainty(scores: Scores, row: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if scores.interval is not None:
+        found["interval"] = _plain(scores.interval[row])
+    if scores.best_probability is not None:
+        found["best_probability"] = _plain(scores.best_probability[row])
+    return found
 
 
 def _plain(value: Any) -> Any:

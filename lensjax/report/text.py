@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lensjax.report.selection import Selection
-from lensjax.selectors import Scores
+from lensjax.selectors import CERTAINTY, Scores
 
+NAMES_SHOWN = 5  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
 
 
@@ -49,6 +50,8 @@ def ranking(selection: Selection, scores: Scores) -> str:
     laws = [c for c in LAW_COLUMNS if c in scores.details]
     header = ["rank", "candidate"]
     header += [f"loss at {samples(selection.target)}"] if predicts else ["score"]
+    header += [f"{percent(CERTAINTY, 0)} % interval"] if scores.interval is not None else []
+    header += ["P(best)"] if scores.best_probability is not None else []
     header += ["measured"] if selection.truth is not None else []
     header += [*laws]
     header += ["D*", "phase"] if "transition" in scores.details else []
@@ -57,6 +60,8 @@ def ranking(selection: Selection, scores: Scores) -> str:
     for rank, row in enumerate(scores.order, start=1):
         cells = [str(rank), selection.curves.names[row]]
         cells += [number(scores.predicted_loss[row] if predicts else scores.score[row], 4)]
+        cells += [interval(scores, int(row))] if scores.interval is not None else []
+        cells += [percent(scores.best_probability[row], 0) + " %"] if scores.best_probability is not None else []
         cells += [number(selection.truth[row], 4)] if selection.truth is not None else []
         cells += [number(scores.details[c][row]) for c in laws]
         if "transition" in scores.details:
@@ -101,9 +106,15 @@ def comparison(selection: Selection) -> str:
     return text
 
 
-def percent(value: float) -> str:
+def percent(value: float, digits: int = 1) -> str:
     """Format a share in percent."""
-    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+    return "-" if np.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def interval(scores: Scores, row: int) -> str:
+    """Format the interval of a candidate's predicted loss."""
+    assert scores.interval is not None
+    return " to ".join(number(float(bound), 4) for bound in scores.interval[row])
 
 
 def flops(value: float) -> str:
@@ -126,6 +137,22 @@ def answer(selection: Selection) -> str:
         if np.isfinite(scores.predicted_loss[order[1]]):
             text += f" ({scores.predicted_loss[order[1]]:.4f})"
     return text + "."
+
+
+def certainty(selection: Selection) -> str:
+    """Say how sure the choice is, for methods that know."""
+    scores = selection.main
+    if scores.interval is None or scores.best_probability is None:
+        return ""
+    row = int(scores.order[0])
+    names = selection.may_be_best(scores)
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    which = names[0] if len(names) == 1 else f"one of {len(names)}: {shown}"
+    return (
+        f"{percent(CERTAINTY, 0)} % interval {interval(scores, row)}; {scores.best} is the best of all with "
+        f"probability {percent(float(scores.best_probability[row]), 0)} %. The best is, with at least "
+        f"{percent(CERTAINTY, 0)} %, {which}."
+    )
 
 
 def cost(selection: Selection) -> str:
@@ -154,7 +181,7 @@ def judgement(selection: Selection) -> str:
 
 def render(selection: Selection) -> str:
     """Return the whole selection as text, the answer first."""
-    parts = [answer(selection), cost(selection), judgement(selection)]
+    parts = [answer(selection), certainty(selection), cost(selection), judgement(selection)]
     parts = [*filter(None, parts), "", ranking(selection, selection.main)]
     if len(selection.scores) > 1:
         parts += ["", "All methods:", comparison(selection)]

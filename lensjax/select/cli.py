@@ -39,7 +39,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 LOSSES_ONLY = ("tokens_per_sample",)
 LIVE_ONLY = (
     *("task", "input_field", "target_field", "models", "out", "smallest", "seed", "validation", "test", "max_length"),
-    *("learning_rate", "batch_size", "max_epochs", "verify"),
+    *("learning_rate", "batch_size", "max_epochs", "verify", "budget"),
 )
 
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     both.add_argument("--target", type=_samples, metavar="N", help="training samples the chosen model will be tuned on")
     both.add_argument("--visible", type=_samples, metavar="N", help="largest subset the choice may be based on")
     both.add_argument(
-        "--method", default="lens", metavar="NAME", help="lens (default), ats, rectified, power, ..., all"
+        "--method", default="averaged", metavar="NAME", help="averaged (default), lens, ats, rectified, ..., all"
     )
     both.add_argument("--gamma", type=int, default=3, help="Algorithm 1: points that make a line (default 3)")
     both.add_argument("--tau", type=float, default=5.0, help="Algorithm 1: deviation that ends it (default 5)")
@@ -86,6 +86,13 @@ def parser() -> argparse.ArgumentParser:
     live.add_argument(
         "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 100); sizes double"
     )
+    live.add_argument(
+        "--budget",
+        type=_share,
+        metavar="X",
+        help="share of fine-tuning all candidates on all samples that the choice may cost, e.g. 0.05: candidates race, "
+        "and only those that may win are trained on larger subsets",
+    )
     live.add_argument("--validation", type=_samples, metavar="N", help="samples for early stopping (default 300)")
     live.add_argument("--test", type=_samples, metavar="N", help="samples for the test loss (default 500)")
     live.add_argument("--seed", type=_seed, help="of the split and the order of samples (default 0)")
@@ -102,6 +109,17 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
     return int(text)
+
+
+def _share(text: str) -> float:
+    """Read a share of full fine-tuning."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (a share of fine-tuning everything)")
+    return value
 
 
 def _samples(text: str) -> int:
@@ -200,7 +218,7 @@ def _live(given: argparse.Namespace, err: TextIO) -> Selection:
     plan_names = ("learning_rate", "batch_size", "max_epochs")
     names = (
         *("task", "input_field", "target_field", "out", "smallest", "seed", "validation", "test", "max_length"),
-        *("visible", "target", "method", "gamma", "tau", "verify"),
+        *("visible", "target", "method", "gamma", "tau", "verify", "budget"),
     )
     chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
     defaults = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}

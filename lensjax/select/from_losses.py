@@ -8,7 +8,7 @@ from lensjax.curves import Curves, read_losses
 from lensjax.errors import InputError
 from lensjax.metrics import training_flops
 from lensjax.report.selection import Selection
-from lensjax.selectors import SELECTORS, Scores, get_selector
+from lensjax.selectors import DEFAULT, SELECTORS, Scores, get_selector
 
 DEFAULT_RATIO = 8  # target / largest visible size of the published tables, the paper's least demanding budget
 
@@ -75,7 +75,7 @@ def _listed(sizes: np.ndarray) -> str:
 def score_all(
     curves: Curves, target: float, method: str, *, gamma: int, tau: float
 ) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Score visible curves by one method, or by all of them ("all", lens first).
+    """Score visible curves by one method, or by all of them ("all", the default first).
 
     Returns
     -------
@@ -108,7 +108,7 @@ def select_from_losses(
     *,
     visible: float | None = None,
     target: float | None = None,
-    method: str = "lens",
+    method: str = DEFAULT,
     gamma: int,
     tau: float,
     tokens_per_sample: float = 1.0,

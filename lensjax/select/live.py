@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lensjax import models
+from lensjax.curves import Curves
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Outcome, Progress
 from lensjax.metrics import training_flops
@@ -19,7 +20,7 @@ from lensjax.report.selection import Selection
 from lensjax.runs import Journal, Run, curves_of, key_of
 from lensjax.select.from_losses import score_all
 from lensjax.select.prepare import Candidate, Prepared
-from lensjax.selectors import should_stop
+from lensjax.selectors import full_cost, propose, should_stop
 
 
 def default_directory(prepared: Prepared) -> Path:
@@ -108,6 +109,8 @@ class LiveSelection:
             f"results in {self.directory}"
         )
         try:
+            if prepared.request.budget is not None:
+                self._race(prepared.request.budget)
             for number, candidate in enumerate(prepared.candidates, start=1):
                 self._candidate(candidate, f"candidate {number}/{len(prepared.candidates)} {candidate.name}")
                 # Compiled functions of one candidate are of no use to the next.
@@ -119,9 +122,11 @@ class LiveSelection:
     def _candidate(self, candidate: Candidate, label: str) -> None:
         """Measure one candidate; its failure must not lose the others."""
         bench = Bench(candidate, self.prepared)
-        verify = self.prepared.request.verify
+        raced = self.prepared.request.budget is not None
+        verify = self.prepared.request.verify and candidate.name not in self.failures
         try:
-            self._descend(bench, label)
+            if not raced:
+                self._descend(bench, label)
         except SelectionError:
             raise
         except Exception as error:
@@ -139,6 +144,47 @@ class LiveSelection:
                 self.unverified[candidate.name] = _reason(error)
                 self.console.line(f"{candidate.name} could NOT BE VERIFIED: {_reason(error)}")
         self.clock.skip(candidate.name, self.prepared.target)
+
+    def _race(self, budget: float) -> None:
+        """Let the candidates race: those that cannot win are not trained on the larger subsets."""
+        prepared, bench = self.prepared, None
+        smallest, largest = prepared.sizes[0], prepared.sizes[-1]
+        while True:
+            left = [c for c in prepared.candidates if c.name not in self.failures]
+            if len(left) < 2:
+                return
+            curves = self._curves(left, prepared.sizes)
+            allowed = budget * full_cost(curves, prepared.target)
+            stage = propose(curves, prepared.target, allowed, smallest=smallest, largest=largest)
+            if not stage:
+                return
+            for run in stage:
+                candidate = next(c for c in left if c.name == run.name)
+                if candidate.name in self.failures:
+                    continue
+                if bench is None or bench.candidate is not candidate:
+                    # Compiled functions of one candidate are of no use to the next.
+                    jax.clear_caches()
+                    bench = Bench(candidate, prepared)
+                self.console.status(f"{run.name}: {run.size} samples, because {run.reason}")
+                try:
+                    self._measure(bench, run.size, f"{run.name} ({run.reason})")
+                except SelectionError:
+                    raise
+                except Exception as error:
+                    self.failures[candidate.name] = _reason(error)
+                    self.console.line(f"{candidate.name} FAILED and is not ranked: {_reason(error)}")
+
+    def _curves(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> Curves:
+        """Return what the race has measured, with a column for each size, also for those of no run yet."""
+        losses = {(r.candidate, r.size): r.test_loss for r in self.runs}
+        return Curves(
+            names=tuple(c.name for c in candidates),
+            sizes=np.array(sizes, np.float64),
+            losses=np.array([[losses.get((c.name, s), np.nan) for s in sizes] for c in candidates], np.float64),
+            parameters=np.array([c.parameters for c in candidates], np.float64),
+            source=self.prepared.task.name,
+        )
 
     def _descend(self, bench: Bench, label: str) -> None:
         """Measure what the method needs: zero-shot, then from the largest subset downwards.

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lensjax import backend, data, models
+from lensjax.curves import Curves
 from lensjax.errors import InputError
 from lensjax.finetune import Plan
-from lensjax.selectors import check_rule
+from lensjax.selectors import DEFAULT, RACE, check_rule, full_cost, propose
 from lensjax.tasks import Encoded, Task, bucket_lengths, encode, load_task
 
 DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
@@ -44,6 +45,9 @@ class Request:
         the target), and samples the choice is made for (all of the task's).
     method : str
     gamma, tau : int, float
+    budget : float or None
+        Share of fine-tuning all candidates on `target` samples that the choice may cost: the candidates race
+        (`lensjax.selectors.propose`). None: all are trained on all subset sizes that the method needs.
     seed : int
     validation, test : int
         Samples set aside.
@@ -62,9 +66,10 @@ class Request:
     smallest: int | None = None
     visible: int | None = None
     target: int | None = None
-    method: str = "lens"
+    method: str = DEFAULT
     gamma: int = 3
     tau: float = 5.0
+    budget: float | None = None
     seed: int = 0
     validation: int = 300
     test: int = 500
@@ -173,6 +178,7 @@ class Prepared:
             "target": self.target,
             "gamma": self.request.gamma,
             "tau": self.request.tau,
+            **({} if self.request.budget is None else {"budget": self.request.budget}),
         }
 
 
@@ -190,6 +196,9 @@ def prepare(request: Request) -> Prepared:
     task = _task(request)
     sizes, target = _sizes(request, len(task.train))
     candidates = _candidates(request)
+    if request.budget is not None:
+        nothing = _unmeasured(candidates, sizes)
+        propose(nothing, target, request.budget * full_cost(nothing, target), smallest=sizes[0], largest=sizes[-1])
     limits = [c.config.max_length for c in candidates]
     max_length = min([request.max_length, *(n for n in limits if n is not None)])
     notes = list(task.notes)
@@ -257,6 +266,8 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
         raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
     if visible > available:
         raise InputError(f"--visible {visible}: the task has {available} training samples; lower it.")
+    if request.budget is not None:
+        return _race_sizes(request, smallest, available, target), target
     sizes = []
     size = smallest
     while size <= visible:
@@ -278,9 +289,35 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
     return tuple(sizes), target
 
 
+def _race_sizes(request: Request, smallest: int, available: int, target: int) -> tuple[int, ...]:
+    """Return the sizes of a race's runs, ascending."""
+    if request.method != "averaged":
+        raise InputError(f"--budget needs --method averaged, not {request.method}; remove one of them.")
+    if request.visible is not None and request.visible < 2 * smallest:
+        raise InputError(f"--visible {request.visible}: with --budget it is at least two of --smallest ({smallest}).")
+    common, stages = RACE.sizes(target, smallest, available if request.visible is None else request.visible)
+    if common[-1] > available or common[-1] >= target:
+        raise InputError(
+            f"--budget: the task has {available} training samples, but every candidate is first trained on "
+            f"{', '.join(map(str, common))}. Lower --smallest."
+        )
+    return (*common, *(size for size, _ in stages))
+
+
+def _unmeasured(candidates: tuple[Candidate, ...], sizes: tuple[int, ...]) -> Curves:
+    return Curves(
+        names=tuple(c.name for c in candidates),
+        sizes=np.array(sizes, np.float64),
+        losses=np.full((len(candidates), len(sizes)), np.nan),
+        parameters=np.array([c.parameters for c in candidates], np.float64),
+        source="--budget",
+    )
+
+
 def sizes_needed(method: str, gamma: int) -> int:
     """Return how many subset sizes a method needs beside the zero-shot loss."""
-    return {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "subtuning": 1}.get(method, 0)
+    needed = {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "averaged": 2, "subtuning": 1}
+    return needed.get(method, 0)
 
 
 def _candidates(request: Request) -> tuple[Candidate, ...]:

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 
 from lensjax.errors import InputError
+from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
 from lensjax.selectors.base import Scores, Selector, require_points
 from lensjax.selectors.baselines import ats, model_size, subtuning, zero_shot
+from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
+from lensjax.selectors.ensemble import averaged
 from lensjax.selectors.scaling import lens, power, rectified
 from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
 
 SELECTORS: Mapping[str, Selector] = {
+    "averaged": averaged,
     "lens": lens,
     "ats": ats,
     "rectified": rectified,
@@ -18,23 +22,35 @@ SELECTORS: Mapping[str, Selector] = {
     "model_size": model_size,
 }
 
+DEFAULT = "averaged"
+
 __all__ = [
+    "CERTAINTY",
+    "DEFAULT",
     "GAMMA",
+    "RACE",
     "SELECTORS",
     "TAU",
+    "Proposal",
+    "Race",
     "Scores",
     "Selector",
     "Stop",
     "ats",
+    "averaged",
+    "best_probability",
     "check_rule",
     "descend",
+    "full_cost",
     "get_selector",
     "lens",
     "model_size",
     "power",
+    "propose",
     "rectified",
     "require_points",
     "should_stop",
+    "smallest_set",
     "subtuning",
     "zero_shot",
 ]

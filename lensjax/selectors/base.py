@@ -33,6 +33,12 @@ class Scores:
         Parameters of the fitted law under their names in the paper, and what else the method found.
     remarks : tuple of str
         What a reader should know about each fit, "" if nothing; empty for methods without fits.
+    interval : float64 array (M, 2) or None
+        Losses between which the loss at `target` lies with probability `lensjax.selectors.CERTAINTY`.
+    best_probability : float64 array (M,) or None
+        Probability of having the lowest loss at `target`, adding to 1.
+    may_be_best : bool array (M,) or None
+        The smallest set that contains the best candidate with probability `CERTAINTY`.
     """
 
     method: str
@@ -43,6 +49,9 @@ class Scores:
     used: np.ndarray
     details: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    interval: np.ndarray | None = None
+    best_probability: np.ndarray | None = None
+    may_be_best: np.ndarray | None = None
 
     @property
     def order(self) -> np.ndarray:

@@ -1,203 +1,19 @@
-"""A task: pairs of input and target text, split once, and token batches of few shapes for a given tokenizer."""
+"""Token batches of few shapes from samples: encoding, packing, bucketing."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import gzip
-import hashlib
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.tasks.task import CHAT, Example
 
-IGNORED = -100  # label of a position that does not count in the loss, as in transformers
-PROMPT = "{input}:"  # the text before the target; the target follows after one space
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One sample: the model reads `input` and is scored on `target`."""
-
-    input: str
-    target: str
-
-    @property
-    def prompt(self) -> str:
-        """The text before the target."""
-        return PROMPT.format(input=self.input)
-
-    @property
-    def completion(self) -> str:
-        """The text that counts in the loss."""
-        return f" {self.target}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A split data set.
-
-    Attributes
-    ----------
-    name : str
-    train : tuple of Example
-        In an order drawn once by `seed`: the subset of size n is the first n, so that subsets are nested.
-    validation, test : tuple of Example
-        For early stopping and for the losses that are compared; never in `train`.
-    seed : int
-    fingerprint : str
-        Changes whenever a sample, the split or the order changes.
-    notes : tuple of str
-        What was done to the data, for the report.
-    """
-
-    name: str
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-    seed: int
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-
-    def subset(self, size: int) -> tuple[Example, ...]:
-        """Return the training subset of `size` samples.
-
-        Raises
-        ------
-        ValueError
-            If there are fewer training samples than that.
-        """
-        if not 0 <= size <= len(self.train):
-            raise ValueError(f"no subset of {size} of {len(self.train)} training samples")
-        return self.train[:size]
-
-
-def load_task(
-    path: Path,
-    *,
-    input_field: str,
-    target_field: str,
-    validation: int = 300,
-    test: int = 500,
-    seed: int = 0,
-) -> Task:
-    """Read, check and split a data set of input -> target samples.
-
-    Samples with equal input and target are kept once, so that no test sample is also trained on.
-
-    Parameters
-    ----------
-    path : Path
-        A ``.jsonl`` (one object a line) or ``.csv`` file with a header, optionally gzip-compressed.
-    input_field, target_field : str
-        Names of the fields.
-    validation, test : int
-        Samples set aside.
-    seed : int
-        Seed of the split and of the order in which subsets grow.
-
-    Raises
-    ------
-    InputError
-        No such file, a file of another kind, a line that does not parse, a missing field, an empty text, or too few
-        samples to set `validation` and `test` aside.
-    """
-    rows = list(_rows(path))
-    if not rows:
-        raise InputError(f"{path}: holds no sample.")
-    examples = [
-        Example(_text(path, line, row, input_field), _text(path, line, row, target_field)) for line, row in rows
-    ]
-    distinct = list(dict.fromkeys(examples))
-    notes = []
-    if len(distinct) < len(examples):
-        notes.append(f"{len(examples) - len(distinct)} repeated samples were kept once")
-    if len(distinct) <= validation + test:
-        raise InputError(
-            f"{path}: {len(distinct)} distinct samples, but {validation} are set aside for validation and {test} for "
-            "the test loss. Add samples or lower --validation and --test."
-        )
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    shuffled = tuple(distinct[i] for i in order)
-    digest = hashlib.sha256(json.dumps([seed, validation, test]).encode())
-    for example in shuffled:
-        digest.update(json.dumps([example.prompt, example.completion]).encode())
-    return Task(
-        name=path.name.split(".")[0],
-        train=shuffled[test + validation :],
-        validation=shuffled[test : test + validation],
-        test=shuffled[:test],
-        seed=seed,
-        fingerprint=digest.hexdigest()[:16],
-        notes=tuple(notes),
-    )
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. --task takes {', '.join(SUFFIXES)}.")
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unknown kind of file. --task takes {', '.join(SUFFIXES)}.")
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error}); save it as UTF-8 text.") from error
-    if ".csv" in name:
-        yield from _csv_rows(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({str(error).partition(': line')[0]}).") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a {type(row).__name__}, not an object with named fields.")
-        yield number, row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        repeated = next((name for name in header if header.count(name) > 1), None)
-        if repeated is not None:
-            raise InputError(f"{path}: the header names {repeated!r} twice; rename one column.")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)} columns. "
-                    "Put quotes around texts with commas."
-                )
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
-
-
-def _text(path: Path, line: int, row: Mapping[str, Any], field: str) -> str:
-    if field not in row:
-        found = ", ".join(repr(k) for k in row)
-        raise InputError(
-            f"{path}, line {line}: no field {field!r} (found: {found}). Name the fields with --input-field and "
-            "--target-field."
-        )
-    value = row[field]
-    if not isinstance(value, str) or not value.strip():
-        shown = "empty" if isinstance(value, str) else f"{value!r}, not text"
-        raise InputError(f"{path}, line {line}: field {field!r} is {shown}. Fill it or remove the sample.")
-    return value.strip()
+IGNORED = -100
+"""Label of a position that does not count in the loss, as in transformers."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,12 +30,18 @@ class Encoded:
         Samples whose target was cut at the maximum length.
     separate : bool
         Whether prompt and target go to an encoder and a decoder instead of forming one sequence.
+    target_bytes : int
+        UTF-8 bytes of the targets as far as they were kept, 0 if not known.
+    packed : int or None
+        Instead of padding, the samples are joined, and cut into rows of so many tokens.
     """
 
     ids: tuple[np.ndarray, ...]
     prompt_lengths: np.ndarray
     truncated: int
     separate: bool = False
+    target_bytes: int = 0
+    packed: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -229,52 +51,111 @@ class Encoded:
         """Tokens of each sample, prompt and target, int (n,)."""
         return np.array([len(i) for i in self.ids], int)
 
+    @functools.cached_property
+    def rows(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """What a batch's rows are made of, ids and prompt lengths: the samples, or what they are packed into."""
+        if self.packed is None or not self.ids:
+            return self.ids, self.prompt_lengths
+        joined = np.concatenate(self.ids)
+        cut = tuple(joined[i : i + self.packed] for i in range(0, len(joined), self.packed))
+        return cut, np.zeros(len(cut), int)
+
     @property
     def lengths(self) -> np.ndarray:
-        """Length each sample needs in a batch, int (n,): of the longer side if the two are separate."""
-        counts = self.token_counts
-        return np.maximum(self.prompt_lengths, counts - self.prompt_lengths) if self.separate else counts
+        """Length each row needs in a batch, int (rows,): of the longer side if the two are separate."""
+        ids, prompts = self.rows
+        counts = np.array([len(i) for i in ids], int)
+        return np.maximum(prompts, counts - prompts) if self.separate else counts
+
+    @property
+    def counted(self) -> int:
+        """Tokens that have a loss: in one sequence, the first token of all is predicted by nothing."""
+        ids, prompts = self.rows
+        return sum(len(i) - (int(p) if self.separate else max(int(p), 1)) for i, p in zip(ids, prompts, strict=True))
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens that have a loss for each byte of target text: times a loss per token, it is the loss per byte.
+
+        NaN if the bytes are not known.
+        """
+        return self.counted / self.target_bytes if self.target_bytes else float("nan")
 
     def first(self, n: int) -> Encoded:
-        """Return the first n samples."""
-        return Encoded(self.ids[:n], self.prompt_lengths[:n], self.truncated, self.separate)
+        """Return the first n samples; the bytes of their targets are not known."""
+        return Encoded(self.ids[:n], self.prompt_lengths[:n], self.truncated, self.separate, 0, self.packed)
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, *, separate: bool = False) -> Encoded:
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, *, separate: bool = False, pack: bool = False
+) -> Encoded:
     """Tokenise samples as prompt + target + end of text.
 
     Parameters
     ----------
     examples : sequence of Example
     tokenizer : transformers tokenizer
+        Fast ones share a batch of texts among the cores.
     max_length : int
-        Tokens kept of each sample; if `separate`, of each side.
+        Tokens kept of each sample; if `separate`, of each side; if `pack`, the length of the rows, and nothing is cut.
     separate : bool
         For encoder-decoder models: the prompt gets the tokenizer's own special tokens and stays apart from the target.
+    pack : bool
+        For texts without inputs: join them, each with its end of text, and cut rows of `max_length` tokens.
 
     Raises
     ------
     InputError
-        If the prompt alone fills `max_length`, so that no target token would be left.
+        If the prompt alone fills `max_length`, so that no target token would be left; if the tokenizer has no chat
+        template where one is asked for; if texts without inputs are for an encoder-decoder.
     """
     if not examples:
-        return Encoded((), np.zeros(0, int), 0, separate)
-    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=separate)["input_ids"]
+        return Encoded((), np.zeros(0, int), 0, separate, 0, max_length if pack else None)
+    if separate and not all(e.template for e in examples):
+        raise InputError(
+            "an encoder-decoder model has no input to read in language modelling; give --input-field and "
+            "--target-field, or leave this candidate out."
+        )
+    chat = any(e.template == CHAT for e in examples)
+    prompts = (
+        _chat_prompts(examples, tokenizer)
+        if chat
+        else tokenizer([e.prompt for e in examples], add_special_tokens=separate)["input_ids"]
+    )
     targets = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
-    start = [] if separate or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # A chat template writes its own start.
+    start = [] if separate or chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, truncated = [], 0
+    ids, truncated, kept_bytes = [], 0, 0
     for example, prompt, target in zip(examples, prompts, targets, strict=True):
         whole = start + prompt + target + end
+        first = len(start) + len(prompt)
         most = len(prompt) + max_length if separate else max_length
-        if len(start) + len(prompt) >= max_length + separate:
+        if pack:
+            most = len(whole)
+        elif first >= max_length + separate:
             raise InputError(
                 f"a sample's input alone has {len(prompt)} tokens, but at most {max_length} tokens fit: "
                 f"{example.input[:60]!r}... Raise --max-length (up to the model's limit) or shorten the input."
             )
-        truncated += len(whole) > most
+        if len(whole) > most:
+            truncated += 1
+            kept_bytes += len(tokenizer.decode(whole[first:most]).encode())
+        else:
+            kept_bytes += len(example.completion.encode())
         ids.append(np.array(whole[:most], np.int32))
-    return Encoded(tuple(ids), np.array([len(start) + len(p) for p in prompts], int), truncated, separate)
+    lengths = np.array([len(start) + len(p) for p in prompts], int)
+    return Encoded(tuple(ids), lengths, truncated, separate, kept_bytes, max_length if pack else None)
+
+
+def _chat_prompts(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            "--template chat: a candidate's tokenizer has no chat template; give a template with {input} instead."
+        )
+    talks = [[{"role": "user", "content": e.input}] for e in examples]
+    found = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return [list(ids) for ids in found["input_ids"]]
 
 
 def bucket_lengths(lengths: np.ndarray, most: int = 3) -> tuple[int, ...]:
@@ -321,7 +202,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Cut samples into batches of fixed shapes, each (batch_size, one of `buckets`).
 
-    A batch holds samples of one bucket only. The last one of a bucket is filled up with rows whose labels are all
+    A batch holds rows of one bucket only. The last one of a bucket is filled up with rows whose labels are all
     ignored, so that no shape depends on the number of samples.
 
     Parameters
@@ -341,6 +222,7 @@ def batches(
         `input_ids`, `attention_mask`, `labels`: int32 (batch_size, length); `labels` is `IGNORED` where nothing counts.
         If the samples are separate, `input_ids` holds the prompt and `labels` the target, each from position 0.
     """
+    rows, prompt_lengths = encoded.rows
     place = np.searchsorted(np.asarray(buckets), encoded.lengths)
     groups: list[tuple[int, np.ndarray]] = []
     for number, length in enumerate(buckets):
@@ -355,7 +237,7 @@ def batches(
         labels = np.full((batch_size, length), IGNORED, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         for row, sample in enumerate(members):
-            ids, split = encoded.ids[sample], encoded.prompt_lengths[sample]
+            ids, split = rows[sample], prompt_lengths[sample]
             read = ids[:split] if encoded.separate else ids
             input_ids[row, : len(read)] = read
             mask[row, : len(read)] = 1

@@ -25,6 +25,7 @@ from lensjax.models import (
     load_config,
     load_model,
     load_tokenizer,
+    resolve,
     save_pretrained,
 )
 from lensjax.models.checkpoints import export_tensors
@@ -119,6 +120,64 @@ def test_shards_are_found_by_their_index(saved, model):
         load_model(saved)
 
 
+@pytest.mark.parametrize(("limit", "shards"), [(1500, 7), ("2KB", 5), ("1MB", 1), (1, 28), (10**9, 1)])
+def test_a_model_is_saved_in_shards_no_larger_than_asked(limit, shards, model, tmp_path):
+    save_pretrained(model, tmp_path, max_shard_size=limit)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == shards
+    assert not list(tmp_path.glob("*.tmp"))
+    assert_same(load_model(tmp_path), model)
+    index = tmp_path / "model.safetensors.index.json"
+    tensors = export_tensors(model)
+    if shards == 1:
+        assert [file.name for file in files] == ["model.safetensors"]
+        assert not index.exists()
+        return
+    assert [file.name for file in files] == [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    found = json.loads(index.read_text())
+    assert found["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+    assert found["weight_map"].keys() == tensors.keys()
+    for file in files:
+        part = load_file(file)
+        assert {name for name, where in found["weight_map"].items() if where == file.name} == part.keys()
+        limit_bytes = 2000 if limit == "2KB" else limit
+        assert len(part) == 1 or sum(array.nbytes for array in part.values()) <= limit_bytes
+
+
+def test_saving_again_leaves_nothing_of_the_model_before(model, tmp_path):
+    other = init_model(SMALL, jax.random.key(1))
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"kept")
+    for first, second in ((1500, 10**9), (10**9, 1500), (1500, 2000), (2000, 1500)):
+        save_pretrained(other, tmp_path, max_shard_size=first)
+        save_pretrained(model, tmp_path, max_shard_size=second)
+        assert_same(load_model(tmp_path), model)
+        names = {file.name for file in tmp_path.glob("*.safetensors")} - {"model-of-mine.safetensors"}
+        index = tmp_path / "model.safetensors.index.json"
+        assert index.exists() == (len(names) > 1)
+        assert names == (set(json.loads(index.read_text())["weight_map"].values()) if len(names) > 1 else names)
+    assert (tmp_path / "model-of-mine.safetensors").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("size", ["large", "5 apples", -1, 0])
+def test_a_shard_size_that_is_none_is_refused(size, model, tmp_path):
+    with pytest.raises(InputError, match=rf"max_shard_size is {size!r}; give a positive number of bytes"):
+        save_pretrained(model, tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parity
+def test_transformers_loads_saved_shards(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_pretrained(model, tmp_path, max_shard_size=1500)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    found = theirs.state_dict()
+    for name, value in export_tensors(model).items():
+        np.testing.assert_array_equal(found[name].numpy(), value, err_msg=name)
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_buffers_copies_of_the_tied_head_and_bare_names_are_understood(prefix, saved, model):
     def change(tensors):
@@ -169,7 +228,7 @@ def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(
     def read(*_):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("lensjax.models.checkpoints._Tensors.read", read)
+    monkeypatch.setattr("lensjax.models.checkpoints.SafeTensors.rows", read)
     assert check_checkpoint(saved) == load_config(saved)
 
 
@@ -291,6 +350,9 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(name):
 def test_a_file_is_not_a_model_directory(saved):
     with pytest.raises(InputError, match="is a file; name the directory"):
         load_config(saved / "config.json")
+    (saved / "m.gguf").write_bytes(b"")
+    with pytest.raises(InputError, match=r"m\.gguf: is a GGUF file, but here a directory is needed: .*save_pretrained"):
+        resolve(saved / "m.gguf")
 
 
 @pytest.mark.parametrize(
@@ -317,8 +379,74 @@ def test_unusable_configurations_are_refused_by_name(text, message, tmp_path):
 @pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved):
     (saved / "model.safetensors").rename(saved / pickled)
-    with pytest.raises(InputError, match=rf"has only {pickled}, .*can run code\. Convert .*save_pretrained"):
+    with pytest.raises(
+        InputError, match=rf"has only {pickled}, .*can run code\. Convert .*ForCausalLM.*save_pretrained"
+    ):
         load_model(saved)
+
+
+T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", None])
+def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(T5))
+    if pickled:
+        (tmp_path / pickled).write_bytes(b"")
+    for load in (load_model, check_checkpoint):
+        with pytest.raises(InputError, match=r"transformers\.AutoModelForSeq2SeqLM\.from_pretrained\(SOURCE\)"):
+            load(tmp_path)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"transformers\.AutoModelForCausalLM\.from_pretrained\(SOURCE\)"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(("encoder_decoder", "kind"), [(True, "Seq2SeqLM"), (False, "CausalLM")])
+def test_code_that_comes_with_a_model_is_not_run(encoder_decoder, kind, saved):
+    edit_config(saved, auto_map={"AutoModel": "evil.Model"}, is_encoder_decoder=encoder_decoder)
+    (saved / "evil.py").write_text("raise SystemExit('it ran')")
+    for load in (load_config, load_model, from_pretrained):
+        with pytest.raises(InputError, match=rf"which lensjax does not run.*transformers\.AutoModelFor{kind}\."):
+            load(saved)
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(model, tmp_path):
+    save_pretrained(model, tmp_path, make_tokenizer())
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
+@pytest.mark.parametrize("old", [True, False])
+def test_rotary_scalings_that_are_not_computed_are_refused(kind, old, tmp_path):
+    scaling = {"type" if old else "rope_type": kind, "factor": 2.0}
+    config = LLAMA | ({"rope_scaling": scaling} if old else {"rope_parameters": scaling | {"rope_theta": 1e4}})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"rope_type '{kind}' is not supported; supported: default, linear, llama3"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_soft_capping_is_refused(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", name: 30.0}))
+    with pytest.raises(InputError, match=rf"{name} is 30\.0; only models without it are supported"):
+        load_config(tmp_path)
 
 
 def test_a_model_without_weights_is_refused(saved):

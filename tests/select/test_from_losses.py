@@ -12,7 +12,7 @@ from lensjax.selectors import SELECTORS
 
 
 def test_thirty_models_are_ranked_from_published_losses(command, tmp_path):
-    status, text = command("--losses", "published:flan", "--json", tmp_path / "all.json")
+    status, text = command("--losses", "published:flan", "--method", "lens", "--json", tmp_path / "all.json")
     assert status == 0
     document = json.loads((tmp_path / "all.json").read_text())
     ranking = document["methods"]["lens"]["ranking"]
@@ -29,6 +29,31 @@ def test_thirty_models_are_ranked_from_published_losses(command, tmp_path):
         assert row["predicted_loss"] == pytest.approx(law, rel=1e-9)
         assert row["transition"] == pytest.approx(row["F"] ** (1 / row["beta"]), rel=1e-9)
         assert row["phase"] == ("power" if row["transition"] <= 204800 else "pre-power")
+
+
+def test_the_default_says_how_sure_it_is(command, tmp_path):
+    status, text = command("--losses", "published:gigaword", "--json", tmp_path / "j.json")
+    assert status == 0
+    document = json.loads((tmp_path / "j.json").read_text())
+    assert document["method"] == "averaged"
+    found = document["methods"]["averaged"]
+    assert sum(row["best_probability"] for row in found["ranking"]) == pytest.approx(1)
+    for row in found["ranking"]:
+        low, high = row["interval"]
+        assert 0 < low < row["predicted_loss"] < high
+    by_name = {row["name"]: row["best_probability"] for row in found["ranking"]}
+    likely = [by_name[name] for name in found["may_be_best"]]
+    assert sum(likely) >= found["certainty"] == 0.9
+    assert sum(likely[:-1]) < 0.9
+    low, high = found["ranking"][0]["interval"]
+    assert f"90 % interval {low:.4f} to {high:.4f}; google/t5-v1_1-base is the best of all with probability" in text
+    assert "P(best)  measured" in text
+
+
+def test_one_size_is_enough_for_a_guess(command, tmp_path):
+    status, text = command("--losses", table(tmp_path), "--target", "1e6", "--visible", "200")
+    assert status == 0
+    assert text.count("one size only: a guess") == 3
 
 
 def test_cost_is_six_n_d_over_the_sizes_used(command, tmp_path):
@@ -82,7 +107,7 @@ def test_a_target_inside_the_table_is_a_rehearsal_from_the_sizes_below_it(comman
     document = json.loads((tmp_path / "j.json").read_text())
     assert document["sizes"] == [0, 200, 400, 800]
     assert document["candidates"][0]["true_loss"] == pytest.approx(2 + 3 / (2 + 1600**0.3), abs=1e-5)
-    assert document["methods"]["lens"]["metrics"]["RelAcc"] == 1.0
+    assert document["methods"]["averaged"]["metrics"]["RelAcc"] == 1.0
 
 
 def test_methods_that_the_losses_do_not_allow_are_listed(command, tmp_path):
@@ -143,15 +168,18 @@ def test_every_number_of_the_json_is_finite_or_null(command, tmp_path):
             "--target 500 lies below sizes that were measured (0, 200, 400, 800, 1600). Raise --target",
         ),
         (["--target", "800", "--visible", "1600"], "--target 800 is not above the largest visible size 1600."),
-        (["--target", "200"], "m0 has 0 visible loss(es) above 0 samples, but method lens needs 3."),
+        (["--target", "200"], "m0 has no visible loss above 0 samples, but method averaged needs one."),
         (
-            ["--target", "1e6", "--visible", "400"],
+            ["--target", "1e6", "--visible", "400", "--method", "lens"],
             "m0 has 2 visible loss(es) above 0 samples, but method lens needs 3.",
         ),
         (["--target", "1e6", "--visible", "400", "--method", "rectified"], "m0 has 3 visible loss(es), but method"),
         (["--target", "1e6", "--visible", "0.5"], "argument --visible: 0.5 is not a whole number above 0."),
         (["--target", "none"], "argument --target: 'none' is not a number."),
-        (["--target", "1e6", "--method", "magic"], "method 'magic' is unknown; there are: lens, ats, rectified, power"),
+        (
+            ["--target", "1e6", "--method", "magic"],
+            "method 'magic' is unknown; there are: averaged, lens, ats, ",
+        ),
         (["--target", "1e6", "--gamma", "2"], "gamma is 2; a line needs at least 3 points"),
         (["--target", "1e6", "--tau", "-1"], "tau is -1; the deviation allowed is a positive number."),
         (["--target", "1e6", "--models", "a", "b"], "--models belongs to selection by fine-tuning; remove --models or"),
@@ -183,7 +211,7 @@ def test_methods_that_need_missing_facts_say_so(refused, tmp_path):
 def test_stopping_rule_of_the_options_reaches_the_methods(command, tmp_path):
     used = []
     for tau in ("0.5", "1000000"):
-        command("--losses", "published:flan", "--tau", tau, "--json", tmp_path / "j.json")
+        command("--losses", "published:flan", "--method", "lens", "--tau", tau, "--json", tmp_path / "j.json")
         ranking = json.loads((tmp_path / "j.json").read_text())["methods"]["lens"]["ranking"]
         used.append(np.mean([len(r["sizes_used"]) for r in ranking]))
     assert used[0] < used[1]

@@ -56,7 +56,7 @@ def test_every_candidate_is_measured_from_zero_shot_to_the_largest_subset(finish
 def test_the_answer_comes_first_and_rests_on_the_runs(finished):
     directory, text, _ = finished
     document = json.loads((directory / "selection.json").read_text())
-    ranking = document["methods"]["lens"]["ranking"]
+    ranking = document["methods"]["averaged"]["ranking"]
     assert text.startswith(
         f"Fine-tune {ranking[0]['name']}: expected test loss {ranking[0]['predicted_loss']:.4f} nats"
     )
@@ -75,8 +75,8 @@ def test_verification_judges_the_choice_by_runs_on_all_samples(finished):
     document = json.loads((directory / "selection.json").read_text())
     truth = {r["candidate"]: r["test_loss"] for r in journal(directory) if r["size"] == 100}
     assert {c["name"]: c["true_loss"] for c in document["candidates"]} == truth
-    chosen = document["methods"]["lens"]["best"]
-    assert document["methods"]["lens"]["metrics"]["RelAcc"] == (1.0 if truth[chosen] == min(truth.values()) else 0.0)
+    found = document["methods"]["averaged"]
+    assert found["metrics"]["RelAcc"] == (1.0 if truth[found["best"]] == min(truth.values()) else 0.0)
     assert f"the best candidate was {min(truth, key=truth.get)}" in text
 
 
@@ -178,9 +178,31 @@ def test_algorithm_1_stops_where_the_line_ends(options, command, tmp_path, monke
     monkeypatch.setattr(live.Bench, "run", scripted)
     options[options.index("--smallest") + 1] = 5
     options[options.index("--visible") + 1] = 80
-    status, _ = command(*options, "--target", "1000", "--out", tmp_path / "out")
+    status, _ = command(*options, "--method", "lens", "--target", "1000", "--out", tmp_path / "out")
     assert status == 0
     assert made == [0, 80, 40, 20, 10] * 2
+
+
+def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypatch):
+    """The larger subset is bought for the candidate with the lower prediction only, and nothing is bought twice."""
+    made = []
+
+    def scripted(bench, size, on_progress):
+        made.append((bench.candidate.name, size))
+        slope = {"tiny-8": 0.1, "tiny-16": 0.4}[bench.candidate.name]
+        return live.Outcome(3.0 * size**-slope, 1.0, 1, 1, 8 * size, float(size), 0.1, (), "scripted")
+
+    monkeypatch.setattr(live.Bench, "run", scripted)
+    for flag in ("--visible", "--smallest"):
+        at = options.index(flag)
+        del options[at : at + 2]
+    race = (*options, "--smallest", 10, "--target", 800, "--budget", 0.14, "--out", tmp_path / "out")
+    status, text = command(*race)
+    assert status == 0
+    assert made == [("tiny-8", 20), ("tiny-8", 10), ("tiny-16", 20), ("tiny-16", 10), ("tiny-16", 100)]
+    assert text.startswith("Fine-tune tiny-16: ")
+    assert command(*race)[1] == text
+    assert len(made) == 5
 
 
 @pytest.mark.parametrize(
@@ -288,7 +310,8 @@ def test_bad_models_get_one_clear_message_before_any_training(refused, options, 
         (["--smallest", 200], "the task has 100 training samples, fewer than the smallest subset (200)."),
         (["--visible", 400], "--visible 400: the task has 100 training samples; lower it."),
         (["--visible", 5], "--visible 5 is below the smallest subset (10)"),
-        (["--visible", 20], "2 subset size(s) (10, 20) are too few: method lens needs 3"),
+        (["--visible", 20, "--method", "lens"], "2 subset size(s) (10, 20) are too few: method lens needs 3"),
+        (["--visible", 10], "1 subset size(s) (10) are too few: method averaged needs 2"),
         (["--target", 40], "--target 40 is not above the largest visible subset (40)."),
         (["--target", 500, "--verify"], "--verify: the target is 500 samples, but the task has 100"),
         (["--test", 139], "140 distinct samples, but 20 are set aside for validation and 139 for the test loss."),
@@ -302,6 +325,9 @@ def test_bad_models_get_one_clear_message_before_any_training(refused, options, 
             ["--method", "rectified", "--visible", 20],
             "2 subset size(s) (10, 20) are too few: method rectified needs 3.",
         ),
+        (["--budget", 0.01], "--budget 0.01: training every candidate on 10, 20 samples alone costs 0.3"),
+        (["--budget", 0.5, "--method", "lens"], "--budget needs --method averaged, not lens"),
+        (["--budget", 1.5], "argument --budget: 1.5 is not between 0 and 1"),
         (["--max-length", 3], "tokens, but at most 3 tokens fit"),
         (["--tokens-per-sample", 3], "--tokens-per-sample needs --losses"),
     ],
@@ -346,7 +372,7 @@ def test_cost_of_everything_is_measured_by_verification_and_estimated_without(fi
     for candidate in document["candidates"]:
         full = next(r for r in runs if r["candidate"] == candidate["name"] and r["size"] == 100)
         assert candidate["full_flops"] == full["flops"]  # --verify measured it
-    assert document["methods"]["lens"]["flops"] == pytest.approx(sum(r["flops"] for r in runs if r["size"] <= 40))
+    assert document["methods"]["averaged"]["flops"] == pytest.approx(sum(r["flops"] for r in runs if r["size"] <= 40))
     shutil.copytree(finished[0], tmp_path / "copy")
     command(*options, "--out", tmp_path / "copy")
     estimate = json.loads((tmp_path / "copy" / "selection.json").read_text())

@@ -1,0 +1,335 @@
+"""Low-rank adapters for every family: few new weights beside frozen ones, merged into them when training is done.
+
+References
+----------
+Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.
+Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lensjax.errors import InputError
+from lensjax.models import layers
+from lensjax.models.execution import is_stacked, stack_layers, unstack_layers
+from lensjax.models.registry import Table, family
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Frozen(nnx.Variable):
+    """A weight of a model with adapters. It is no `nnx.Param`: what selects those trains the adapters alone."""
+
+
+class DropoutKey(nnx.Variable):
+    """The key an adapter's dropout is drawn with in one call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Settings of low-rank adapters.
+
+    Attributes
+    ----------
+    rank : int
+        Of the update of each matrix.
+    alpha : float
+        The update is multiplied by `alpha / rank`.
+    dropout : float
+        Rate at which an adapter's inputs are dropped in training; in [0, 1).
+    target : tuple of str, or None
+        Which linear maps get an adapter: ends of their names, ours (`attention.query`, as in `adaptable`) or the
+        checkpoint's (`q_proj`), with the wildcards of `fnmatch`. None: all in attention and perceptrons, the experts
+        of Switch Transformer among them, but not its routers. Embeddings and heads have none.
+    layers : tuple of int, or None
+        Which layers, counted from 0, in encoder and decoder alike; None is all.
+    rank_stabilised : bool
+        Multiply by `alpha / sqrt(rank)` instead, so that the update does not shrink with the rank.
+
+    Raises
+    ------
+    InputError
+        If a value is none that makes sense.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise InputError(f"LoRA's rank is {self.rank!r}; it must be a whole number of at least 1, such as 8.")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise InputError(f"LoRA's alpha is {self.alpha!r}; it must be a positive number, such as 16.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA's dropout is {self.dropout!r}; it must be at least 0 and less than 1.")
+        for name in ("target", "layers"):  # lists are welcome, but settings must be hashable
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+class Adapter(nnx.Module):
+    """A frozen linear map and its low-rank update: `base(x) + scale * dropped(x) @ lora_a @ lora_b`.
+
+    The update is computed in the adapter's dtype, at least float32, and added in that of the result.
+
+    Parameters
+    ----------
+    base : nnx.Linear, or nnx.Variable (E, d, f)
+        Where it is a variable, one matrix for each of E experts; each gets an adapter of its own.
+    lora : Lora
+    key : PRNG key
+        Of `lora_a`, uniform within `d**-0.5` as in the authors' and in peft's code; `lora_b` starts at 0.
+    """
+
+    def __init__(self, base: Any, lora: Lora, key: jax.Array):
+        self.base = base
+        kernel = self.kernel
+        *experts, inputs, outputs = kernel.shape
+        dtype = jnp.promote_types(jnp.float32, kernel.dtype)
+        bound = inputs**-0.5
+        self.lora_a = nnx.LoRAParam(jax.random.uniform(key, (*experts, inputs, lora.rank), dtype, -bound, bound))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*experts, lora.rank, outputs), dtype))
+        self.scale, self.dropout = lora.scale, lora.dropout
+        self.key: DropoutKey | None = None
+
+    @property
+    def kernel(self) -> Any:
+        """The variable (..., d, f) of the frozen matrix."""
+        return self.base if isinstance(self.base, nnx.Variable) else self.base.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply to x (M, d), or (N, E, C, d) where there are experts."""
+        y = layers.per_expert(self.base, x) if isinstance(self.base, nnx.Variable) else self.base(x)
+        a, b = self.lora_a[...], self.lora_b[...]
+        inputs = layers.drop(x.astype(a.dtype), self.dropout, None if self.key is None else self.key[...])
+        return y + (self.scale * (inputs @ a @ b)).astype(y.dtype)
+
+    def merged(self) -> Any:
+        """Return the linear map with the update added to its matrix."""
+        kernel = self.kernel
+        a, b = self.lora_a[...], self.lora_b[...]
+        kernel[...] = (kernel[...].astype(a.dtype) + self.scale * (a @ b)).astype(kernel.dtype)
+        return self.base
+
+
+class ParameterCounts(NamedTuple):
+    """How many weights a model has, adapters among them, and how many of them are trained."""
+
+    total: int
+    trainable: int
+
+
+def parameter_counts(model: nnx.Module) -> ParameterCounts:
+    """Count a model's weights; a tied head counts once."""
+    count = lambda kind: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind)))  # noqa: E731
+    trainable = count(nnx.Param)
+    return ParameterCounts(trainable + count(Frozen), trainable)
+
+
+def adaptable(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return the linear maps that can have an adapter.
+
+    Returns
+    -------
+    dict
+        Our dotted name, such as `layers.0.attention.query` -> the checkpoint's name, such as
+        `model.layers.0.self_attn.q_proj`; of experts, each one's.
+    """
+    table = family(model.config.model_type, model.config.model_type).table(model.config)
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        if name.endswith(".base"):
+            continue
+        if isinstance(module, nnx.Linear) or (isinstance(module, Adapter) and isinstance(module.base, nnx.Linear)):
+            found[name] = _modules(table, f"{name}.kernel")
+        for expert in getattr(type(module), "EXPERTS", ()):
+            found[f"{name}.{expert}"] = _modules(table, f"{name}.{expert}")
+    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts layer 10 behind layer 9."""
+    return [(int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _modules(table: Table, path: str) -> tuple[str, ...]:
+    return tuple(table.full(name).removesuffix(".weight") for name in table.sources(path)[1])
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer a dotted name is in, if it is in one."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
+def chosen(model: Any, lora: Lora) -> list[str]:
+    """Return the names of the linear maps that the settings give an adapter.
+
+    Raises
+    ------
+    InputError
+        If a target or a layer is in no name; the message lists those there are.
+    """
+    known = adaptable(model)
+    kind = model.config.model_type
+    count = 1 + max((layer_of(name) or 0 for name in known), default=0)
+    wrong = [i for i in lora.layers or () if not 0 <= i < count]
+    if wrong:
+        raise InputError(f"LoRA's layers {wrong} are not there: this {kind} model has layers 0 to {count - 1}.")
+    if lora.target is None:
+        names = [name for name in known if layer_of(name) is not None and not name.endswith(".router")]
+    else:
+        matches = {target: [name for name in known if _matches(target, (name, *known[name]))] for target in lora.target}
+        unknown = [target for target, found in matches.items() if not found]
+        if unknown or not matches:
+            what = ", ".join(map(repr, unknown)) or "()"
+            raise InputError(
+                f"LoRA's target {what} names no linear map of this {kind} model; "
+                f"it has: {', '.join(_short_names(known))}."
+            )
+        names = [name for name in known if any(name in found for found in matches.values())]
+    names = [name for name in names if lora.layers is None or layer_of(name) in lora.layers]
+    if not names:
+        raise InputError(f"LoRA's target {lora.target} is in none of the layers {lora.layers} of this {kind} model.")
+    return names
+
+
+def _matches(target: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase("." + name, "*." + target) for name in names)
+
+
+def _short_names(known: dict[str, tuple[str, ...]]) -> list[str]:
+    """Return each kind of linear map once: our name within a layer, and the end of the checkpoint's."""
+    short = (
+        f"{re.sub(r'^.*?layers[.][0-9]+[.]', '', name)} ({theirs[0].split('.')[-1]})" for name, theirs in known.items()
+    )
+    return list(dict.fromkeys(short))
+
+
+def add_lora(
+    model: Model,
+    *,
+    key: jax.Array,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    rank_stabilised: bool = False,
+) -> Model:
+    """Return the model with adapters, which are its only `nnx.Param`s; its outputs are still the same.
+
+    All other weights become `Frozen`: `nnx.split(model, nnx.Param, ...)`, and with it fine-tuning and `lensjax.ntk`,
+    sees the adapters alone, so that no gradient and no optimiser state exists for anything else.
+
+    Parameters
+    ----------
+    model : lensjax.models.LanguageModel
+        Stays as it is and shares its weights' arrays with the result.
+    key : PRNG key
+        Of the adapters' initial weights.
+    rank, alpha, dropout, target, layers, rank_stabilised
+        See `Lora`.
+
+    Returns
+    -------
+    model of the same class; a `dropout_key` given to its `loss_sums` or `__call__` also drops the adapters' inputs.
+
+    Raises
+    ------
+    InputError
+        If a setting is wrong, names nothing in this model, or if it has adapters already.
+    """
+    lora = Lora(rank, alpha, dropout, target, layers, rank_stabilised)  # type: ignore[arg-type]  # it makes tuples
+    return with_adapters(model, lora, chosen(unstack_layers(model), lora), key)
+
+
+def with_adapters(model: Model, lora: Lora, names: Sequence[str], key: jax.Array) -> Model:
+    """Return the model with an adapter at each of `names`, as `adaptable` has them; see `add_lora`."""
+    if adapters(model):
+        raise InputError("The model has adapters already; merge them into its weights first, with merge_lora.")
+    was_stacked = is_stacked(model)
+    plain: Any = unstack_layers(model) if was_stacked else nnx.clone(model)
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(plain)}
+    _retype(modules.values(), nnx.Param, Frozen)
+    for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
+        parent, _, attribute = name.rpartition(".")
+        setattr(modules[parent], attribute, Adapter(getattr(modules[parent], attribute), lora, own))
+    plain.lora = lora
+    return stack_layers(plain) if was_stacked else plain
+
+
+def adapters(model: nnx.Module) -> dict[str, Adapter]:
+    """Return the model's adapters by dotted name; none in a model without."""
+    found = nnx.iter_modules(model)
+    return {".".join(map(str, path)): module for path, module in found if isinstance(module, Adapter)}
+
+
+def merge_lora(model: Model) -> Model:
+    """Return the plain model whose weights have the adapters' updates added.
+
+    Its outputs are the same but for rounding: the sum is rounded to the dtype of the weights, which in bfloat16 loses
+    the low bits of the update.
+
+    Parameters
+    ----------
+    model : lensjax.models.LanguageModel
+        From `add_lora`; stays as it is.
+
+    Raises
+    ------
+    InputError
+        If the model has no adapters.
+    """
+    if not adapters(model):
+        raise InputError("The model has no adapters to merge; give it some with add_lora.")
+    plain: Any = nnx.clone(model)
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(plain)}
+    for name, adapter in adapters(plain).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(modules[parent], attribute, adapter.merged())
+    _retype([module for _, module in nnx.iter_modules(plain)], Frozen, nnx.Param)
+    plain.lora = None
+    return plain
+
+
+def _retype(modules: Iterable[nnx.Module], old: type[nnx.Variable], new: type[nnx.Variable]) -> None:
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if type(value) is old:
+                setattr(module, name, new(value[...]))
+
+
+def with_dropout(model: Model, key: jax.Array | None) -> Model:
+    """Return the model with a dropout key of its own for each adapter, for one call; without a key as it is."""
+    if key is None or not any(adapter.dropout > 0 for adapter in adapters(model).values()):
+        return model
+    model = nnx.clone(model)
+    found = adapters(model).values()
+    for adapter, own in zip(found, jax.random.split(key, len(found)), strict=True):
+        matrix = 3 if isinstance(adapter.base, nnx.Variable) else 2
+        # Stacked layers need a key each.
+        repeats = adapter.lora_a.shape[: adapter.lora_a.ndim - matrix]
+        adapter.key = nnx.data(DropoutKey(jax.random.split(own, repeats) if repeats else own))
+    return model

@@ -1,0 +1,187 @@
+"""Between weight files and models: a source of tensors, checking it against a model, filling the model from it.
+
+A format brings a `Tensors`; `assemble` does the rest. Peak memory is that of the parameters, one tensor more, and a
+slab: tensors are read slab by slab straight into the dtype wanted, the largest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lensjax.errors import InputError
+from lensjax.models.base import LanguageModel
+from lensjax.models.registry import Family, ModelConfig, Table, family
+
+SLAB = 1 << 20
+"""Elements read at once."""
+
+
+class Tensors:
+    """The tensors of one checkpoint under their Hugging Face names: shapes now, contents on demand.
+
+    Attributes
+    ----------
+    shapes : mapping, name -> shape
+        Of every tensor there is.
+    described_by : str
+        Where the configuration stands, for messages.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    described_by: ClassVar[str] = "config.json"
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return entries `start` to `stop` of the tensor's first axis, of any dtype; a scalar whole."""
+        raise NotImplementedError
+
+    def read(self, name: str, dtype: Any) -> np.ndarray:
+        """Return a tensor as an array of `dtype` that nothing else refers to."""
+        return self.filled(name, self.shapes[name], dtype)
+
+    def filled(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return a tensor that `rows` gives with the shape `shape`, of `dtype`; never twice in memory."""
+        found = np.empty(shape, dtype)
+        for start, stop in slabs(shape):
+            found[slice(start, stop) if shape else ...] = self.rows(name, start, stop)
+        return found
+
+
+def slabs(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the bounds on the first axis that cut an array of this shape into pieces of about `SLAB` elements.
+
+    Vectors are one piece, whatever their length, and so is a scalar, with bounds (0, 1).
+    """
+    if len(shape) < 2:
+        return [(0, math.prod(shape))]
+    step = max(1, SLAB // max(1, math.prod(shape[1:])))
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the family that a configuration belongs to."""
+    return family(config.model_type, config.model_type)
+
+
+def abstract_model(config: ModelConfig, dtype: Any) -> LanguageModel:
+    """Return the model with shapes in place of parameters: nothing is computed or kept in memory."""
+    return nnx.eval_shape(lambda: family_of(config).model(config, dtype, nnx.Rngs(0)))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return path (with dots) -> shape of all parameters."""
+    flat = nnx.to_flat_state(nnx.state(abstract_model(config, jnp.float32), nnx.Param))
+    return {".".join(map(str, path)): leaf.shape for path, leaf in flat}
+
+
+def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> LanguageModel:
+    """Return the model of a configuration, filled from a checkpoint.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    tensors : Tensors
+    dtype : dtype of the parameters
+    source : str
+        Names the checkpoint in error messages.
+
+    Raises
+    ------
+    InputError
+        As `match`; also if a tied tensor is there twice and the two differ.
+    """
+    table = family_of(config).table(config)
+    graph, *states = nnx.split(abstract_model(config, dtype), nnx.Param, ...)
+    abstract, rest = states
+    flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(abstract)]
+    names = match(table, {dotted: leaf.shape for _, dotted, leaf in flat}, tensors, source)
+    filled = {}
+    # The largest first: what is held besides the parameters is then largest while few of them are there.
+    for path, dotted, leaf in sorted(flat, key=lambda item: -item[2].size):
+        rule, wanted = table.sources(dotted)
+        if any(name not in names for name in wanted):
+            value = jnp.zeros(leaf.shape, dtype)
+        else:
+            # Not jnp.asarray, which copies once more on the way.
+            value = jax.device_put(rule.load([tensors.read(names[name], dtype) for name in wanted]))
+        # Transfers run in the background: without waiting, several tensors would be in memory twice.
+        filled[path] = leaf.replace(jax.block_until_ready(value))
+    for copy, original in table.same.items():
+        if copy in names and not _equal(tensors, names[copy], names[original]):
+            raise InputError(
+                f"{source}: config.json ties {copy} to {original}, but the two differ in the checkpoint; "
+                "set tie_word_embeddings to false in config.json."
+            )
+    return nnx.merge(graph, nnx.from_flat_state([(path, filled[path]) for path, _, _ in flat]), rest)
+
+
+def _equal(tensors: Tensors, name: str, other: str) -> bool:
+    shape = tensors.shapes[name]
+    return shape == tensors.shapes[other] and all(
+        np.array_equal(tensors.rows(name, *bounds), tensors.rows(other, *bounds)) for bounds in slabs(shape)
+    )
+
+
+def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, source: str) -> dict[str, str]:
+    """Check that a checkpoint and a model's parameters fit together, without reading a tensor.
+
+    Parameters
+    ----------
+    table : Table
+    shapes : mapping
+        Path -> shape of the parameters, from `parameter_shapes`.
+    tensors : Tensors
+    source : str
+        Names the checkpoint in error messages.
+
+    Returns
+    -------
+    dict
+        Short name (see `Table`) -> name in the file.
+
+    Raises
+    ------
+    InputError
+        With everything that does not fit in one message.
+    """
+    names: dict[str, str] = {}
+    problems = []
+    for name in tensors.shapes:
+        short = table.short(name)
+        if short in names:
+            problems.append(f"both {names[short]} and {name} are there")
+        names[short] = name
+    used = set(table.same)
+    for path, shape in shapes.items():
+        rule, wanted = table.sources(path)
+        used.update(wanted)
+        absent = [table.full(name) for name in wanted if name not in names]
+        if absent and all(name in table.optional for name in wanted):
+            continue
+        if absent:
+            problems.append(f"missing: {', '.join(absent)}")
+            continue
+        found = [tensors.shapes[names[name]] for name in wanted]
+        try:
+            # Views of one zero: the rule's own code decides which shape it makes, and no tensor is read.
+            made = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in found]).shape
+        except ValueError:
+            made = None
+        if made != tuple(shape):
+            problems.append(
+                f"wrong shape: {', '.join(names[name] for name in wanted)} has {' and '.join(map(str, found))}, "
+                f"which does not make {tuple(shape)} for {path}"
+            )
+    problems += [f"unused: {names[name]}" for name in names if name not in used and not table.is_ignored(name)]
+    if problems:
+        raise InputError(
+            f"{source}: the checkpoint does not fit its {tensors.described_by}, {len(problems)} "
+            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(problems)
+        )
+    return names

@@ -1,0 +1,368 @@
+"""The default selector: a Bayesian average over rectified laws, shared hyper-priors, and a share of AtS.
+
+A law fitted to its optimum predicts worse than an average over all laws that the losses allow (benchmarks/LOG.md).
+The laws are
+
+    log L(D) = a + log(e + (1 - e) / (1 + (D / D0)^beta))
+
+with the level a integrated out, which makes everything invariant to the scale of the losses: e is the share of the
+loss that no amount of data removes, D0 the size at which the power phase begins. Candidates of one table see the same
+data, so their D0 and beta are spread around a common centre; what centre is likely, the losses of all candidates
+together say, before any truth is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lensjax.curves import Curves
+from lensjax.errors import InputError
+from lensjax.selectors.base import Scores
+from lensjax.selectors.baselines import ats
+from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
+
+FLOORS = np.array([0, 0.04, 0.08, 0.12, 0.18, 0.24, 0.3, 0.37, 0.44, 0.52, 0.6, 0.68, 0.76, 0.84, 0.92])
+ONSETS = np.geomspace(30, 1e7, 16)
+EXPONENTS = np.geomspace(0.03, 1.6, 14)
+ONSET_CENTRES = 100 * np.exp(np.arange(11.0))
+EXPONENT_CENTRES = np.array([0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0])
+DRAWS = 4000
+PAD = 8  # columns are padded to a multiple of this, so that one compiled program serves many tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Constants of the average.
+
+    `exponent_width`, `fade`, `floor_prior` and `stretch` are close to what benchmarks/default_selector.py finds for a
+    table that has no part in the choice; with all three published tables it would take a fade of 0.5, for slightly more
+    RelAcc and less PearCorr. The other constants were set while looking at all three.
+
+    Attributes
+    ----------
+    noise : float
+        Standard deviation of a log loss around the law, in units of each curve's own scale.
+    drift : float
+        The same of the law's drift from the largest size to half of it: why recent points weigh more.
+    fade : float
+        Factor by which the drift's precision falls with each halving of the size.
+    freedom : float
+        Degrees of freedom of the scale that each curve has of its own (Student-t); 1: a jump is forgiven.
+    floor_prior : (float, float)
+        Beta distribution of e.
+    onset_width, exponent_width : float
+        Spread of log D0 and log beta over the candidates of one table.
+    caution : float
+        The predicted loss is the power mean of this order over the predictive distribution. Above 1 it leans to what
+        is feared: of two candidates with the same median the better known one wins.
+    ats_share : float
+        Weight of AtS, as one more law.
+    stretch : (float, float)
+        Factors by which the predictive distribution is stretched below and above its median, in log loss, so that
+        truths fall outside of its 90 % interval as often as they should, on either side.
+    """
+
+    noise: float = 0.003
+    drift: float = 0.015
+    fade: float = 0.4
+    freedom: float = 1.0
+    floor_prior: tuple[float, float] = (0.5, 1.0)
+    onset_width: float = 1.0
+    exponent_width: float = 0.3
+    caution: float = 6.0
+    ats_share: float = 0.25
+    stretch: tuple[float, float] = (1.25, 0.8)
+
+
+SETTINGS = Settings()
+
+
+@functools.cache
+def laws() -> np.ndarray:
+    """Return the grid of laws: e, D0 and beta of each, float64 (G, 3)."""
+    return np.array(list(itertools.product(FLOORS, ONSETS, EXPONENTS)))
+
+
+@functools.cache
+def hyper_priors(settings: Settings) -> np.ndarray:
+    """Return the probability of each law under each centre of D0 and beta, float64 (H, G), rows adding to 1."""
+    edges = np.concatenate([[0], (FLOORS[1:] + FLOORS[:-1]) / 2, [1]])
+    with jax.enable_x64(True):
+        floor = np.diff(np.asarray(jax.scipy.special.betainc(*settings.floor_prior, jnp.asarray(edges))))
+    onset, exponent = np.log(ONSETS), np.log(EXPONENTS)
+    rows = []
+    for d, b in itertools.product(np.log(ONSET_CENTRES), np.log(EXPONENT_CENTRES)):
+        by_onset = np.exp(-0.5 * ((onset - d) / settings.onset_width) ** 2)
+        by_exponent = np.exp(-0.5 * ((exponent - b) / settings.exponent_width) ** 2)
+        row = floor[:, None, None] * by_onset[:, None] * by_exponent
+        rows.append((row / row.sum()).ravel())
+    return np.array(rows)
+
+
+def shape(grid: Any, sizes: Any) -> Any:
+    """Log loss below the level: (G, 3) laws at (S,) sizes -> (G, S). Arrays of NumPy or JAX."""
+    e, onset, beta = grid[:, 0, None], grid[:, 1, None], grid[:, 2, None]
+    xp = jnp if isinstance(sizes, jax.Array) else np
+    return xp.log(e + (1 - e) / (1 + (sizes / onset) ** beta))
+
+
+@jax.jit
+def _posterior(
+    y: jax.Array,
+    known: jax.Array,
+    sizes: jax.Array,
+    target: jax.Array,
+    grid: jax.Array,
+    priors: jax.Array,
+    constants: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Log losses (M, S) where `known`, at `sizes` (S,) -> see `Forecast`; also the posterior (M, G) of the laws."""
+    noise, drift, fade, freedom = constants
+    measured = jnp.where(known, jnp.log2(sizes), -jnp.inf)
+    age = jnp.where(known, measured.max(axis=1, keepdims=True) - jnp.log2(sizes), 0.0)
+    # A random walk that started at the largest size and takes longer steps further back.
+    walked = drift**2 * (fade**-age - 1) / (1 / fade - 1)
+    both = known[:, :, None] & known[:, None, :]
+    walk = jnp.where(both, jnp.minimum(walked[:, :, None], walked[:, None, :]), 0.0)
+    covariance = walk + jnp.eye(len(sizes)) * jnp.where(known, noise**2, 1.0)[:, :, None]
+    factor = jnp.linalg.cholesky(covariance)
+
+    def whiten(columns: jax.Array) -> jax.Array:
+        """(M, S, K) -> (M, S, K)."""
+        return jax.scipy.linalg.solve_triangular(factor, columns, lower=True)
+
+    ones = whiten(known[:, :, None].astype(y.dtype))
+    residual = jnp.where(known[:, :, None], y[:, :, None] - shape(grid, sizes).T, 0.0)
+    residual = whiten(residual)
+    information = (ones**2).sum(axis=1)
+    level = (ones * residual).sum(axis=1) / information
+    chi = ((residual - ones * level[:, None]) ** 2).sum(axis=1)
+    count = known.sum(axis=1, keepdims=True)
+    likelihood = -0.5 * (freedom + count - 1) * jnp.log1p(chi / freedom)
+    highest = likelihood.max(axis=1, keepdims=True)
+    likelihood = jnp.exp(likelihood - highest)
+    evidence = likelihood @ priors.T
+    centres = jax.nn.softmax((jnp.log(evidence) + highest).sum(axis=0))
+    weights = likelihood * ((centres / evidence) @ priors)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    prediction = level + shape(grid, target[None])[:, 0]
+    return weights, prediction, centres, likelihood
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forecast:
+    """What the losses of M candidates will be at a size: a weighted set of G laws for each, and AtS.
+
+    Attributes
+    ----------
+    target : float
+    weights : float64 array (M, G)
+        Posterior probability of each law, rows adding to 1.
+    log_loss : float64 array (M, G)
+        Log loss each law predicts.
+    centres : float64 array (H,)
+        Probability of each hyper-prior, given all candidates.
+    likelihood : float64 array (M, G)
+        Of each law, up to a factor per candidate.
+    ats : float64 array (M,)
+        Log loss predicted by AtS; NaN where it has too few points.
+    settings : Settings
+    """
+
+    target: float
+    weights: np.ndarray
+    log_loss: np.ndarray
+    centres: np.ndarray
+    likelihood: np.ndarray
+    ats: np.ndarray
+    settings: Settings
+
+    @functools.cached_property
+    def mean(self) -> np.ndarray:
+        """Mean log loss of the laws, without AtS (M,)."""
+        return np.asarray((self.weights * self.log_loss).sum(axis=1))
+
+    @functools.cached_property
+    def shift(self) -> np.ndarray:
+        """How far AtS lies from that mean (M,); 0 where there is no AtS."""
+        return np.where(np.isnan(self.ats), 0.0, self.ats - self.mean)
+
+    def loss(self) -> np.ndarray:
+        """Return the predicted losses (M,): the laws' power mean of order `caution`, mixed with AtS in log loss."""
+        order, highest = self.settings.caution, self.log_loss.max(axis=1, keepdims=True)
+        laws = highest[:, 0] + np.log((self.weights * np.exp(order * (self.log_loss - highest))).sum(axis=1)) / order
+        mixed = laws + self.settings.ats_share * (np.where(np.isnan(self.ats), laws, self.ats) - laws)
+        return np.asarray(np.exp(mixed))
+
+    @functools.cached_property
+    def median(self) -> np.ndarray:
+        """Median log loss (M,)."""
+        return self._log_quantiles((0.5,))[:, 0]
+
+    def quantiles(self, levels: tuple[float, ...]) -> np.ndarray:
+        """Return quantiles (M, len(levels)) of the predictive distribution of the losses.
+
+        The distribution is that of the laws, and with probability `ats_share` the same moved to AtS, stretched about
+        its median; a quantile is the smallest loss whose cumulative probability reaches the level.
+        """
+        return np.exp(self._stretched(self._log_quantiles(levels).T).T)
+
+    @functools.cached_property
+    def _atoms(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log losses in ascending order and their cumulative probability, both (M, 2 G), before stretching."""
+        share = self.settings.ats_share
+        atoms = np.concatenate([self.log_loss, self.log_loss + self.shift[:, None]], axis=1)
+        weights = np.concatenate([(1 - share) * self.weights, share * self.weights], axis=1)
+        order = np.argsort(atoms, axis=1)
+        return np.take_along_axis(atoms, order, axis=1), np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
+
+    def _log_quantiles(self, levels: tuple[float, ...]) -> np.ndarray:
+        atoms, cumulative = self._atoms
+        # Rounding must not push a level of nearly 1 past the end.
+        at = [np.minimum((cumulative < level).sum(axis=1), atoms.shape[1] - 1) for level in levels]
+        return np.stack([atoms[np.arange(len(atoms)), i] for i in at], axis=1)
+
+    def _stretched(self, log_loss: np.ndarray) -> np.ndarray:
+        """(N, M) -> (N, M)."""
+        below, above = self.settings.stretch
+        away = log_loss - self.median
+        return self.median + np.where(away < 0, below, above) * away
+
+    def draws(self, number: int = DRAWS, seed: int = 0) -> np.ndarray:
+        """Draw log losses of all candidates together (number, M).
+
+        Candidates share the centre of D0 and beta, and whether AtS is right: their errors have a common part.
+        """
+        rng = np.random.default_rng(seed)
+        priors = hyper_priors(self.settings)
+        counts = rng.multinomial(number, self.centres)
+        found = np.empty((number, len(self.weights)))
+        start = 0
+        for centre in np.flatnonzero(counts):
+            stop = start + counts[centre]
+            cumulative = np.cumsum(self.likelihood * priors[centre], axis=1)
+            positions = rng.random((counts[centre], len(self.weights))) * cumulative[:, -1]
+            for row in range(len(self.weights)):
+                law = np.searchsorted(cumulative[row], positions[:, row], side="right")
+                found[start:stop, row] = self.log_loss[row, np.minimum(law, cumulative.shape[1] - 1)]
+            start = stop
+        right = rng.random((number, 1)) < self.settings.ats_share
+        return self._stretched(found + np.where(right, self.shift, 0.0))
+
+
+def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Forecast:
+    """Predict the losses at `target` samples from all measured losses above 0 samples.
+
+    Parameters
+    ----------
+    curves : Curves
+        NaN is a loss that was not measured; each candidate may have been measured at sizes of its own.
+    target : float
+        Training samples, any positive number.
+    settings : Settings
+
+    Returns
+    -------
+    Forecast
+
+    Raises
+    ------
+    InputError
+        If a candidate has no loss above 0 samples.
+    """
+    tuned = curves.sizes > 0
+    sizes, losses = curves.sizes[tuned], curves.losses[:, tuned]
+    known = np.isfinite(losses)
+    if not known.any(axis=1).all():
+        name = curves.names[int(np.argmin(known.any(axis=1)))]
+        raise InputError(
+            f"{curves.source}: {name} has no visible loss above 0 samples, but method averaged needs one. Fine-tune it "
+            "on a small subset, make more of its losses visible (--visible), or leave it out."
+        )
+    padding = -len(sizes) % PAD
+    y = np.pad(np.log(np.where(known, losses, 1.0)), ((0, 0), (0, padding)))
+    constants = (settings.noise, settings.drift, settings.fade, settings.freedom)
+    with jax.enable_x64(True):
+        found = _posterior(
+            jnp.asarray(y),
+            jnp.asarray(np.pad(known, ((0, 0), (0, padding)))),
+            jnp.asarray(np.pad(sizes, (0, padding), constant_values=1.0)),
+            jnp.asarray(float(target)),
+            jnp.asarray(laws()),
+            jnp.asarray(hyper_priors(settings)),
+            jnp.asarray(constants, jnp.float64),
+        )
+        weights, log_loss, centres, likelihood = (np.asarray(value) for value in found)
+    line = np.full(len(curves), np.nan)
+    enough = np.flatnonzero(known.sum(axis=1) >= 2)
+    if len(enough) and settings.ats_share:
+        line[enough] = np.log(ats(curves.rows(enough), target).predicted_loss)
+    return Forecast(float(target), weights, log_loss, centres, likelihood, line, settings)
+
+
+def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) -> Scores:
+    """Average over the laws that the losses allow: the default.
+
+    Every law of a grid of rectified laws is weighted by how well it explains the candidate's losses, the larger sizes
+    counting more, and by a prior common to the candidates of the table, which is itself weighted by how well it
+    predicts their losses; a quarter of AtS is mixed in. Works from one size on, then with wide intervals.
+
+    Parameters
+    ----------
+    curves : Curves
+    target : float
+    settings : Settings
+
+    Returns
+    -------
+    Scores
+        With 90 % intervals, the probability of being the best of the table, and the smallest set of candidates that
+        contains the best with probability 0.9. Details: `E` (the floor), `beta`, and `transition` (D0), as their
+        posterior means (of the logarithm for D0).
+
+    Raises
+    ------
+    InputError
+        If a candidate has no loss above 0 samples.
+
+    References
+    ----------
+    The law: ICML 2024 (arXiv 2402.02314), eq. 4, written with D0 = D_l^(1/beta). AtS: the same, Algorithm 1.
+    """
+    found = forecast(curves, target, settings)
+    predicted = found.loss()
+    probability = best_probability(found.draws())
+    grid = laws()
+    level = found.log_loss - shape(grid, np.array([float(target)]))[:, 0]
+    used = np.isfinite(curves.losses) & (curves.sizes > 0)
+    margin = (1 - CERTAINTY) / 2
+    return Scores(
+        method="averaged",
+        names=curves.names,
+        score=predicted,
+        predicted_loss=predicted,
+        status=tuple(_status(int(n), settings) for n in used.sum(axis=1)),
+        used=used,
+        details={
+            "beta": found.weights @ grid[:, 2],
+            "E": (found.weights * grid[:, 0] * np.exp(level)).sum(axis=1),
+            "transition": np.exp(found.weights @ np.log(grid[:, 1])),
+        },
+        remarks=tuple("one size only: a guess" if n == 1 else "" for n in used.sum(axis=1)),
+        interval=found.quantiles((margin, 1 - margin)),
+        best_probability=probability,
+        may_be_best=smallest_set(probability, CERTAINTY),
+    )
+
+
+def _status(points: int, settings: Settings) -> str:
+    laws_text = f"average over {math.prod((len(FLOORS), len(ONSETS), len(EXPONENTS))):,} laws"
+    return f"{laws_text} weighted by {points} size(s)" + (" and AtS" if points > 1 and settings.ats_share else "")

@@ -1,0 +1,260 @@
+"""Linearised training under a fixed kernel: the residual F(Theta, t) of eq. 9, losses and predictions over time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lensjax.errors import InputError
+from lensjax.laws import kernel_residual
+
+Time = Any
+"""A number or an array of any shape (...)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Negative:
+    """Eigenvalues of a kernel below zero, which an exact kernel of gradients does not have.
+
+    Attributes
+    ----------
+    count : int
+    smallest : float
+        The most negative eigenvalue, 0 if there is none.
+    relative : float
+        Its size over the largest absolute eigenvalue: near the rounding error of the kernel's dtype it is rounding.
+    share : float
+        Part of the initial squared residual that lies in their directions, 0 to 1.
+    clipped : bool
+        Whether they count as 0 from here on.
+    """
+
+    count: int
+    smallest: float
+    relative: float
+    share: float
+    clipped: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelDynamics:
+    """Gradient descent on ``1/2 sum (f(x_i) - y_i)^2`` of a model that is linear in its parameters.
+
+    The residual r = f - y of the training examples follows ``r_t = expm(-eta Theta t) r_0`` (gradient flow, eta t is
+    the time), or ``r_t = (1 - eta Theta)^t r_0`` with `discrete` steps. Everything can be differentiated with
+    respect to the time t and the learning rate eta (t in discrete steps excepted, which are whole).
+
+    Attributes
+    ----------
+    eigenvalues : float array (K,), ascending
+        Of the kernel, after clipping.
+    vectors : float array (K, K)
+        Their eigenvectors, in columns.
+    projections : float array (K,)
+        u_k . r_0.
+    shape : tuple of int
+        Of the outputs, (N,) or (N, C); K = N C.
+    negative : Negative
+
+    Notes
+    -----
+    For the mean over n outputs instead of the sum, divide eta by n; for squares without the half, double it.
+
+    References
+    ----------
+    LensLLM (ICML 2025), eq. 8 and 9; Jacot et al. 2018, arXiv:1806.07572; Lee et al. 2019, arXiv:1902.06720.
+    """
+
+    eigenvalues: jax.Array
+    vectors: jax.Array
+    projections: jax.Array
+    shape: tuple[int, ...]
+    negative: Negative
+
+    def residual_norm(self, t: Time, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
+        """Return F(Theta, t) = |r_t|^2, eq. 9.
+
+        Parameters
+        ----------
+        t : float array (...), >= 0
+            Steps; whole numbers if `discrete`.
+        learning_rate : float
+            eta.
+        discrete : bool
+            Steps of gradient descent instead of gradient flow.
+
+        Returns
+        -------
+        float array (...), in units of the outputs squared.
+        """
+        if not discrete:
+            return kernel_residual(t, self.eigenvalues, self.projections, learning_rate)
+        return jnp.sum(jnp.square(self._decay(t, learning_rate, True) * self.projections), axis=-1)
+
+    def loss(self, t: Time, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
+        """Return the training loss ``1/2 sum_i r_i^2``; arguments as in `residual_norm`."""
+        return 0.5 * self.residual_norm(t, learning_rate, discrete=discrete)
+
+    def residual(self, t: Time, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
+        """Return r_t of the training examples, (..., *shape); arguments as in `residual_norm`."""
+        rows = (self._decay(t, learning_rate, discrete) * self.projections) @ self.vectors.T
+        return rows.reshape(*rows.shape[:-1], *self.shape)
+
+    def change(self, t: Time, cross_kernel: Any, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
+        """Return how far the outputs on other examples have moved: ``-Theta(x', X) Theta^-1 (1 - expm(..)) r_0``.
+
+        Parameters
+        ----------
+        t, learning_rate, discrete : as in `residual_norm`
+        cross_kernel : float array (M, N), or (M, C, N, C)
+            Kernel between the other examples and the training examples. No inverse is taken: a direction with
+            eigenvalue 0 gives eta t, its limit.
+
+        Returns
+        -------
+        float array (..., M) or (..., M, C), to be added to the outputs before training.
+
+        Raises
+        ------
+        InputError
+            If the cross kernel does not fit the training examples.
+        """
+        cross = jnp.asarray(cross_kernel)
+        half = cross.ndim // 2
+        if cross.ndim != 2 * len(self.shape) or cross.shape[half:] != self.shape:
+            raise InputError(
+                f"cross_kernel has shape {cross.shape}, but must be (M, ..., {', '.join(map(str, self.shape))}): other "
+                "examples first, training examples last."
+            )
+        rows = cross.reshape(-1, len(self.eigenvalues)) @ self.vectors
+        moved = -(self._gain(t, learning_rate, discrete) * self.projections) @ rows.T
+        return moved.reshape(*moved.shape[:-1], *cross.shape[:half])
+
+    def predict(
+        self, t: Time, cross_kernel: Any, outputs: Any, learning_rate: Any = 1.0, *, discrete: bool = False
+    ) -> jax.Array:
+        """Return the outputs on other examples after t steps.
+
+        Parameters
+        ----------
+        t, cross_kernel, learning_rate, discrete : as in `change`
+        outputs : float array (M,) or (M, C)
+            Before training.
+        """
+        return jnp.asarray(outputs) + self.change(t, cross_kernel, learning_rate, discrete=discrete)
+
+    def largest_stable_rate(self) -> float:
+        """Return the learning rate above which discrete steps diverge, 2 / lam_max; infinite for a zero kernel."""
+        largest = float(self.eigenvalues[-1])
+        return 2 / largest if largest > 0 else float("inf")
+
+    def _decay(self, t: Time, rate: Any, discrete: bool) -> jax.Array:
+        """exp(-eta lam t), or (1 - eta lam)^t."""
+        t = jnp.asarray(t)[..., None]
+        if not discrete:
+            return jnp.exp(-jnp.asarray(rate) * self.eigenvalues * t)
+        return _whole_power(1 - jnp.asarray(rate) * self.eigenvalues, t)
+
+    def _gain(self, t: Time, rate: Any, discrete: bool) -> jax.Array:
+        """(1 - decay) / lam, eta t where lam is 0."""
+        t, rate = jnp.asarray(t)[..., None], jnp.asarray(rate)
+        lam = self.eigenvalues
+        # Where lam is tiny, 1 - decay is rounding and its quotient noise: two terms of the series are exact there.
+        small = jnp.abs(rate * lam * t) < jnp.sqrt(jnp.finfo(lam.dtype).eps)
+        safe = jnp.where(lam == 0, 1.0, lam)
+        if discrete:
+            far = (1 - _whole_power(1 - rate * lam, t)) / safe
+            near = rate * t * (1 - rate * lam * (t - 1) / 2)
+        else:
+            far = -jnp.expm1(-rate * lam * t) / safe
+            near = rate * t * (1 - rate * lam * t / 2)
+        return jnp.where(small, near, far)
+
+
+def _whole_power(base: jax.Array, t: jax.Array) -> jax.Array:
+    """base^t for whole t >= 0 and a base of either sign."""
+    size = jnp.abs(base)
+    positive = size > 0
+    powers = jnp.where(positive, jnp.exp(t * jnp.log(jnp.where(positive, size, 1.0))), jnp.where(t == 0, 1.0, 0.0))
+    return jnp.where((base < 0) & (jnp.mod(t, 2) == 1), -powers, powers)
+
+
+def kernel_dynamics(
+    kernel: Any, outputs: Any, targets: Any = 0.0, *, negative: Literal["clip", "keep", "refuse"] = "clip"
+) -> KernelDynamics:
+    """Decompose a kernel once, for linearised training over any time and learning rate.
+
+    Parameters
+    ----------
+    kernel : float array (N, N) or (N, C, N, C)
+        From `ntk`. Its symmetric part is taken. For eq. 9 with a model's loss as its output, targets are 0; with the
+        gold tokens' probability they are 1.
+    outputs : float array (N,) or (N, C)
+        f_0, before training.
+    targets : float array like `outputs`, or number
+        y.
+    negative : {"clip", "keep", "refuse"}
+        What to do with negative eigenvalues: set them to 0 (their residuals then stay), let their residuals grow, or
+        raise. What they were is in the result's `negative` either way.
+
+    Returns
+    -------
+    KernelDynamics
+
+    Raises
+    ------
+    InputError
+        If shapes do not fit, something is not finite, the kernel is not symmetric, or is indefinite with "refuse".
+
+    Notes
+    -----
+    The decomposition is made in float64 whatever the caller's precision; the result has the default float dtype.
+    """
+    if negative not in ("clip", "keep", "refuse"):
+        raise InputError(f"negative={negative!r} is not known; choose 'clip', 'keep' or 'refuse'.")
+    theta, start = np.asarray(kernel, np.float64), np.asarray(outputs, np.float64)
+    shape = theta.shape[: theta.ndim // 2]
+    if theta.ndim not in (2, 4) or theta.shape != (*shape, *shape) or theta.size == 0:
+        raise InputError(f"kernel has shape {theta.shape}; it must be (N, N) or (N, C, N, C).")
+    if start.shape != shape:
+        raise InputError(f"outputs have shape {start.shape}, but the kernel is of outputs of shape {shape}.")
+    try:
+        residual = start - np.broadcast_to(np.asarray(targets, np.float64), shape)
+    except ValueError:
+        raise InputError(f"targets have shape {np.shape(targets)}, but outputs {shape}.") from None
+    if not (np.isfinite(theta).all() and np.isfinite(residual).all()):
+        raise InputError("kernel, outputs and targets must be finite; found NaN or infinity.")
+    size = residual.size
+    theta = theta.reshape(size, size)
+    asymmetry, scale = np.abs(theta - theta.T).max(), np.abs(theta).max()
+    if asymmetry > 1e-3 * scale:
+        raise InputError(
+            f"kernel differs from its transpose by {asymmetry:.3g} (largest entry {scale:.3g}); a kernel between two "
+            "different input sets goes to `predict`."
+        )
+    eigenvalues, vectors = np.linalg.eigh((theta + theta.T) / 2)
+    projections = vectors.T @ residual.ravel()
+    below = eigenvalues < 0
+    largest, square = np.abs(eigenvalues).max(), np.sum(projections**2)
+    found = Negative(
+        int(below.sum()),
+        float(min(eigenvalues[0], 0.0)),
+        float(-min(eigenvalues[0], 0.0) / largest) if largest > 0 else 0.0,
+        float(np.sum(projections[below] ** 2) / square) if square > 0 else 0.0,
+        negative == "clip",
+    )
+    if negative == "refuse" and found.count:
+        raise InputError(
+            f"kernel has {found.count} negative eigenvalues, down to {found.smallest:.3g} ({found.relative:.2g} of the "
+            "largest); clip or keep them, or compute the kernel in float64."
+        )
+    if negative == "clip":
+        eigenvalues = np.maximum(eigenvalues, 0.0)
+    dtype = jnp.result_type(float)
+    return KernelDynamics(
+        jnp.asarray(eigenvalues, dtype), jnp.asarray(vectors, dtype), jnp.asarray(projections, dtype), shape, found
+    )

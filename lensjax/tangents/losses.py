@@ -1,0 +1,199 @@
+"""Losses in two parts, outputs and what is made of them: for functions, and the cross-entropy of language models."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.errors import InputError
+from lensjax.tangents.models import IGNORED
+
+CHUNK_ROWS = 512
+CHUNK_ELEMENTS = 2**24
+"""Most tokens, and most logits, that exist at once."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Composed:
+    """A loss ``loss(outputs(params, batch), batch)``, whose Gauss-Newton matrix exists because the parts are known.
+
+    Attributes
+    ----------
+    outputs : callable (params, batch) -> pytree of real arrays
+    loss : callable (outputs, batch) -> real scalar
+        Convex in the outputs if the Gauss-Newton matrix is to be positive semi-definite.
+    """
+
+    outputs: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], Any]
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """Return the loss."""
+        return self.loss(self.outputs(params, batch), batch)
+
+
+def model_loss(model: Any) -> tuple[ModelLoss, Any]:
+    """Return (f, params) so that `f(params, batch)` is a language model's mean loss, nats per labelled token.
+
+    Parameters
+    ----------
+    model : `lensjax.models.LanguageModel`, or any Flax NNX module with its `loss_sums(batch)`
+        A batch is a mapping: input_ids (N, T), labels (N, T), attention_mask (N, T).
+
+    Returns
+    -------
+    f : hashable; the same object for models of the same structure, so that nothing is compiled twice
+    params : nnx.State of the model's parameters
+    """
+    from flax import nnx
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    if jax.tree.leaves(rest):
+        # State beside the parameters is closed over, so such a function cannot be kept between calls.
+        return ModelLoss(graph, rest, hasattr(model, "shift_right")), params
+    return _kept(graph, hasattr(model, "shift_right")), params
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(graph: Any, separate: bool) -> ModelLoss:
+    from flax import nnx
+
+    return ModelLoss(graph, nnx.State({}), separate)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelLoss:
+    """The cross-entropy of a language model as a function of its parameters; from `model_loss`.
+
+    Attributes
+    ----------
+    graph, rest : what Flax NNX needs beside the parameters
+    separate : bool
+        Whether the labels go to a decoder of their own.
+    """
+
+    graph: Any
+    rest: Any
+    separate: bool
+
+    def _model(self, params: Any) -> Any:
+        from flax import nnx
+
+        return nnx.merge(self.graph, params, self.rest)
+
+    def sample_sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return each sample's summed loss, nats, and labelled tokens, (N,) both."""
+        return self._model(params).loss_sums(batch)
+
+    def sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return the summed loss, nats, and the labelled tokens."""
+        losses, tokens = self.sample_sums(params, batch)
+        return losses.sum(), tokens.sum()
+
+    def __call__(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the mean loss over labelled tokens, 0 where there are none."""
+        total, tokens = self.sums(params, batch)
+        return total / jnp.maximum(tokens, 1)
+
+    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the number of labelled tokens."""
+        return jnp.sum(self._labels(batch) != IGNORED)
+
+    def _labels(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the label of each row of the head's inputs, flat."""
+        labels = jnp.asarray(batch["labels"])
+        if not self.separate:
+            real = self._mask(batch) != 0
+            # Position t predicts token t + 1; padding neither predicts nor is predicted.
+            labels = jnp.where(real[:, 1:] & real[:, :-1], labels[:, 1:], IGNORED)
+        return labels.reshape(-1)
+
+    @staticmethod
+    def _mask(batch: Mapping[str, jax.Array]) -> jax.Array:
+        mask = batch.get("attention_mask")
+        return jnp.ones_like(batch["input_ids"]) if mask is None else jnp.asarray(mask)
+
+    def head_inputs(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if it has one.
+
+        Raises
+        ------
+        InputError
+            If the model does not say what they are.
+        """
+        model = self._model(params)
+        if not (hasattr(model, "hidden") and hasattr(model, "head_weight")):
+            raise InputError(
+                f"{type(model).__name__} has no `hidden` and `head_weight`, which its Gauss-Newton matrix needs; "
+                "give Composed(outputs, loss) with the logits as outputs."
+            )
+        mask = self._mask(batch)
+        if self.separate:
+            hidden = model.hidden(batch["input_ids"], mask, model.shift_right(jnp.asarray(batch["labels"])))
+        else:
+            hidden = model.hidden(batch["input_ids"], mask)[:, :-1]
+        bias = model.head_bias() if hasattr(model, "head_bias") else None
+        inputs = (hidden.reshape(-1, hidden.shape[-1]), model.head_weight())
+        return inputs if bias is None else (*inputs, bias)
+
+    def head_gauss_newton(
+        self, batch: Mapping[str, jax.Array], inputs: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """Return the Gauss-Newton product of the summed cross-entropy with respect to the head's inputs."""
+        return head_gauss_newton(inputs, tangents, self._labels(batch))
+
+
+def head_gauss_newton(
+    inputs: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...], labels: jax.Array, *, chunk: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Return J^T H_out J v of the summed cross-entropy of a head, with the logits as outputs, chunk by chunk.
+
+    Parameters
+    ----------
+    inputs : (hidden (M, d), weight (V, d)), and the bias (V,) if there is one
+        Logits are ``hidden @ weight.T + bias``.
+    tangents : like `inputs`
+        The vector v.
+    labels : int array (M,)
+        Rows with -100 have no loss; which label the others have makes no difference.
+    chunk : int, optional
+        Rows whose logits exist at once. Default: 512, fewer for a large vocabulary.
+
+    Returns
+    -------
+    tuple like `inputs`
+    """
+    rows, vocabulary = inputs[0].shape[0], inputs[1].shape[0]
+    chunk = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)) if chunk is None else chunk
+    pieces = max(1, -(-rows // chunk))
+    size = -(-rows // pieces)
+    pad = pieces * size - rows
+
+    def cut(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(pieces, size, *a.shape[1:])
+
+    wide = jnp.promote_types(jnp.float32, inputs[0].dtype)
+    weight, d_weight = (a[1].astype(wide) for a in (inputs, tangents))
+    counted = cut((labels != IGNORED).astype(wide))
+
+    def piece(sums: tuple[jax.Array, ...], one: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        hidden, d_hidden, counts = (a.astype(wide) for a in one)
+        logits = hidden @ weight.T
+        change = d_hidden @ weight.T + hidden @ d_weight.T
+        if len(inputs) == 3:
+            logits, change = logits + inputs[2].astype(wide), change + tangents[2].astype(wide)
+        chances = jax.nn.softmax(logits, axis=1)
+        mean = jnp.sum(chances * change, axis=1, keepdims=True)
+        pulled = chances * (change - mean) * counts[:, None]
+        shares = (pulled.T @ hidden, pulled.sum(0))[: len(sums)]
+        return tuple(a + b for a, b in zip(sums, shares, strict=True)), pulled @ weight
+
+    start = tuple(jnp.zeros(a.shape, wide) for a in inputs[1:])
+    sums, d_out = jax.lax.scan(piece, start, (cut(inputs[0]), cut(tangents[0]), counted))
+    out = (d_out.reshape(pieces * size, -1)[:rows], *sums)
+    return tuple(a.astype(b.dtype) for a, b in zip(out, inputs, strict=True))

@@ -1,0 +1,21 @@
+"""Tasks: samples from files and data sets, split once, and token batches of few shapes for a given tokenizer."""
+
+from lensjax.tasks.encode import IGNORED, Batch, Encoded, batches, bucket_lengths, encode
+from lensjax.tasks.presets import PRESETS, Preset
+from lensjax.tasks.task import CHAT, PROMPT, Example, Task, load_task
+
+__all__ = [
+    "CHAT",
+    "IGNORED",
+    "PRESETS",
+    "PROMPT",
+    "Batch",
+    "Encoded",
+    "Example",
+    "Preset",
+    "Task",
+    "batches",
+    "bucket_lengths",
+    "encode",
+    "load_task",
+]

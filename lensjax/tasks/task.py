@@ -1,0 +1,268 @@
+"""A task: samples of input and target text, or of text alone, split once into training, validation and test."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensjax.errors import InputError
+from lensjax.tasks.presets import PRESETS
+from lensjax.tasks.sources import KINDS, SUFFIXES, Row, dataset_rows, file_rows
+
+PROMPT = "{input}:"
+"""The text before the target, which follows after one space."""
+
+CHAT = "chat"
+"""The template that stands for the tokenizer's own chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sample: the model reads `input` and is scored on `target`.
+
+    For language modelling the input and the template are empty, and the whole text is the target.
+    """
+
+    input: str
+    target: str
+    template: str = PROMPT
+
+    @property
+    def prompt(self) -> str:
+        """The text before the target, unless the template is `CHAT`."""
+        return self.template.replace("{input}", self.input)
+
+    @property
+    def completion(self) -> str:
+        """The text that counts in the loss."""
+        joined = not self.template or self.template == CHAT or self.template[-1].isspace()
+        return self.target if joined else f" {self.target}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A split data set.
+
+    Attributes
+    ----------
+    name : str
+    train : tuple of Example
+        In an order drawn once by `seed`: the subset of size n is the first n, so that subsets are nested.
+    validation, test : tuple of Example
+        For early stopping and for the losses that are compared; never in `train`.
+    seed : int
+    fingerprint : str
+        Changes whenever a sample, the split or the order changes.
+    notes : tuple of str
+        What was done to the data, for the report.
+    text_only : bool
+        Language modelling: there are no inputs, and texts may be packed into rows of full length.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    seed: int
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    text_only: bool = False
+
+    def subset(self, size: int) -> tuple[Example, ...]:
+        """Return the training subset of `size` samples.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer training samples than that.
+        """
+        if not 0 <= size <= len(self.train):
+            raise ValueError(f"no subset of {size} of {len(self.train)} training samples")
+        return self.train[:size]
+
+
+def load_task(
+    source: str | os.PathLike[str],
+    *,
+    input_field: str | None = None,
+    target_field: str | None = None,
+    text_field: str | None = None,
+    template: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    validation: int = 300,
+    test: int = 500,
+    seed: int = 0,
+) -> Task:
+    """Read, check and split a data set of input -> target samples, or of texts.
+
+    Samples that are equal are kept once; those that the validation or test split of a data set holds too are taken out
+    of training. Both are noted.
+
+    Parameters
+    ----------
+    source : str or path
+        A ``.jsonl`` (one object a line), ``.csv`` (with a header), ``.parquet`` or ``.txt`` (one text a line) file, all
+        but Parquet optionally gzip-compressed; the id of a data set on the Hugging Face hub, or a directory that
+        `datasets` reads; or the name of one of `PRESETS`, which fills in what is not given.
+    input_field, target_field : str, optional
+        Names of the fields, by default ``input`` and ``target``; a dot between the names of nested ones.
+    text_field : str, optional
+        Instead of these, for language modelling: the whole text counts in the loss. The default for text files.
+    template : str, optional
+        Prompt with ``{input}`` where the input goes, by default `PROMPT`; or `CHAT` for the tokenizer's chat template.
+    config, split, validation_split, test_split, revision : str, optional
+        Of a data set. Where it has no split of its own for validation or test, samples of the training split are set
+        aside.
+    limit : int, optional
+        Training rows of a data set that are read, drawn by `seed`.
+    validation, test : int
+        Samples set aside, or taken from the splits of their own.
+    seed : int
+        Seed of the split and of the order in which subsets grow.
+
+    Raises
+    ------
+    InputError
+        A source that cannot be read, a missing field, an empty text, a template without ``{input}``, fields that
+        contradict each other, or too few samples to set `validation` and `test` aside.
+    """
+    name, preset = str(source), None
+    path = Path(source)
+    is_file = path.is_file() or name.lower().endswith(SUFFIXES)
+    if not is_file and name in PRESETS:
+        preset = PRESETS[name]
+        if text_field is None and input_field is None and target_field is None:
+            input_field, target_field, text_field = preset.input_field, preset.target_field, preset.text_field
+        config, revision = config or preset.config, revision or preset.revision
+    elif not is_file and not path.is_dir() and name.count("/") != 1:
+        raise InputError(f"{name}: no such file. --task takes {KINDS}.")
+    if text_field is None and input_field is None and target_field is None and ".txt" in path.name.lower():
+        text_field = "text"
+    read = _reader(input_field, target_field, text_field, template)
+    splits = dict(preset.splits if preset else {"train": "train"})
+    asked = {"train": split, "validation": validation_split, "test": test_split}
+    splits |= {part: given for part, given in asked.items() if given is not None}
+    if is_file:
+        if any(value is not None for value in (config, *asked.values(), revision)):
+            raise InputError(
+                f"{name} is a local file: configuration, splits and revision are those of a data set; leave them out."
+            )
+        rows: dict[str, Iterable[Row]] = {"train": file_rows(path)}
+    else:
+        dataset = preset.dataset if preset else name
+        rows = {
+            part: dataset_rows(dataset, config, found, revision, limit=limit if part == "train" else None, seed=seed)
+            for part, found in splits.items()
+        }
+    parts = {part: [read(where, row) for where, row in of] for part, of in rows.items()}
+    full = {part: [example for example in examples if example is not None] for part, examples in parts.items()}
+    empty = sum(map(len, parts.values())) - sum(map(len, full.values()))
+    notes = [f"{empty} empty texts were left out"] if empty else []
+    known = path.name.split(".")[0] if is_file else name
+    return _split(known, full, notes, validation=validation, test=test, seed=seed, text_only=text_field is not None)
+
+
+def _reader(
+    input_field: str | None, target_field: str | None, text_field: str | None, template: str | None
+) -> Callable[[str, Mapping[str, Any]], Example | None]:
+    """Return what makes an example of a row, or None of an empty text."""
+    if text_field is not None:
+        if input_field is not None or target_field is not None or template is not None:
+            raise InputError(
+                f"--text-field {text_field} is language modelling, where there is no input, target or template; leave "
+                "--input-field, --target-field and --template out, or --text-field."
+            )
+        # Data sets of texts mark the ends of paragraphs by empty rows.
+        return lambda where, row: None if row.get(text_field) == "" else Example("", _text(where, row, text_field), "")
+    shape = PROMPT if template is None else template
+    if shape != CHAT and "{input}" not in shape:
+        raise InputError(f"--template {template!r} has no {{input}} where the input goes; add it, or give {CHAT!r}.")
+    first, second = input_field or "input", target_field or "target"
+    return lambda where, row: Example(_text(where, row, first), _text(where, row, second), shape)
+
+
+def _text(where: str, row: Mapping[str, Any], field: str) -> str:
+    value: Any = row
+    for name in [field] if field in row else field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            found = ", ".join(repr(k) for k in row)
+            raise InputError(
+                f"{where}: no field {field!r} (found: {found}). Name the fields with --input-field and "
+                "--target-field, or --text-field."
+            )
+        value = value[name]
+    if not isinstance(value, str) or not value.strip():
+        shown = "empty" if isinstance(value, str) else f"{value!r}, not text"
+        raise InputError(f"{where}: field {field!r} is {shown}. Fill it or remove the sample.")
+    return value.strip()
+
+
+def _split(
+    name: str,
+    parts: Mapping[str, list[Example]],
+    notes: list[str],
+    *,
+    validation: int,
+    test: int,
+    seed: int,
+    text_only: bool,
+) -> Task:
+    if not parts["train"]:
+        raise InputError(f"{name}: holds no sample.")
+    kept = {part: list(dict.fromkeys(examples)) for part, examples in parts.items()}
+    repeated = sum(map(len, parts.values())) - sum(map(len, kept.values()))
+    if repeated:
+        notes.append(f"{repeated} repeated samples were kept once")
+    # Test samples stay, for they are what is compared; the others go.
+    held: set[Example] = set()
+    for part in ("test", "validation", "train"):
+        if part in kept:
+            left = [example for example in kept[part] if example not in held]
+            if len(left) < len(kept[part]):
+                notes.append(f"{len(kept[part]) - len(left)} samples of {part} are in another split too: left out")
+            kept[part] = left
+            held.update(left)
+    rng = np.random.default_rng(seed)
+    shuffled = {part: tuple(kept[part][i] for i in rng.permutation(len(kept[part]))) for part in kept}
+    train, cut = shuffled["train"], 0
+    taken = {}
+    for part, wanted in (("test", test), ("validation", validation)):
+        if part in shuffled:
+            if len(shuffled[part]) < wanted:
+                raise InputError(
+                    f"{name}: its {part} split has {len(shuffled[part])} distinct samples, but {wanted} are asked for. "
+                    f"Lower --{part}."
+                )
+            taken[part] = shuffled[part][:wanted]
+        else:
+            taken[part], cut = train[cut : cut + wanted], cut + wanted
+    if len(train) <= cut:
+        raise InputError(
+            f"{name}: {len(train)} distinct samples, but {validation} are set aside for validation and {test} for "
+            "the test loss. Add samples or lower --validation and --test."
+        )
+    digest = hashlib.sha256(json.dumps([seed, validation, test]).encode())
+    for example in (*taken["test"], *taken["validation"], *train[cut:]):
+        digest.update(json.dumps([example.prompt, example.completion]).encode())
+    return Task(
+        name=name.split("/")[-1],
+        train=train[cut:],
+        validation=taken["validation"],
+        test=taken["test"],
+        seed=seed,
+        fingerprint=digest.hexdigest()[:16],
+        notes=tuple(notes),
+        text_only=text_only,
+    )

@@ -1,0 +1,175 @@
+"""Linearised training against matrix exponentials, real gradient descent of linear and of wide models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from lensjax import InputError
+from lensjax.tangents import kernel_dynamics, ntk
+
+
+def system(n=6, m=4, rank=None, seed=0):
+    rng = np.random.default_rng(seed)
+    train, test = (rng.normal(size=(k, rank or n + 3)) for k in (n, m))
+    return train @ train.T, test @ train.T, rng.normal(size=n), rng.normal(size=n), rng.normal(size=m), (train, test)
+
+
+def test_against_the_matrix_exponential():
+    with jax.enable_x64(True):
+        kernel, cross, outputs, targets, elsewhere, _ = system()
+        dynamics = kernel_dynamics(kernel, outputs, targets)
+        residual = outputs - targets
+        for t in (0.0, 0.3, 7.0, 1e4):
+            decay = scipy.linalg.expm(-0.02 * kernel * t)
+            np.testing.assert_allclose(dynamics.residual(t, 0.02), decay @ residual, rtol=1e-9, atol=1e-12)
+            F = np.sum((decay @ residual) ** 2)
+            np.testing.assert_allclose(dynamics.residual_norm(t, 0.02), F, rtol=1e-9, atol=1e-20)
+            np.testing.assert_allclose(dynamics.loss(t, 0.02), F / 2, rtol=1e-9, atol=1e-20)
+            moved = cross @ np.linalg.solve(kernel, (np.eye(6) - decay) @ residual)
+            np.testing.assert_allclose(dynamics.predict(t, cross, elsewhere, 0.02), elsewhere - moved, rtol=1e-9)
+        times = jnp.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+        assert dynamics.residual(times).shape == (2, 3, 6)
+        assert dynamics.predict(times, cross, elsewhere).shape == (2, 3, 4)
+        np.testing.assert_allclose(dynamics.residual(times)[1, 0], dynamics.residual(3.0))
+        # An elementwise exponential, the slip of the released code, is something else.
+        wrong = np.sum((np.exp(-0.02 * kernel * 0.3) @ residual) ** 2)
+        assert abs(wrong / dynamics.residual_norm(0.3, 0.02) - 1) > 0.5
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_discrete_steps_are_gradient_descent_of_a_linear_model(rank):
+    with jax.enable_x64(True):
+        kernel, cross, outputs, targets, elsewhere, (train, test) = system(rank=rank)
+        dynamics = kernel_dynamics(kernel, outputs, targets)
+        rate = 0.9 * dynamics.largest_stable_rate()  # some factors 1 - eta lam are negative
+        weights = np.zeros(train.shape[1])
+        for t in range(12):
+            now = outputs + train @ weights - targets
+            np.testing.assert_allclose(dynamics.residual(t, rate, discrete=True), now, rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(dynamics.residual_norm(t, rate, discrete=True), now @ now, rtol=1e-8)
+            np.testing.assert_allclose(
+                dynamics.predict(t, cross, elsewhere, rate, discrete=True), elsewhere + test @ weights, rtol=1e-7
+            )
+            weights = weights - rate * train.T @ now
+
+
+def test_singular_kernels_keep_what_they_cannot_learn():
+    with jax.enable_x64(True):
+        kernel, cross, outputs, targets, elsewhere, (train, _) = system(rank=3)
+        dynamics = kernel_dynamics(kernel, outputs, targets)
+        residual = outputs - targets
+        stays = residual - train @ np.linalg.pinv(train) @ residual
+        np.testing.assert_allclose(dynamics.residual(1e6), stays, atol=1e-6)
+        solved = elsewhere - cross @ np.linalg.pinv(kernel, rcond=1e-10) @ residual
+        np.testing.assert_allclose(dynamics.predict(1e6, cross, elsewhere), solved, rtol=1e-6, atol=1e-6)
+        nothing = kernel_dynamics(np.zeros((6, 6)), outputs, targets)
+        np.testing.assert_allclose(nothing.predict(3.0, cross, elsewhere, 0.5), elsewhere - 1.5 * cross @ residual)
+        assert nothing.largest_stable_rate() == np.inf
+
+
+def test_several_outputs_per_example():
+    with jax.enable_x64(True):
+        kernel, cross, outputs, targets, elsewhere, _ = system(n=6, m=4)
+        flat = kernel_dynamics(kernel, outputs, targets)
+        shaped = kernel_dynamics(kernel.reshape(3, 2, 3, 2), outputs.reshape(3, 2), targets.reshape(3, 2))
+        np.testing.assert_allclose(shaped.residual(0.1).ravel(), flat.residual(0.1))
+        got = shaped.predict(0.1, cross.reshape(2, 2, 3, 2), elsewhere.reshape(2, 2))
+        np.testing.assert_allclose(got.ravel(), flat.predict(0.1, cross, elsewhere))
+
+
+@pytest.mark.parametrize("which", ["residual_norm", "predict"])
+def test_derivatives_in_time_and_learning_rate(which):
+    with jax.enable_x64(True):
+        kernel, cross, outputs, targets, elsewhere, _ = system(rank=3)
+        dynamics = kernel_dynamics(kernel, outputs, targets)
+
+        def value(t, rate, discrete=False):
+            if which == "residual_norm":
+                return dynamics.residual_norm(t, rate, discrete=discrete)
+            return jnp.sum(dynamics.predict(t, cross, elsewhere, rate, discrete=discrete) ** 2)
+
+        got = jax.grad(value, (0, 1))(1.7, 0.04)
+        h = 1e-5
+        want = [
+            (value(1.7 + h, 0.04) - value(1.7 - h, 0.04)) / (2 * h),
+            (value(1.7, 0.04 + h) - value(1.7, 0.04 - h)) / (2 * h),
+        ]
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        step = jax.grad(lambda rate: value(3, rate, True))(0.04)
+        np.testing.assert_allclose(step, (value(3, 0.04 + h, True) - value(3, 0.04 - h, True)) / (2 * h), rtol=1e-6)
+
+
+def test_negative_eigenvalues_are_said_and_treated_as_asked():
+    with jax.enable_x64(True):
+        q = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
+        kernel = (q * [-0.5, 0.0, 1.0, 2.0]) @ q.T
+        residual = q @ [1.0, 2.0, 3.0, 4.0]
+        clipped, kept = (kernel_dynamics(kernel, residual, negative=how) for how in ("clip", "keep"))
+        for dynamics in (clipped, kept):
+            assert dynamics.negative.count in (1, 2)  # the zero may round either way
+            assert dynamics.negative.smallest == pytest.approx(-0.5)
+            assert dynamics.negative.relative == pytest.approx(0.25)
+            assert 1 / 30 - 1e-9 < dynamics.negative.share < 5 / 30 + 1e-9
+        assert (clipped.negative.clipped, kept.negative.clipped) == (True, False)
+        others = 4 + 9 * np.exp(-2 * 3.0) + 16 * np.exp(-4 * 3.0)
+        assert float(clipped.residual_norm(3.0)) == pytest.approx(1 + others)
+        assert float(kept.residual_norm(3.0)) == pytest.approx(np.exp(2 * 0.5 * 3.0) + others)
+        with pytest.raises(InputError, match=r"negative eigenvalues, down to -0\.5"):
+            kernel_dynamics(kernel, residual, negative="refuse")
+
+
+def trained(width, steps=40, seed=0):
+    """Largest relative gap between real and linearised losses, train and test, of a network of one hidden layer."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    inputs = jax.random.normal(keys[2], (14, 3))
+    x, other = inputs[:8], inputs[8:]
+    y, far = jnp.sin(x.sum(1)), jnp.sin(other.sum(1))
+    params = {"in": jax.random.normal(keys[0], (3, width)), "out": jax.random.normal(keys[1], (width,))}
+
+    def f(p, one):
+        return jnp.tanh(one @ p["in"] / jnp.sqrt(3.0)) @ p["out"] / jnp.sqrt(width)
+
+    def loss(p):
+        return 0.5 * jnp.sum(jnp.square(jax.vmap(f, (None, 0))(p, x) - y))
+
+    start, elsewhere = (jax.vmap(f, (None, 0))(params, points) for points in (x, other))
+    dynamics = kernel_dynamics(ntk(f, params, x), start, y)
+    rate = 0.1 * dynamics.largest_stable_rate()
+
+    def step(p, _):
+        value, gradient = jax.value_and_grad(loss)(p)
+        beyond = 0.5 * jnp.sum(jnp.square(jax.vmap(f, (None, 0))(p, other) - far))
+        return jax.tree.map(lambda a, g: a - rate * g, p, gradient), (value, beyond)
+
+    losses, beyond = jax.jit(lambda p: jax.lax.scan(step, p, None, steps)[1])(params)
+    t = jnp.arange(steps)
+    linear = dynamics.loss(t, rate, discrete=True)
+    cross = ntk(f, params, other, x)
+    predicted = 0.5 * jnp.sum(jnp.square(dynamics.predict(t, cross, elsewhere, rate, discrete=True) - far), axis=-1)
+    assert losses[-1] < 0.5 * losses[0]  # it has learned something
+    return np.array([jnp.abs(linear - losses).max() / losses[0], jnp.abs(predicted - beyond).max() / beyond[0]])
+
+
+def test_a_wide_network_follows_its_linearisation_and_closer_the_wider_it_is():
+    narrow, wide = (np.mean([trained(width, seed=s) for s in range(3)], axis=0) for width in (64, 2048))
+    assert (wide < 0.02).all()  # of the first loss, along 40 steps
+    assert (wide < narrow / 2).all()
+
+
+def test_errors():
+    good = np.eye(3)
+    cases = [
+        ((np.ones((3, 2)), np.ones(3)), {}, r"kernel has shape \(3, 2\)"),
+        ((good, np.ones(2)), {}, r"outputs have shape \(2,\)"),
+        ((good, np.ones(3), np.ones(2)), {}, r"targets have shape \(2,\)"),
+        ((good * np.nan, np.ones(3)), {}, "must be finite"),
+        ((np.triu(np.ones((3, 3))), np.ones(3)), {}, "differs from its transpose by 1"),
+        ((good, np.ones(3)), {"negative": "flip"}, "choose 'clip', 'keep' or 'refuse'"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(InputError, match=message):
+            kernel_dynamics(*arguments, **options)
+    with pytest.raises(InputError, match=r"cross_kernel has shape \(3, 2\)"):
+        kernel_dynamics(good, np.ones(3)).change(1.0, np.ones((3, 2)))
