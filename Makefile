@@ -2,22 +2,25 @@
 PYTHON ?= python3
 DEMO := .venv
 DEV := .venv-dev
+TORCH := .venv-torch
 
-.PHONY: demo test test-slow test-parity lint clean
+.PHONY: demo test test-slow test-parity torch lint clean
 
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m lensjax.select
 
 test: $(DEV)/.ready
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n auto
 
 test-slow: $(DEV)/.ready
 	$(DEV)/bin/python -m pytest -m slow
 
-# Compares with the torch models of transformers; torch comes with the extra.
-test-parity: $(DEV)/.ready
-	$(DEV)/bin/python -m pip install --quiet --editable ".[dev,parity]"
-	$(DEV)/bin/python -m pytest -m parity
+# Compares with the torch models of transformers, in an environment of their own: with torch there, transformers takes
+# other ways than it does for our users.
+test-parity: torch
+	$(TORCH)/bin/python -m pytest -n auto -m parity
+
+torch: $(TORCH)/.ready
 
 lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .
@@ -35,5 +38,10 @@ $(DEV)/.ready: pyproject.toml
 	$(DEV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+$(TORCH)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,parity]"
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(DEV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(DEMO) $(DEV) $(TORCH) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -219,6 +219,8 @@ def main() -> None:
         "probes": PROBES,
         "examples_in_the_maximum": EXAMPLES,
         "lanczos_steps": STEPS,
+        "loss_bound": "largest mean loss of a sample of the run's training and test sets",
+        "losses": "means over tokens; C and the forms are of means over a sample's tokens",
         "not_in_the_bound": "its remainder xi = O(n^(-3/4))",
     }
     write_result(options.name, without_nan({"settings": settings, **summary(runs), "each": runs}))

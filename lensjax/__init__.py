@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lensjax.laws import Fits, fit, lens_law, power_law, rectified_law
     from lensjax.models import from_pretrained
     from lensjax.selectors import SELECTORS, Scores
-    from lensjax.tangents import ntk
+    from lensjax.tangents import hessian_trace, kernel_dynamics, ntk
 
 _HOME = {
     "Curves": "lensjax.curves",
@@ -24,6 +24,8 @@ _HOME = {
     "power_law": "lensjax.laws",
     "rectified_law": "lensjax.laws",
     "from_pretrained": "lensjax.models",
+    "hessian_trace": "lensjax.tangents",
+    "kernel_dynamics": "lensjax.tangents",
     "ntk": "lensjax.tangents",
     "SELECTORS": "lensjax.selectors",
     "Scores": "lensjax.selectors",
@@ -38,6 +40,8 @@ __all__ = [
     "UnsupportedBackendError",
     "fit",
     "from_pretrained",
+    "hessian_trace",
+    "kernel_dynamics",
     "lens_law",
     "ntk",
     "power_law",

@@ -252,7 +252,7 @@ def _by_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2
     """Map over examples, as many together as `PAIR_BYTES` allows: few large products are faster than many small."""
     (examples, outputs, tokens, _), others = right1.shape, right2.shape[:3]
     one = outputs * tokens * math.prod(others) * accumulator(right1, right2).itemsize
-    together = max(1, PAIR_BYTES // one)
+    together = max(1, PAIR_BYTES // max(1, one))
     return jax.vmap(row)(each) if together >= examples else jax.lax.map(row, each, batch_size=together)
 
 

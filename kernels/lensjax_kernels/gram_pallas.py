@@ -2,8 +2,8 @@
 
 Written for the Triton backend of Pallas, on purpose: it multiplies in full float32, runs on GPUs from Ampere on, and
 lowers without one, so that the tests can prove it. That backend is deprecated from JAX 0.11 on, and goes with our move
-there: Mosaic GPU, its successor, needs Hopper and has no matrix product in full float32. On a GPU it has not been run
-yet; nothing calls it unless it is asked for by name.
+there: Mosaic GPU, its successor, is made for Hopper and later and has no matrix product in full float32. On a GPU it
+has not been run yet; nothing calls it unless it is asked for by name.
 """
 
 from __future__ import annotations

@@ -47,6 +47,8 @@ class Selection:
         Ranked candidates whose loss at `target` should have been measured and could not be.
     facts : mapping
         Run directory, wall time, versions and the like.
+    loss_unit : {"token", "byte"}
+        What the losses are a mean over.
     """
 
     source: str
@@ -62,6 +64,7 @@ class Selection:
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unverified: Mapping[str, str] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss_unit: str = "token"
 
     @property
     def main(self) -> Scores:
@@ -108,6 +111,7 @@ class Selection:
             "schema": SCHEMA,
             "source": self.source,
             "target": self.target,
+            "loss_unit": f"nats per {self.loss_unit}",
             "method": self.main.method,
             "best": self.best,
             "cost_note": self.cost_note,

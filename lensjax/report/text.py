@@ -129,7 +129,8 @@ def answer(selection: Selection) -> str:
     text = f"Fine-tune {scores.best}"
     predicted = float(scores.predicted_loss[order[0]])
     if np.isfinite(predicted):
-        text += f": expected test loss {predicted:.4f} nats per token at {samples(selection.target)} samples"
+        unit = f"nats per {selection.loss_unit}"
+        text += f": expected test loss {predicted:.4f} {unit} at {samples(selection.target)} samples"
     else:
         text += f" for {samples(selection.target)} samples (method {scores.method} predicts no loss)"
     if len(order) > 1 and np.isfinite(scores.score[order[1]]):

@@ -40,6 +40,8 @@ LOSSES_ONLY = ("tokens_per_sample",)
 LIVE_ONLY = (
     *("task", "input_field", "target_field", "models", "out", "smallest", "seed", "validation", "test", "max_length"),
     *("learning_rate", "batch_size", "max_epochs", "verify", "budget"),
+    *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
+    *("loss_unit", "lora_rank", "lora_alpha", "lora_dropout"),
 )
 
 
@@ -75,16 +77,36 @@ def parser() -> argparse.ArgumentParser:
     )
     live = p.add_argument_group("by fine-tuning")
     live.add_argument(
-        "--task", type=Path, metavar="FILE", help=".jsonl or .csv of samples (default: WordNet definitions)"
+        "--task",
+        metavar="DATA",
+        help="a file of samples (.jsonl, .csv, .parquet, .txt), a data set of the hub (owner/name), or one of flan, "
+        "wikitext, gigaword, wmt19 (default: WordNet definitions)",
     )
     live.add_argument("--input-field", metavar="NAME", help="field the model reads (default input)")
     live.add_argument("--target-field", metavar="NAME", help="field it is to produce (default target)")
+    live.add_argument("--text-field", metavar="NAME", help="instead of both: language modelling on this field")
     live.add_argument(
-        "--models", nargs="+", metavar="MODEL", help="directories or Hugging Face ids (default: demo models)"
+        "--template", metavar="TEXT", help="prompt with {input} in it (default '{input}:'), or chat: the model's own"
     )
+    live.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set")
+    live.add_argument("--split", metavar="NAME", help="split of a data set to train on (default train)")
+    live.add_argument("--validation-split", metavar="NAME", help="its split for early stopping (default: set aside)")
+    live.add_argument("--test-split", metavar="NAME", help="its split for the test loss (default: set aside)")
+    live.add_argument("--revision", metavar="NAME", help="branch or commit of a data set")
+    live.add_argument("--limit", type=_samples, metavar="N", help="read at most N training samples of a data set")
+    live.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="directories, GGUF files or Hugging Face ids (default: demo models); "
+        "MODEL+lora is fine-tuned by low-rank adapters",
+    )
+    live.add_argument("--lora-rank", type=_samples, metavar="N", help="of the adapters (default 8)")
+    live.add_argument("--lora-alpha", type=float, metavar="X", help="their scale is alpha / rank (default 16)")
+    live.add_argument("--lora-dropout", type=float, metavar="X", help="on their inputs (default 0)")
     live.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/TASK-...)")
     live.add_argument(
-        "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 100); sizes double"
+        "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 50); sizes double"
     )
     live.add_argument(
         "--budget",
@@ -97,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     live.add_argument("--test", type=_samples, metavar="N", help="samples for the test loss (default 500)")
     live.add_argument("--seed", type=_seed, help="of the split and the order of samples (default 0)")
     live.add_argument("--max-length", type=_samples, metavar="N", help="tokens kept of a sample (default 128)")
+    live.add_argument(
+        "--loss-unit", choices=("token", "byte"), help="compare losses per token (default, as the paper) or per byte"
+    )
     live.add_argument("--learning-rate", type=float, metavar="X", help="of AdamW (default 0.0003, demo models 0.002)")
     live.add_argument("--batch-size", type=_samples, metavar="N", help="samples per step (default 32)")
     live.add_argument("--max-epochs", type=_samples, metavar="N", help="passes over a subset at most (default 10)")
@@ -211,6 +236,7 @@ def _from_losses(given: argparse.Namespace) -> Selection:
 
 def _live(given: argparse.Namespace, err: TextIO) -> Selection:
     from lensjax.finetune import Plan
+    from lensjax.models import Lora
     from lensjax.report.progress import Console
     from lensjax.select.live import LiveSelection, default_directory
     from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
@@ -219,11 +245,15 @@ def _live(given: argparse.Namespace, err: TextIO) -> Selection:
     names = (
         *("task", "input_field", "target_field", "out", "smallest", "seed", "validation", "test", "max_length"),
         *("visible", "target", "method", "gamma", "tau", "verify", "budget"),
+        *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
+        "loss_unit",
     )
     chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
     defaults = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}
     plan = Plan(**defaults | {n: getattr(given, n) for n in plan_names if getattr(given, n) is not None})
-    request = Request(models=tuple(given.models or ()), plan=plan, **chosen)
+    adapters = {name: getattr(given, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+    lora = Lora(**{name: value for name, value in adapters.items() if value is not None})
+    request = Request(models=tuple(given.models or ()), plan=plan, lora=lora, **chosen)
     prepared = prepare(request)
     console = Console(err, quiet=given.quiet)
     return LiveSelection(prepared, request.out or default_directory(prepared), console).execute()

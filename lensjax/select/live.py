@@ -14,12 +14,12 @@ from lensjax import models
 from lensjax.curves import Curves
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Outcome, Progress
-from lensjax.metrics import training_flops
 from lensjax.report.progress import Console, duration
 from lensjax.report.selection import Selection
 from lensjax.runs import Journal, Run, curves_of, key_of
+from lensjax.select.candidates import Candidate
 from lensjax.select.from_losses import score_all
-from lensjax.select.prepare import Candidate, Prepared
+from lensjax.select.prepare import Prepared
 from lensjax.selectors import full_cost, propose, should_stop
 
 
@@ -177,11 +177,12 @@ class LiveSelection:
 
     def _curves(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> Curves:
         """Return what the race has measured, with a column for each size, also for those of no run yet."""
-        losses = {(r.candidate, r.size): r.test_loss for r in self.runs}
+        found = {(r.candidate, r.size): r.test_loss for r in self.runs if r.test_loss is not None}
+        losses = [[found.get((c.name, s), np.nan) * self._unit(c) for s in sizes] for c in candidates]
         return Curves(
             names=tuple(c.name for c in candidates),
             sizes=np.array(sizes, np.float64),
-            losses=np.array([[losses.get((c.name, s), np.nan) for s in sizes] for c in candidates], np.float64),
+            losses=np.array(losses, np.float64),
             parameters=np.array([c.parameters for c in candidates], np.float64),
             source=self.prepared.task.name,
         )
@@ -243,9 +244,16 @@ class LiveSelection:
         self.runs.append(run)
         return outcome.test_loss
 
+    def _unit(self, candidate: Candidate) -> float:
+        """Return what turns a candidate's losses per token into those that are compared."""
+        if self.prepared.request.loss_unit == "token":
+            return 1.0
+        return self.prepared.tokens[candidate.tokenizer].test.tokens_per_byte
+
     def _facts(self, candidate: Candidate) -> dict[str, object]:
         return {
             "parameters": candidate.parameters,
+            "lora": None if candidate.lora is None else asdict(candidate.lora),
             "fingerprint": candidate.fingerprint,
             "definition": self.prepared.definition,
             "jax": jax.__version__,
@@ -257,6 +265,7 @@ class LiveSelection:
         own = asdict(outcome)
         shared = {name: own.pop(name) for name in ("test_loss", "steps", "tokens", "flops", "seconds", "reason")}
         own["validation_loss"] = own["validation_loss"] if size else None  # JSON knows no NaN
+        own["test_loss_per_byte"] = outcome.test_loss * self.prepared.tokens[candidate.tokenizer].test.tokens_per_byte
         return Run(key, candidate.name, size, **shared, facts={**self._facts(candidate), **own})
 
     def _selection(self) -> Selection:
@@ -271,6 +280,8 @@ class LiveSelection:
         names = [c.name for c in ranked]
         runs = [r for r in self.runs if r.candidate in names]
         measured = curves_of(runs, names, {c.name: c.parameters for c in ranked}, prepared.task.name)
+        units = np.array([self._unit(c) for c in ranked])
+        measured = replace(measured, losses=measured.losses * units[:, None])
         curves = measured.visible(prepared.sizes[-1])
         flops = np.zeros(measured.losses.shape)
         epochs = []
@@ -281,13 +292,14 @@ class LiveSelection:
                 epochs.append(run.tokens / tokens.train.token_counts[: run.size].sum())
         passes = float(np.mean(epochs)) if epochs else float(request.plan.max_epochs)
         full_tokens = np.array([prepared.tokens[c.tokenizer].mean for c in ranked]) * prepared.target * passes
-        full_flops = training_flops([c.parameters for c in ranked], full_tokens)
+        full_flops = full_tokens * np.array([c.flops_per_token for c in ranked])
         truth = None
         how = f"estimated at {passes:.1f} epochs" + (", as for the largest subset" if epochs else ", the most allowed")
         if request.verify and np.isfinite(measured.at(prepared.target)).any():
             truth = measured.at(prepared.target)
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
             how = "as measured"
+        frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
         scores, refused = score_all(curves, prepared.target, request.method, gamma=request.gamma, tau=request.tau)
         return Selection(
             source=prepared.task.name,
@@ -298,10 +310,11 @@ class LiveSelection:
             flops=flops[:, : len(curves.sizes)],
             full_flops=full_flops,
             lost_flops=sum(r.flops for r in self.runs if r.candidate in self.failures),
-            cost_note=f"6 N per token trained on, all epochs; the whole {how}",
+            cost_note=f"6 N per token trained on{frozen}, all epochs; the whole {how}",
             truth=truth,
             failures=self.failures,
             unverified=self.unverified,
+            loss_unit=request.loss_unit,
             facts={
                 "directory": str(self.directory),
                 "seconds": sum(r.seconds for r in self.runs),
@@ -328,10 +341,12 @@ class Bench:
     def tuner(self) -> FineTuner:
         """The compiled fine-tuner."""
         if self._tuner is None:
-            model = models.load_model(self.candidate.directory)
+            model = models.load_model(self.candidate.path)
             # Padding is masked, but an id outside of the vocabulary would still give NaN.
             pad = self.tokens.pad_id if self.tokens.pad_id < self.candidate.config.vocab_size else 0
-            self._tuner = FineTuner(model, self.prepared.request.plan, self.tokens.buckets, pad)
+            self._tuner = FineTuner(
+                model, replace(self.prepared.request.plan, lora=self.candidate.lora), self.tokens.buckets, pad
+            )
         return self._tuner
 
     def run(self, size: int, on_progress: Callable[[Progress], None]) -> Outcome:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,16 @@ from lensjax import backend, data, models
 from lensjax.curves import Curves
 from lensjax.errors import InputError
 from lensjax.finetune import Plan
+from lensjax.models import Lora
+from lensjax.select.candidates import Candidate, find_candidates
 from lensjax.selectors import DEFAULT, RACE, check_rule, full_cost, propose
 from lensjax.tasks import Encoded, Task, bucket_lengths, encode, load_task
 
 DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
-DEMO_MODELS = ("demo", "models")
 DEMO_SMALLEST, SMALLEST = 50, 200
 DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
 RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +33,12 @@ class Request:
     ----------
     models : tuple of str
         Directories or Hugging Face ids; empty: the demo models.
-    task : Path or None
-        None: the WordNet sample.
-    input_field, target_field : str or None
+    task : str, Path or None
+        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
+    input_field, target_field, text_field, template : str or None
+        See `lensjax.tasks.load_task`, as are the next two.
+    dataset_config, split, validation_split, test_split, revision : str or None
+    limit : int or None
     out : Path or None
         Run directory.
     smallest, visible, target : int or None
@@ -52,16 +53,29 @@ class Request:
     validation, test : int
         Samples set aside.
     max_length : int
-        Tokens kept of a sample.
+        Tokens kept of a sample; the length of the rows that texts are packed into.
+    loss_unit : {"token", "byte"}
+        What a loss is the mean over: tokens, as in the paper, or UTF-8 bytes of target text, which are the same for
+        every tokenizer.
+    lora : Lora
+        Adapters of the candidates that are named with ``+lora``.
     plan : Plan
     verify : bool
         Fine-tune every candidate on `target` samples too, and say how good the choice was.
     """
 
     models: tuple[str, ...] = ()
-    task: Path | None = None
+    task: str | Path | None = None
     input_field: str | None = None
     target_field: str | None = None
+    text_field: str | None = None
+    template: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    revision: str | None = None
+    limit: int | None = None
     out: Path | None = None
     smallest: int | None = None
     visible: int | None = None
@@ -74,32 +88,10 @@ class Request:
     validation: int = 300
     test: int = 500
     max_length: int = 128
+    loss_unit: str = "token"
+    lora: Lora = dataclasses.field(default_factory=Lora)
     plan: Plan = dataclasses.field(default_factory=Plan)
     verify: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One model to choose from, and what is known before it is loaded.
-
-    Attributes
-    ----------
-    name : str
-        In the report.
-    directory : Path
-        Where its files are, those of a hub id in the hub's cache.
-    config : ModelConfig
-    parameters : int
-    fingerprint, tokenizer : str
-        Change whenever a file of the checkpoint, or one of its tokenizer, does.
-    """
-
-    name: str
-    directory: Path
-    config: models.ModelConfig
-    parameters: int
-    fingerprint: str
-    tokenizer: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,6 +157,7 @@ class Prepared:
             "test": request.test,
             "seed": request.seed,
             "max_length": self.max_length,
+            "packed": self.task.text_only,
             "plan": dataclasses.asdict(request.plan),
         }
 
@@ -178,6 +171,7 @@ class Prepared:
             "target": self.target,
             "gamma": self.request.gamma,
             "tau": self.request.tau,
+            "loss_unit": self.request.loss_unit,
             **({} if self.request.budget is None else {"budget": self.request.budget}),
         }
 
@@ -195,7 +189,7 @@ def prepare(request: Request) -> Prepared:
     check_rule(request.gamma, request.tau)
     task = _task(request)
     sizes, target = _sizes(request, len(task.train))
-    candidates = _candidates(request)
+    candidates = find_candidates(request.models, request.lora)
     if request.budget is not None:
         nothing = _unmeasured(candidates, sizes)
         propose(nothing, target, request.budget * full_cost(nothing, target), smallest=sizes[0], largest=sizes[-1])
@@ -216,19 +210,19 @@ def prepare(request: Request) -> Prepared:
                 f"--models {candidate.name}: its tokenizer gives token {largest}, but the model knows "
                 f"{candidate.config.vocab_size} tokens. Use the tokenizer the model was trained with."
             )
-    if len(tokens) > 1:
+    if len(tokens) > 1 and request.loss_unit == "token":
         notes.append(
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
-            "not the same piece of text for all of them"
+            "not the same piece of text for all of them; --loss-unit byte compares the same text"
         )
     return Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes))
 
 
 def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
-    tokenizer = models.load_tokenizer(candidate.directory)
+    tokenizer = models.load_tokenizer(candidate.path)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
     train, validation, test = (
-        encode(part, tokenizer, max_length, separate=separate)
+        encode(part, tokenizer, max_length, separate=separate, pack=task.text_only)
         for part in (task.subset(largest), task.validation, task.test)
     )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -236,17 +230,24 @@ def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_le
 
 
 def _task(request: Request) -> Task:
-    path, fields = request.task, (request.input_field, request.target_field)
-    if path is None:
-        path = data.path(*DEMO_TASK)
-        fields = (fields[0] or DEMO_FIELDS[0], fields[1] or DEMO_FIELDS[1])
+    names = ("text_field", "template", "split", "validation_split", "test_split", "revision", "limit")
+    options: dict[str, Any] = {name: getattr(request, name) for name in names}
+    options |= {"input_field": request.input_field, "target_field": request.target_field}
+    source: str | Path
+    if request.task is None:
+        source = data.path(*DEMO_TASK)
+        if request.text_field is None:
+            fields = zip(("input_field", "target_field"), DEMO_FIELDS, strict=True)
+            options |= {name: options[name] or default for name, default in fields}
+    else:
+        source = request.task
     return load_task(
-        path,
-        input_field=fields[0] or "input",
-        target_field=fields[1] or "target",
+        source,
+        config=request.dataset_config,
         validation=request.validation,
         test=request.test,
         seed=request.seed,
+        **options,
     )
 
 
@@ -318,45 +319,3 @@ def sizes_needed(method: str, gamma: int) -> int:
     """Return how many subset sizes a method needs beside the zero-shot loss."""
     needed = {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "averaged": 2, "subtuning": 1}
     return needed.get(method, 0)
-
-
-def _candidates(request: Request) -> tuple[Candidate, ...]:
-    paths = list(request.models) or [str(p) for p in sorted(data.path(*DEMO_MODELS).iterdir()) if p.is_dir()]
-    if len(paths) < 2:
-        raise InputError(f"--models: {len(paths)} model ({paths[0]}); choosing needs at least two candidates.")
-    names = [os.path.basename(os.path.abspath(p)) if os.path.isdir(p) else p for p in paths]
-    if len(set(names)) < len(names):
-        names = paths
-    found: list[Candidate] = []
-    for name, path in zip(names, paths, strict=True):
-        config = models.check_checkpoint(path)
-        directory = models.resolve(path)
-        # An encoder-decoder model reads the same tokens in another arrangement.
-        tokenizer = _digest(directory, True) + ("-separate" if getattr(config, "is_encoder_decoder", False) else "")
-        parameters = models.count_parameters(config)
-        candidate = Candidate(name, directory, config, parameters, _digest(directory), tokenizer)
-        same = next((c for c in found if c.name == name or c.fingerprint == candidate.fingerprint), None)
-        if same is not None:
-            raise InputError(f"--models: {same.name} and {name} are the same model; name each candidate once.")
-        found.append(candidate)
-    return tuple(found)
-
-
-def _digest(directory: Path, tokenizer: bool = False) -> str:
-    """Return what identifies a checkpoint, or its tokenizer alone: the contents of the files that matter."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        wanted = file.name.startswith(TOKENIZER_FILES) or file.suffix == ".model"
-        if not tokenizer:
-            wanted |= file.name == "config.json" or file.suffix == ".safetensors"
-        if not (wanted and file.is_file()):
-            continue
-        digest.update(file.name.encode())
-        # The hub's cache names a file after its contents: there is no need to read it.
-        blob = file.resolve()
-        if blob.parent.name == "blobs":
-            digest.update(blob.name.encode())
-            continue
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]

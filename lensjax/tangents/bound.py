@@ -81,7 +81,9 @@ class Bound:
     @property
     def looseness(self) -> float | None:
         """Bound over test loss; None without a test loss."""
-        return None if self.test_loss is None else self.value / self.test_loss
+        if self.test_loss is None:
+            return None
+        return self.value / self.test_loss if self.test_loss else math.inf
 
 
 def layer_distances(params: Any, initial: Any, *, by_layer: ByLayer = True) -> dict[str, float]:
@@ -152,7 +154,7 @@ def generalization_bound(
     Raises
     ------
     InputError
-        If neither or both of `forms` and `traces` are given, layers differ, or a number is out of range.
+        If neither or both of `forms` and `traces` are given, layers differ, or a number is out of range or not finite.
 
     References
     ----------
@@ -160,14 +162,14 @@ def generalization_bound(
     """
     if (forms is None) == (traces is None):
         raise InputError("give either forms (Theorem 2) or traces (noise of one size in all directions).")
-    if n < 1 or not epsilon > 0 or not loss_bound > 0:
-        raise InputError(f"n={n}, epsilon={epsilon} and loss_bound={loss_bound} must be positive.")
+    if not (n >= 1 and 0 < epsilon < math.inf and 0 < loss_bound < math.inf):
+        raise InputError(f"n={n}, epsilon={epsilon} and loss_bound={loss_bound} must be positive and finite.")
     given: Mapping[str, float] = forms if forms is not None else traces or {}
     if not given or set(given) != set(distances):
         raise InputError(
             f"distances are of the layers {sorted(distances)}, but curvature of {sorted(given)}: use one by_layer."
         )
-    numbers = [train_loss, *given.values(), *distances.values()]
+    numbers = [train_loss, *([] if test_loss is None else [test_loss]), *given.values(), *distances.values()]
     if not all(math.isfinite(x) for x in numbers) or min(distances.values()) < 0:
         raise InputError(f"losses, distances and curvatures must be finite and distances not negative: {numbers}.")
     layers = {}
@@ -233,9 +235,11 @@ def power_fall(sizes: Sequence[float], values: Sequence[float]) -> PowerFall:
     InputError
     """
     x, y = np.asarray(sizes, np.float64), np.asarray(values, np.float64)
-    if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not (x > 0).all() or not (y > 0).all():
+    usable = bool(np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all())
+    if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not usable:
         raise InputError(
-            f"a power of n needs positive values at two different positive sizes, not {y.tolist()} at {x.tolist()}."
+            "a power of n needs finite positive values at two different positive sizes, not "
+            f"{y.tolist()} at {x.tolist()}."
         )
     log_x, log_y = np.log(x), np.log(y)
     centred = log_x - log_x.mean()
@@ -249,7 +253,29 @@ def power_fall(sizes: Sequence[float], values: Sequence[float]) -> PowerFall:
 
 
 def corollary_bound(train_loss: float, n: float, fall: PowerFall, *, epsilon: float = 0.1) -> float:
-    """Return Corollary 1 without its remainder, ``(1 + eps) train_loss + C3 n^(-beta3)``, with C3 and beta3 fitted."""
+    """Return Corollary 1 without its remainder, ``(1 + eps) train_loss + C3 n^(-beta3)``, with C3 and beta3 fitted.
+
+    Parameters
+    ----------
+    train_loss : float
+        Nats.
+    n : float
+        Training samples.
+    fall : PowerFall
+        Of the bounds' `complexity`, made with the same `epsilon`, for its factor 1 + epsilon is in C3.
+    epsilon : float
+
+    Returns
+    -------
+    float, nats
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    if not (math.isfinite(train_loss) and n > 0 and epsilon > 0):
+        raise InputError(f"train_loss={train_loss} must be finite, n={n} and epsilon={epsilon} positive.")
     return (1 + epsilon) * train_loss + float(fall.at(n))
 
 
@@ -261,7 +287,7 @@ class Phases:
     ----------
     sizes : tuple of float
     by_trace, by_loss : tuple of {"pre-power", "power", "unknown"}
-        "unknown" where the law could not be fitted.
+        "unknown" where the law could not be fitted, or the points do not determine it (a trace that does not fall).
     transition_by_trace, transition_by_loss : float
         Samples at which the power phase begins, NaN if unknown.
     status_of_trace, status_of_loss : str
@@ -288,13 +314,13 @@ def compare_phases(sizes: Sequence[float], traces: Sequence[float], losses: Sequ
 
     Parameters
     ----------
-    sizes : (S,), training samples, positive, at least four different ones
+    sizes : (S,), training samples, positive; fewer than four different ones leave the phases unknown
     traces, losses : (S,), positive
 
     Raises
     ------
     InputError
-        If the numbers cannot be fitted.
+        If there are fewer than two different sizes, or numbers are not positive.
 
     References
     ----------
@@ -303,7 +329,8 @@ def compare_phases(sizes: Sequence[float], traces: Sequence[float], losses: Sequ
     fall = power_fall(sizes, traces)
     values = np.asarray([traces, losses], np.float64)
     fits = fit(np.asarray(sizes, np.float64), values, "rectified", huber_delta=1.0)
-    moments = [float(x) if ok else math.nan for x, ok in zip(fits.transition, fits.converged, strict=True)]
+    known = np.asarray(fits.converged) & np.asarray(fits.determined)
+    moments = [float(x) if ok else math.nan for x, ok in zip(fits.transition, known, strict=True)]
 
     def phases(moment: float) -> tuple[str, ...]:
         if math.isnan(moment):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.laws import kernel_residual
 
 Time = Any
 """A number or an array of any shape (...)."""
@@ -91,9 +90,7 @@ class KernelDynamics:
         -------
         float array (...), in units of the outputs squared.
         """
-        if not discrete:
-            return kernel_residual(t, self.eigenvalues, self.projections, learning_rate)
-        return jnp.sum(jnp.square(self._decay(t, learning_rate, True) * self.projections), axis=-1)
+        return jnp.sum(jnp.square(self._decay(t, learning_rate, discrete) * self.projections), axis=-1)
 
     def loss(self, t: Time, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
         """Return the training loss ``1/2 sum_i r_i^2``; arguments as in `residual_norm`."""
@@ -144,8 +141,17 @@ class KernelDynamics:
         t, cross_kernel, learning_rate, discrete : as in `change`
         outputs : float array (M,) or (M, C)
             Before training.
+
+        Raises
+        ------
+        InputError
+            If the cross kernel does not fit the training examples, or `outputs` the cross kernel.
         """
-        return jnp.asarray(outputs) + self.change(t, cross_kernel, learning_rate, discrete=discrete)
+        start, moved = jnp.asarray(outputs), self.change(t, cross_kernel, learning_rate, discrete=discrete)
+        own = moved.shape[moved.ndim - len(self.shape) :]
+        if start.shape != own:
+            raise InputError(f"outputs have shape {start.shape}, but the cross kernel is of outputs of shape {own}.")
+        return start + moved
 
     def largest_stable_rate(self) -> float:
         """Return the learning rate above which discrete steps diverge, 2 / lam_max; infinite for a zero kernel."""
@@ -157,7 +163,8 @@ class KernelDynamics:
         t = jnp.asarray(t)[..., None]
         if not discrete:
             return jnp.exp(-jnp.asarray(rate) * self.eigenvalues * t)
-        return _whole_power(1 - jnp.asarray(rate) * self.eigenvalues, t)
+        size, sign = _whole_power(jnp.asarray(rate) * self.eigenvalues, t)
+        return sign * jnp.exp(size)
 
     def _gain(self, t: Time, rate: Any, discrete: bool) -> jax.Array:
         """(1 - decay) / lam, eta t where lam is 0."""
@@ -167,7 +174,8 @@ class KernelDynamics:
         small = jnp.abs(rate * lam * t) < jnp.sqrt(jnp.finfo(lam.dtype).eps)
         safe = jnp.where(lam == 0, 1.0, lam)
         if discrete:
-            far = (1 - _whole_power(1 - rate * lam, t)) / safe
+            size, sign = _whole_power(rate * lam, t)
+            far = jnp.where(sign > 0, -jnp.expm1(size), 1 + jnp.exp(size)) / safe
             near = rate * t * (1 - rate * lam * (t - 1) / 2)
         else:
             far = -jnp.expm1(-rate * lam * t) / safe
@@ -175,12 +183,13 @@ class KernelDynamics:
         return jnp.where(small, near, far)
 
 
-def _whole_power(base: jax.Array, t: jax.Array) -> jax.Array:
-    """base^t for whole t >= 0 and a base of either sign."""
-    size = jnp.abs(base)
-    positive = size > 0
-    powers = jnp.where(positive, jnp.exp(t * jnp.log(jnp.where(positive, size, 1.0))), jnp.where(t == 0, 1.0, 0.0))
-    return jnp.where((base < 0) & (jnp.mod(t, 2) == 1), -powers, powers)
+def _whole_power(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return log |1 - x|^t and the sign of (1 - x)^t for whole t >= 0."""
+    below, above = x < 1, x > 1
+    # log1p: in float32 1 - x has lost most of a small x, and t multiplies the loss.
+    log_below, log_above = jnp.log1p(-jnp.where(below, x, 0.0)), jnp.log(jnp.where(above, x, 2.0) - 1)
+    size = jnp.where(below | above, t * jnp.where(below, log_below, log_above), jnp.where(t == 0, 0.0, -jnp.inf))
+    return size, jnp.where(above & (jnp.mod(t, 2) == 1), -1.0, 1.0)
 
 
 def kernel_dynamics(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lensjax_kernels import random_signs_like
+from lensjax_kernels.gram import EXACT
 
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
@@ -247,8 +248,8 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     wide = jnp.promote_types(jnp.float32, a.dtype)
     a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
     whole = a.size // _ROW * _ROW
-    rows = jnp.einsum("ij,ij->i", a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW))
-    return jnp.sum(rows) + jnp.vdot(a[whole:], b[whole:])
+    rows = jnp.einsum("ij,ij->i", a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW), precision=EXACT)
+    return jnp.sum(rows) + jnp.vdot(a[whole:], b[whole:], precision=EXACT)
 
 
 _ROW = 1024
@@ -377,8 +378,8 @@ class CurvatureOperator:
         return dict(zip(self.blocks, numbers.tolist(), strict=True))
 
     def flat(self, v: jax.Array) -> jax.Array:
-        """Multiply a flat vector (size,): all leaves that count, one after the other in row-major order."""
-        return jnp.concatenate([jnp.ravel(a) for a in self.multiply(self.unflatten(v))])
+        """Multiply a flat vector (size,) as `flatten` makes them."""
+        return join(self.multiply(self.unflatten(v)))
 
     def block_sizes(self) -> dict[str, int]:
         """Return how many parameters each block has."""
@@ -389,9 +390,9 @@ class CurvatureOperator:
         return sizes
 
     def flatten(self, v: Any) -> jax.Array:
-        """Return the leaves that count of a pytree like the parameters as one vector (size,)."""
+        """Return the leaves that count of a pytree like the parameters as one vector (size,), at least float32."""
         _check_like(self._params, v)
-        return jnp.concatenate([jnp.ravel(a) for a in self.facts.chosen(v)])
+        return join(self.facts.chosen(v))
 
     def random_signs(self, key: jax.Array) -> Any:
         """Return a random sign for each parameter that counts, zero for the others; a pytree like the parameters."""
@@ -401,6 +402,12 @@ class CurvatureOperator:
     def unflatten(self, v: jax.Array) -> Leaves:
         """Cut a flat vector (size,) into the leaves that count."""
         return cut(v, self.facts.chosen(self._params))
+
+
+def join(leaves: Leaves) -> jax.Array:
+    """Return arrays as one vector, one after the other in row-major order, at least float32: a basis needs it."""
+    vector = jnp.concatenate([jnp.ravel(a) for a in leaves])
+    return vector.astype(jnp.promote_types(jnp.float32, vector.dtype))
 
 
 def cut(v: jax.Array, like: Leaves) -> Leaves:

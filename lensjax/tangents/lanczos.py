@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
-from lensjax.tangents.hessian import CurvatureOperator, Matrix, cut, dot, facts_of
+from lensjax.tangents.hessian import CurvatureOperator, Matrix, cut, dot, facts_of, join
 from lensjax.tangents.losses import model_loss
 from lensjax.tangents.models import is_model
-from lensjax.tangents.problem import ByLayer, Select, compiled
+from lensjax.tangents.problem import ByLayer, Select, compiled, count_examples
 
 CUT = 1e-6
 """Eigenvalues below this share of the largest count as zero in a pseudo-inverse."""
@@ -101,9 +102,7 @@ def tridiagonal(
     def step(k: jax.Array, state: Any) -> Any:
         basis, diagonal, beside, largest = state
         w = multiply(basis[k])
-        a = dot(basis[k], w)
-        for _ in range(2):  # twice is enough
-            w = w - (basis @ w) @ basis
+        a, w = _orthogonal(basis, k, w)
         b = jnp.linalg.norm(w)
         largest = jnp.maximum(largest, jnp.maximum(jnp.abs(a), b))
         b = jnp.where(b > 30 * jnp.finfo(v.dtype).eps * largest, b, 0.0)
@@ -114,6 +113,16 @@ def tridiagonal(
     zeros = jnp.zeros(steps, v.dtype)
     _, diagonal, beside, _ = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros, jnp.zeros((), v.dtype)))
     return diagonal, beside, norm
+
+
+def _orthogonal(basis: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return v_k . w, and what of w is orthogonal to the basis (K, P), whose row k is v_k."""
+    along = dot(basis[k], w)
+    # The large part first: matrix products over P add up in order on CPU, see `dot`.
+    w = w - along * basis[k]
+    for _ in range(2):  # twice is enough
+        w = w - jnp.matmul(jnp.matmul(basis, w, precision=EXACT), basis, precision=EXACT)
+    return along, w
 
 
 def quadrature(diagonal: Any, beside: Any, norm: Any, function: Callable[[np.ndarray], np.ndarray]) -> QuadraticForm:
@@ -213,9 +222,7 @@ def _lanczos(operator: CurvatureOperator, v: Any, steps: int) -> tuple[np.ndarra
 @functools.partial(jax.jit, donate_argnums=0)
 def _extend(basis: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Put the direction of w that is new after row k of an orthonormal basis; return v_k . w and its length too."""
-    along = dot(basis[k], w)
-    for _ in range(2):  # twice is enough
-        w = w - (basis @ w) @ basis
+    along, w = _orthogonal(basis, k, w)
     length = jnp.linalg.norm(w)
     return basis.at[k + 1].set(w / jnp.where(length > 0, length, 1.0)), along, length
 
@@ -310,7 +317,7 @@ def example_forms(
     Raises
     ------
     InputError
-        As `curvature_operator` and `quadratic_form`.
+        As `curvature_operator` and `quadratic_form`, and if the leaves of `batch` do not share their first axis.
     """
     if is_model(f):
         f, params, v, batch = (*model_loss(f), params, v)
@@ -319,6 +326,7 @@ def example_forms(
         raise InputError(f"function={function!r} is not known; choose one of {', '.join(FUNCTIONS)}.")
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1.")
+    count_examples(batch, "batch")
     operator = CurvatureOperator(facts, f, params, [jax.tree.map(lambda a: a[:1], batch)])
     blocks = [b for b in facts.blocks if b is not None]
     steps = min(steps, max(operator.block_sizes().values()))
@@ -335,7 +343,7 @@ def example_forms(
                 product, weight = facts.prepare(get(), params, own)
 
                 def multiply(w: jax.Array) -> jax.Array:
-                    out = jnp.concatenate([jnp.ravel(a) for a in product(cut(w, chosen))])
+                    out = join(product(cut(w, chosen)))
                     return jnp.where(inside, out / jnp.maximum(weight, 1), 0)
 
                 return tridiagonal(multiply, start, steps)

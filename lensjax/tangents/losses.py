@@ -88,6 +88,7 @@ class ModelLoss:
 
     def sample_sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Return each sample's summed loss, nats, and labelled tokens, (N,) both."""
+        _check(batch)
         return self._model(params).loss_sums(batch)
 
     def sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -106,6 +107,7 @@ class ModelLoss:
 
     def _labels(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Return the label of each row of the head's inputs, flat."""
+        _check(batch)
         labels = jnp.asarray(batch["labels"])
         if not self.separate:
             real = self._mask(batch) != 0
@@ -146,6 +148,16 @@ class ModelLoss:
     ) -> tuple[jax.Array, ...]:
         """Return the Gauss-Newton product of the summed cross-entropy with respect to the head's inputs."""
         return head_gauss_newton(inputs, tangents, self._labels(batch))
+
+
+def _check(batch: Any) -> None:
+    """Raise InputError unless it is a language model's batch."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(
+            f"a language model's batch must be a mapping with input_ids and labels, not {found}; one of "
+            "`lensjax.tasks.batches` is, and one from a tokenizer after labels are added."
+        )
 
 
 def head_gauss_newton(

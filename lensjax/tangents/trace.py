@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lensjax_kernels import random_signs_like
+from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
 from lensjax.tangents.hessian import (
     Batches,
     CurvatureOperator,
     Facts,
-    Leaves,
     Matrix,
     check_finite,
     check_weight,
     dot,
     facts_of,
+    join,
     stream,
 )
 from lensjax.tangents.losses import model_loss
@@ -178,11 +179,8 @@ def _hutch_plus_plus(
     rank = min(probes // 3, operator.size)
     keys = jax.random.split(key, probes)
 
-    def flat(leaves: Leaves) -> jax.Array:
-        return jnp.concatenate([jnp.ravel(a) for a in leaves])
-
     def random(number: int) -> jax.Array:
-        return flat(random_signs_like(keys[number], chosen))
+        return join(random_signs_like(keys[number], chosen))
 
     basis = jnp.linalg.qr(jnp.stack([operator.flat(random(i)) for i in range(rank)], axis=1))[0]
     # H = P H + H P - P H P + (1 - P) H (1 - P), P = Q Q^T: the first three from H Q, the last by probes.
@@ -191,19 +189,30 @@ def _hutch_plus_plus(
     for i in range(rank):
         product = operator.flat(basis[:, i])
         inside += 2 * np.asarray(_block_products(operator, basis[:, i], product), np.float64)
-        columns.append(basis.T @ product)
-    twice = basis @ jnp.stack(columns, axis=1)
+        columns.append(_along(basis, product))
+    twice = jnp.matmul(basis, jnp.stack(columns, axis=1), precision=EXACT)
     inside -= np.asarray(_block_products(operator, basis, twice), np.float64)
     samples = []
     for i in range(rank, probes - rank):
         sign = random(i)
-        left = sign - basis @ (basis.T @ sign)
+        left = _outside(basis, sign)
         product = operator.flat(left)
-        samples.append(_block_products(operator, sign, product - basis @ (basis.T @ product)))
+        samples.append(_block_products(operator, sign, _outside(basis, product)))
     weight = sum(float(facts.weigh(f, batch)) for batch in batches)
     numbers = np.asarray(samples, np.float64)
     check_finite(numbers, facts.block_names, "the curvature")
     return _estimate(facts, numbers, inside, operator.matvecs * len(batches), weight, "hutch++")
+
+
+@jax.jit
+def _along(basis: jax.Array, v: jax.Array) -> jax.Array:
+    """Return Q^T v (rank,) for Q (size, rank); a matrix product adds up in order on CPU, see `dot`."""
+    return jax.lax.map(lambda i: dot(basis[:, i], v), jnp.arange(basis.shape[1]))
+
+
+def _outside(basis: jax.Array, v: jax.Array) -> jax.Array:
+    """Return (1 - Q Q^T) v."""
+    return v - jnp.matmul(basis, _along(basis, v), precision=EXACT)
 
 
 def _block_products(operator: CurvatureOperator, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -78,6 +78,10 @@ def test_phases_by_trace_and_by_loss():
     few = compare_phases(sizes[:3], traces[:3], losses[:3])
     assert few.by_trace == ("unknown",) * 3
     assert few.status_of_trace.startswith("failed")
+    rising = compare_phases(sizes, 100 + sizes / 10, losses)
+    assert rising.by_trace == ("unknown",) * 9
+    assert np.isnan(rising.transition_by_trace)
+    assert rising.by_loss == phases.by_loss
 
 
 def test_from_a_network_that_was_really_trained():
@@ -128,6 +132,13 @@ def test_errors():
         (lambda: generalization_bound(1.0, 0, {"a": 1.0}, forms={"a": 1.0}, **good), "n=0"),
         (lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=0.0), "loss_bound=0.0"),
         (lambda: generalization_bound(np.nan, 9, {"a": 1.0}, forms={"a": 1.0}, **good), "must be finite"),
+        (
+            lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, test_loss=np.nan, **good),
+            "must be finite",
+        ),
+        (lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=np.inf), "loss_bound=inf"),
+        (lambda: corollary_bound(1.0, 0, power_fall([1, 2], [2.0, 1.0])), "n=0"),
+        (lambda: power_fall([1, 2], [1.0, np.inf]), "finite positive values"),
         (lambda: power_fall([1, 2], [1.0, 0.0]), "positive values at two different positive sizes"),
         (lambda: power_fall([2, 2], [1.0, 1.0]), "two different"),
     ]

@@ -55,6 +55,15 @@ def test_discrete_steps_are_gradient_descent_of_a_linear_model(rank):
             weights = weights - rate * train.T @ now
 
 
+def test_many_small_discrete_steps_in_float32():
+    eigenvalues, t = np.array([1e-6, 1e-4, 0.03]), np.array([10.0, 1e4, 1e6])
+    dynamics = kernel_dynamics(np.diag(eigenvalues), np.ones(3))
+    log_decay = t[:, None] * np.log1p(-eigenvalues)
+    np.testing.assert_allclose(dynamics.residual(t, discrete=True), np.exp(log_decay), rtol=1e-4, atol=1e-30)
+    gain = -np.expm1(log_decay) / eigenvalues
+    np.testing.assert_allclose(dynamics.change(t, np.eye(3), discrete=True), -gain, rtol=1e-4)
+
+
 def test_singular_kernels_keep_what_they_cannot_learn():
     with jax.enable_x64(True):
         kernel, cross, outputs, targets, elsewhere, (train, _) = system(rank=3)
@@ -97,6 +106,8 @@ def test_derivatives_in_time_and_learning_rate(which):
             (value(1.7, 0.04 + h) - value(1.7, 0.04 - h)) / (2 * h),
         ]
         np.testing.assert_allclose(got, want, rtol=1e-6)
+        settled = kernel_dynamics(kernel, outputs, outputs)
+        assert jax.grad(lambda t: settled.residual_norm(t, 0.04))(1.7) == 0
         step = jax.grad(lambda rate: value(3, rate, True))(0.04)
         np.testing.assert_allclose(step, (value(3, 0.04 + h, True) - value(3, 0.04 - h, True)) / (2 * h), rtol=1e-6)
 
@@ -173,3 +184,5 @@ def test_errors():
             kernel_dynamics(*arguments, **options)
     with pytest.raises(InputError, match=r"cross_kernel has shape \(3, 2\)"):
         kernel_dynamics(good, np.ones(3)).change(1.0, np.ones((3, 2)))
+    with pytest.raises(InputError, match=r"outputs have shape \(3, 1\), but .* shape \(3,\)"):
+        kernel_dynamics(good, np.ones(3)).predict(1.0, good, np.ones((3, 1)))

@@ -14,6 +14,7 @@ from lensjax_kernels import random_signs_like
 from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.tangents import Composed, curvature_operator, gauss_newton_product, hessian_trace, hvp, model_loss
+from lensjax.tangents.losses import head_gauss_newton
 
 
 @pytest.fixture
@@ -194,6 +195,26 @@ def test_every_probe_of_a_model_is_that_of_the_dense_matrix(kind, matrix):
         assert estimate.weight == int(np.sum(model_loss(made)[0].tokens(batch)))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_gauss_newton_of_the_head_in_chunks(bias):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(6)
+        shapes = ((7, 3), (5, 3), (5,))[: 2 + bias]
+        inputs, tangents = (tuple(jnp.asarray(rng.normal(size=s)) for s in shapes) for _ in range(2))
+        labels = jnp.array([0, -100, 4, 2, 2, -100, 1])
+
+        def logits(inputs, batch):
+            return inputs[0] @ inputs[1].T + (inputs[2] if bias else 0)
+
+        def loss(logits, batch):
+            gold = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], 1)[:, 0]
+            return -jnp.sum(jnp.where(labels == -100, 0, gold))
+
+        want = dense_gauss_newton(logits, loss, inputs, None) @ flat(tangents)
+        for chunk in (None, 1, 3):  # the last leaves a piece that is not full
+            assert relative(flat(head_gauss_newton(inputs, tangents, labels, chunk=chunk)), want) < 1e-12
+
+
 def test_the_mean_over_balanced_signs_is_exactly_the_trace_of_each_block():
     with jax.enable_x64(True):
         params, batch = mlp(sizes=(2, 2, 2)), examples(features=2)
@@ -257,6 +278,17 @@ def test_hutch_plus_plus_is_exact_by_block_where_the_rank_is_small():
         want = {"a": diagonal[:10].sum(), "b": diagonal[10:].sum()}
         chex.assert_trees_all_close(estimate.by_layer, want, rtol=1e-10)
         assert estimate.standard_error < 1e-8
+
+
+def test_hutch_plus_plus_of_half_precision_weights():
+    eigenvalues = jnp.asarray(np.r_[100.0, 50.0, 30.0, np.random.default_rng(0).random(200)], jnp.float32)
+
+    def f(params, batch):
+        return 0.5 * jnp.sum(jnp.square(params["w"].astype(jnp.float32)) * eigenvalues)
+
+    params = {"w": jnp.ones(203, jnp.bfloat16)}
+    estimate = hessian_trace(f, params, jnp.ones(1), key=jax.random.key(0), probes=24, method="hutch++")
+    assert estimate.trace == pytest.approx(float(eigenvalues.sum()), rel=0.01)
 
 
 def test_many_batches_are_averaged_by_weight_and_read_once():
@@ -340,6 +372,7 @@ def test_large_products_in_float32():
 
 def test_errors():
     params, batch, key = {"w": jnp.ones(3)}, jnp.ones((2, 3)), jax.random.key(0)
+    made = init_model({"model_type": "gpt2", **MODELS["gpt2"]}, key)
 
     def f(params, batch):
         return jnp.mean(jnp.square(batch @ params["w"]))
@@ -364,6 +397,8 @@ def test_errors():
         (lambda: hessian_trace(f, params, batch, key=key, matrix="fisher"), "choose 'hessian' or 'gauss_newton'"),
         (lambda: hessian_trace(f, params, batch, key=key, parameters="b*"), "selects none of the 1 parameters"),
         (lambda: hessian_trace(None, params, batch, key=key), "not NoneType"),
+        (lambda: hvp(made, nnx.state(made, nnx.Param)), "mapping with input_ids and labels, not NoneType"),
+        (lambda: hessian_trace(made, {"input_ids": batch}, key=key), r"and labels, not \['input_ids'\]"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

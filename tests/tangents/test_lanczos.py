@@ -108,6 +108,21 @@ def test_forms_of_each_example_and_layer():
         assert (plain["first"] < found["first"] + 1e-12).all()
 
 
+def test_forms_of_half_precision_weights():
+    """Products are rounded to eight bits; the basis must not be, or it is no basis after a few steps."""
+    eigenvalues = np.r_[-20.0, np.linspace(0, 1, 200), 30.0, 50.0]
+
+    def f(params, batch):
+        return 0.5 * jnp.sum(jnp.square(params["w"].astype(jnp.float32)) * jnp.asarray(eigenvalues, jnp.float32))
+
+    params, v = {"w": jnp.zeros(203, jnp.bfloat16)}, {"w": jnp.ones(203, jnp.bfloat16)}
+    form = quadratic_form(curvature_operator(f, params, jnp.ones(1)), v, steps=12)
+    assert form.steps == 12
+    want = np.maximum(eigenvalues, 0).sum()
+    assert form.value == pytest.approx(want, rel=0.01)
+    np.testing.assert_allclose(example_forms(f, params, v, jnp.ones((2, 1)), steps=12)["w"], [want] * 2, rtol=0.01)
+
+
 def test_errors():
     operator, v = operator_of(np.eye(3)), {"w": jnp.ones(3)}
     assert quadratic_form(operator, {"w": jnp.zeros(3)}).value == 0
@@ -125,6 +140,7 @@ def test_errors():
         (lambda: example_forms(f, params, v, batch, function="root"), "choose one of identity"),
         (lambda: example_forms(f, params, v, batch, steps=0), "steps=0 must be at least 1"),
         (lambda: example_forms(f, params, v, batch * jnp.nan), "not finite in w"),
+        (lambda: example_forms(f, params, v, (batch, jnp.ones(3))), "every leaf needs the examples as its first axis"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

@@ -1,0 +1,152 @@
+"""What a candidate and a task can be: adapters, GGUF files, texts, losses per byte."""
+
+import dataclasses
+import json
+
+import gguf
+import pytest
+
+from lensjax import models
+from lensjax.models import Lora
+from lensjax.runs import JOURNAL
+from lensjax.select import live, prepare
+from lensjax.select.candidates import find_candidates
+from lensjax.tasks import load_task
+
+SIZES = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24, "--quiet")
+
+
+def journal(directory):
+    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
+
+
+def test_full_fine_tuning_and_adapters_are_two_candidates(tiny_models, tiny_task, command, tmp_path):
+    one = tiny_models[0]
+    training = ("--max-epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--lora-rank", 2, "--lora-dropout", 0.1)
+    status, text = command(
+        "--models", one, f"{one}+lora", "--task", tiny_task, *SIZES, *training, "--out", tmp_path / "out"
+    )
+    assert status == 0
+    assert f"{one.name}+lora" in text
+    full, adapted = (
+        [r for r in journal(tmp_path / "out") if r["candidate"] == n] for n in (one.name, f"{one.name}+lora")
+    )
+    assert full[0]["test_loss"] == pytest.approx(adapted[0]["test_loss"], rel=1e-5)  # before fine-tuning
+    facts = adapted[1]["facts"]
+    assert facts["lora"] == dataclasses.asdict(Lora(rank=2, dropout=0.1)) | {"alpha": 16.0}
+    assert 0 < facts["trainable"] < facts["parameters"] / 4
+    frozen = facts["parameters"] - facts["trainable"]
+    assert adapted[1]["flops"] == (6 * facts["trainable"] + 4 * frozen) * adapted[1]["tokens"]
+    assert adapted[1]["test_loss"] != full[1]["test_loss"]
+
+
+def test_adapters_change_what_identifies_a_candidate(tiny_models):
+    one = str(tiny_models[0])
+    plain, small = find_candidates((one, f"{one}+lora"), Lora(rank=1))
+    large = find_candidates((one, f"{one}+lora"), Lora(rank=4))[1]
+    assert len({plain.fingerprint, small.fingerprint, large.fingerprint}) == 3
+    assert plain.tokenizer == small.tokenizer
+    assert plain.flops_per_token == 6 * plain.parameters
+    assert large.trainable == 4 * small.trainable
+    assert large.flops_per_token == 6 * large.trainable + 4 * (large.parameters - large.trainable)
+
+
+def scripted(monkeypatch, made):
+    """Let runs be lines of a script: what they would have read is kept, the loss is a law."""
+
+    def run(bench, size, on_progress):
+        made.append((bench.candidate.name, size, bench.tokens))
+        return live.Outcome(3.0 / (1 + size) ** 0.1, 1.0, 1, 1, 8 * size, float(size), 0.1, (), "scripted")
+
+    monkeypatch.setattr(live.Bench, "run", run)
+
+
+def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, monkeypatch):
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
+    made = []
+    scripted(monkeypatch, made)
+    status, _ = command("--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
+    assert status == 0
+    tokens = made[0][2]
+    assert {len(row) for row in tokens.train.first(20).rows[0][:-1]} == {24}
+    assert sum(len(row) for row in tokens.train.first(20).rows[0]) == tokens.train.first(20).token_counts.sum()
+    assert sum(part.truncated for part in tokens.parts) == 0
+
+
+def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch):
+    made = []
+    scripted(monkeypatch, made)
+    common = ("--models", *tiny_models, "--task", tiny_task, *SIZES)
+    command(*common, "--out", tmp_path / "token")
+    status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
+    assert status == 0
+    assert "nats per byte" in text
+    per_token, per_byte = (json.loads((tmp_path / unit / "selection.json").read_text()) for unit in ("token", "byte"))
+    assert (per_token["loss_unit"], per_byte["loss_unit"]) == ("nats per token", "nats per byte")
+    factor = made[0][2].test.tokens_per_byte
+    assert 0.1 < factor < 1
+    for one, other in zip(per_token["candidates"], per_byte["candidates"], strict=True):
+        assert other["losses"] == pytest.approx([loss * factor for loss in one["losses"]])
+    run = journal(tmp_path / "byte")[1]
+    assert run["facts"]["test_loss_per_byte"] == pytest.approx(run["test_loss"] * factor)
+
+
+def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
+    source, file = tiny_models[0], tmp_path / "small.gguf"
+    model = models.load_model(source)
+    tensors = models.checkpoints.export_tensors(model)
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_block_count(config["n_layer"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * len(vocabulary))
+    special = models.load_tokenizer(source)
+    writer.add_eos_token_id(special.eos_token_id)
+    if special.bos_token_id is not None:
+        writer.add_bos_token_id(special.bos_token_id)
+    merges = tokenizer["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
+    for name, array in tensors.items():
+        turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array.T.copy() if turned else array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    request = prepare.Request(
+        models=(str(file), str(tiny_models[1])), task=tiny_task, smallest=10, visible=20, validation=20, test=20
+    )
+    prepared = prepare.prepare(request)
+    found = prepared.candidates[0]
+    assert (found.name, found.path) == ("small.gguf", file)
+    bench = live.Bench(found, prepared)
+    plain = prepare.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
+    theirs = live.Bench(plain.candidates[0], plain)
+    assert bench.run(0, print).test_loss == pytest.approx(theirs.run(0, print).test_loss, rel=1e-4)
+
+
+def test_options_of_the_task_reach_it(tiny_models, tmp_path):
+    rows = [{"pair": {"en": f"one {i}", "fr": f"un {i}"}} for i in range(80)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = prepare.Request(
+        models=tuple(map(str, tiny_models)), task=str(path), input_field="pair.en", target_field="pair.fr",
+        template="{input} =>", smallest=10, visible=20, validation=20, test=20,
+    )  # fmt: skip
+    found = prepare.prepare(request).task
+    wanted = load_task(
+        path, input_field="pair.en", target_field="pair.fr", template="{input} =>", validation=20, test=20
+    )
+    assert found.fingerprint == wanted.fingerprint
+    assert found.train[0].prompt.endswith(" =>")
