@@ -26,7 +26,8 @@ from environment import RESULTS, write_result
 
 from lensjax import models
 from lensjax.finetune import FineTuner, Plan
-from lensjax.select.prepare import DEMO_LEARNING_RATE, Candidate, Request, prepare
+from lensjax.select.candidates import Candidate
+from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
 from lensjax.tangents import (
     compare_phases,
     example_forms,
@@ -178,7 +179,7 @@ def without_nan(value: Any) -> Any:
 
 def measure_candidate(candidate: Candidate, tokens: Any, sizes: Iterable[int], plan: Plan, path: Path) -> None:
     """Measure one model at several sizes, a line for each."""
-    model = models.load_model(candidate.directory)
+    model = models.load_model(candidate.path)
     tuner, f = Keeping(model, plan, tokens.buckets, tokens.pad_id), model_loss(model)[0]
     sums = jax.jit(f.sample_sums)
     for size in sizes:

@@ -39,6 +39,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def peak_bytes() -> int:
+    """Return the most memory this process has had at once.
+
+    Of the process itself: the usual `ru_maxrss` starts with what its parent had when it was forked.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
 def write_result(name: str, result: Mapping[str, Any]) -> Path:
     """Write ``results/NAME.json`` with the environment and return its path."""
     RESULTS.mkdir(exist_ok=True)

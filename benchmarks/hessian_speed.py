@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from environment import peak_bytes, write_result
 
 DEMO = Path(__file__).parent.parent / "lensjax" / "data" / "demo" / "models"
 SMALL = {"vocab_size": 8192, "n_embd": 256, "n_head": 4, "n_layer": 4}
@@ -233,15 +234,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.side and options.memory_of:
         SIDES[options.side](options.cases[0])[options.memory_of]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_bytes())
         return
     if options.side:
         serve(options.side, options.cases[0])
         return
     pythons = {"lensjax": sys.executable} | ({"torch": options.torch} if options.torch else {})
     cases = {case: measure(case, pythons, options.repeats, not options.no_memory) for case in options.cases}
-    from environment import write_result
-
     write_result(options.name, {"unit": "one jit(value_and_grad) of the mean loss", "cases": cases})
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+
+from environment import peak_bytes, write_result
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -140,7 +141,7 @@ def run_once(side: str, model: str, shape: str, direction: str) -> None:
         from lensjax.models import init_model
 
         lensjax_runs(init_model(CONFIGS[model], jax.random.key(0)), ids)[direction]()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    print(json.dumps(peak_bytes()))
 
 
 def main() -> None:
@@ -184,8 +185,6 @@ def main() -> None:
                     text += "  peak " + " ".join(f"{s} {b / 2**20:.0f} MiB" for s, b in entry["peak_bytes"].items())
                 print(text, flush=True)
                 results[f"{model} {shape} {direction}"] = entry
-    from environment import write_result
-
     write_result("model_speed", {"unit": "median seconds, float32, same weights and batch", "cases": results})
 
 

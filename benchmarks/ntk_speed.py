@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from environment import peak_bytes, write_result
 
 LENGTH = 64
 SMALL = {"vocab_size": 8192, "n_embd": 256, "n_head": 4, "n_layer": 4}
@@ -240,14 +241,12 @@ def main() -> None:
         runs = SIDES[options.side](options.cases[0], options.gguf)
         if options.memory_of:
             runs[options.memory_of]()
-            print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+            print(json.dumps(peak_bytes()))
         else:
             print(json.dumps(interleaved(runs, options.repeats)))
         return
 
     pythons = {"lensjax": sys.executable, "torch": options.torch, "neural-tangents": options.neural_tangents}
-    from environment import write_result
-
     results: dict[str, Any] = {}
     result = {"unit": "one jit(value_and_grad) of the summed loss, lensjax model", "cases": results}
     for case in options.cases:
