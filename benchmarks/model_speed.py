@@ -121,7 +121,7 @@ def both_sides(model: str, shape: str) -> dict[str, dict[str, Run]]:
     return {"torch": torch_runs(network, ids), "lensjax": lensjax_runs(port, ids)}
 
 
-def peak_bytes(side: str, model: str, shape: str, direction: str) -> int:
+def peak_of(side: str, model: str, shape: str, direction: str) -> int:
     """Return the peak memory of a process that makes the model and runs once."""
     command = [sys.executable, __file__, "--memory-of", side, model, shape, direction]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -181,7 +181,7 @@ def main() -> None:
                 text = f"{model:8s} {shape:7s} {direction:9s} torch {medians['torch']:7.3f} s"
                 text += f"  lensjax {medians['lensjax']:7.3f} s  ratio {entry['over_torch']:5.2f}"
                 if not options.no_memory:
-                    entry["peak_bytes"] = {side: peak_bytes(side, model, shape, direction) for side in runs}
+                    entry["peak_bytes"] = {side: peak_of(side, model, shape, direction) for side in runs}
                     text += "  peak " + " ".join(f"{s} {b / 2**20:.0f} MiB" for s, b in entry["peak_bytes"].items())
                 print(text, flush=True)
                 results[f"{model} {shape} {direction}"] = entry
