@@ -9,8 +9,8 @@ The case smollm2-128 takes the real weights of SmolLM2-135M from a GGUF file (--
 examples, in blocks that stay within a fixed memory, for more and more examples.
 
 Run: PYTHONPATH=.:kernels python benchmarks/ntk_speed.py [--cases 5M-16 5M-64 ...] [--repeats 7]
-     [--torch PYTHON] [--neural-tangents PYTHON] [--gguf FILE] [--no-memory] [--no-growth]
-It writes benchmarks/results/ntk_speed.json after each case.
+     [--torch PYTHON] [--neural-tangents PYTHON] [--gguf FILE] [--no-memory] [--no-growth] [--name NAME]
+It writes benchmarks/results/NAME.json after each case.
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="the file of SmolLM2-135M")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-growth", action="store_true")
+    parser.add_argument("--name", default="ntk_speed", help="of the result")
     parser.add_argument("--side", choices=[*SIDES, "growth"], help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -267,11 +268,11 @@ def main() -> None:
                 results[case][name] = entry
                 memory = f"{entry['peak_bytes'] / 2**20:8.0f} MiB" if "peak_bytes" in entry else ""
                 print(f"{case:18s} {name:28s} {median:8.3f} s {median / unit:6.2f} gradients {memory}", flush=True)
-        write_result("ntk_speed", result)
+        write_result(options.name, result)
     if not options.no_growth:
         result["growth"] = child(sys.executable, "--side", "growth")
         print(result["growth"])
-        write_result("ntk_speed", result)
+        write_result(options.name, result)
 
 
 if __name__ == "__main__":
