@@ -165,7 +165,7 @@ class SafeTensors(Tensors):
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
@@ -354,7 +354,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
             raise OSError(f"none of {', '.join(TOKENIZER_ANY)} is there")
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{os.fspath(name_or_path)}: its tokenizer cannot be loaded ({reason}); put tokenizer.json and "
             "tokenizer_config.json beside config.json."

@@ -155,6 +155,8 @@ _ATTENTION: ContextVar[str] = ContextVar("attention", default="auto")
 def attention_implementation(kind: str) -> Iterator[None]:
     """Compute attention in one way while functions are traced in this context.
 
+    A model enters it around its layers with its own `attention`, which is what to set for a model.
+
     Parameters
     ----------
     kind : {"auto", "plain", "xla", "cudnn"}

@@ -26,6 +26,10 @@ from lensjax.models.registry import Table, family
 
 Model = TypeVar("Model", bound=nnx.Module)
 
+DROPOUT_STREAM = 1 << 30
+"""Sets the adapters' dropout keys apart from those that the model splits from the same key: however many keys are asked
+for, the first ones are the same."""
+
 
 class Frozen(nnx.Variable):
     """A weight of a model with adapters. It is no `nnx.Param`: what selects those trains the adapters alone."""
@@ -327,7 +331,8 @@ def with_dropout(model: Model, key: jax.Array | None) -> Model:
         return model
     model = nnx.clone(model)
     found = adapters(model).values()
-    for adapter, own in zip(found, jax.random.split(key, len(found)), strict=True):
+    keys = jax.random.split(jax.random.fold_in(key, DROPOUT_STREAM), len(found))
+    for adapter, own in zip(found, keys, strict=True):
         matrix = 3 if isinstance(adapter.base, nnx.Variable) else 2
         # Stacked layers need a key each.
         repeats = adapter.lora_a.shape[: adapter.lora_a.ndim - matrix]

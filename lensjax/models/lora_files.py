@@ -34,6 +34,9 @@ PLAIN: dict[str, Any] = {
 }
 """Settings of peft that change the computation, at the values that mean adapters as here."""
 
+REBASED = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""Beginnings of peft's init_lora_weights whose adapters belong to changed base weights, not to the model's own."""
+
 
 def save_lora(model: Any, directory: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> None:
     """Write a model's adapters alone, as peft does.
@@ -185,6 +188,9 @@ def _settings(source: Path) -> dict[str, Any]:
         raise InputError(f"{source / CONFIG}: cannot be read ({error}); name a directory that peft wrote.") from error
     wrong = [] if config.get("peft_type") == "LORA" else [f"peft_type is {config.get('peft_type')!r}"]
     wrong += [f"{name} is {config[name]!r}" for name, value in PLAIN.items() if config.get(name) not in (None, value)]
+    start, tokens = config.get("init_lora_weights"), config.get("alora_invocation_tokens")
+    wrong += [f"init_lora_weights is {start!r}"] if str(start).lower().startswith(REBASED) else []
+    wrong += [f"alora_invocation_tokens is {tokens!r}"] if tokens else []
     wrong += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in config]
     if wrong:
         raise InputError(f"{source / CONFIG}: {', '.join(wrong)}; only plain LoRA adapters are supported.")

@@ -94,8 +94,12 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
     Raises
     ------
     InputError
-        As `match`; also if a tied tensor is there twice and the two differ.
+        As `match`; also if `dtype` is no floating-point type, or a tied tensor is there twice and the two differ.
     """
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise InputError(
+            f"{source}: dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one, such as float32."
+        )
     table = family_of(config).table(config)
     graph, *states = nnx.split(abstract_model(config, dtype), nnx.Param, ...)
     abstract, rest = states

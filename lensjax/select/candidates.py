@@ -22,7 +22,16 @@ DEMO_MODELS = ("demo", "models")
 ADAPTED = "+lora"
 """Ends the name of a candidate that only gets adapters."""
 
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
+TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+    "chat_template",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,7 @@ def find_candidates(paths: tuple[str, ...], lora: Lora) -> tuple[Candidate, ...]
     asked = list(paths) or [str(p) for p in sorted(data.path(*DEMO_MODELS).iterdir()) if p.is_dir()]
     if len(asked) < 2:
         raise InputError(f"--models: {len(asked)} model ({asked[0]}); choosing needs at least two candidates.")
-    names = [os.path.basename(os.path.abspath(p)) if os.path.exists(p.removesuffix(ADAPTED)) else p for p in asked]
+    names = [_name(path) for path in asked]
     if len(set(names)) < len(names):
         names = asked
     found: list[Candidate] = []
@@ -92,9 +101,14 @@ def find_candidates(paths: tuple[str, ...], lora: Lora) -> tuple[Candidate, ...]
     return tuple(found)
 
 
+def _name(path: str) -> str:
+    plain = path.removesuffix(ADAPTED)
+    return os.path.basename(os.path.abspath(plain)) + path[len(plain) :] if os.path.exists(plain) else path
+
+
 def _candidate(name: str, path: str, lora: Lora | None) -> Candidate:
     config = models.check_checkpoint(path)
-    place = Path(path) if path.lower().endswith(".gguf") else models.resolve(path)
+    place = Path(path).expanduser() if path.lower().endswith(".gguf") else models.resolve(path)
     fingerprint, tokenizer = _digest(place), _digest(place, tokenizer=True)
     if getattr(config, "is_encoder_decoder", False):
         tokenizer += "-separate"  # it reads the same tokens in another arrangement

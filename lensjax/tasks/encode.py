@@ -221,9 +221,19 @@ def batches(
     dict
         `input_ids`, `attention_mask`, `labels`: int32 (batch_size, length); `labels` is `IGNORED` where nothing counts.
         If the samples are separate, `input_ids` holds the prompt and `labels` the target, each from position 0.
+
+    Raises
+    ------
+    InputError
+        If a sample is longer than the longest of `buckets`.
     """
     rows, prompt_lengths = encoded.rows
     place = np.searchsorted(np.asarray(buckets), encoded.lengths)
+    if (place == len(buckets)).any():
+        raise InputError(
+            f"a sample needs {encoded.lengths.max()} tokens, but the longest of the padded lengths is {max(buckets)}; "
+            "make them with bucket_lengths of all samples."
+        )
     groups: list[tuple[int, np.ndarray]] = []
     for number, length in enumerate(buckets):
         members = np.flatnonzero(place == number)

@@ -159,6 +159,10 @@ def load_task(
             raise InputError(
                 f"{name} is a local file: configuration, splits and revision are those of a data set; leave them out."
             )
+        if limit is not None:
+            raise InputError(
+                f"{name} is a local file and is read whole: --limit {limit} is for data sets; leave it out."
+            )
         rows: dict[str, Iterable[Row]] = {"train": file_rows(path)}
     else:
         dataset = preset.dataset if preset else name
@@ -255,7 +259,9 @@ def _split(
         )
     digest = hashlib.sha256(json.dumps([seed, validation, test]).encode())
     for example in (*taken["test"], *taken["validation"], *train[cut:]):
-        digest.update(json.dumps([example.prompt, example.completion]).encode())
+        # The prompt of `CHAT` is made by each tokenizer: what it is made of counts.
+        prompt = [CHAT, example.input] if example.template == CHAT else example.prompt
+        digest.update(json.dumps([prompt, example.completion]).encode())
     return Task(
         name=name.split("/")[-1],
         train=train[cut:],

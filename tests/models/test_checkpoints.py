@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
@@ -30,8 +30,10 @@ from lensjax.models import (
 )
 from lensjax.models.checkpoints import export_tensors
 from lensjax.models.registry import Rule, Table, family, transposed
+from lensjax.models.weights import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
+shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
 SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 6}
 
 
@@ -115,9 +117,10 @@ def test_shards_are_found_by_their_index(saved, model):
     shutil.copy(saved / "model-00001-of-00002.safetensors", saved / "model-00002-of-00002.safetensors")
     with pytest.raises(InputError, match="is in two shards"):
         load_model(saved)
-    (saved / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="is not a valid index of shards"):
-        load_model(saved)
+    for text in ("{}", "[]", "{", '{"weight_map": null}'):
+        (saved / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(InputError, match="is not a valid index of shards"):
+            load_model(saved)
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(1500, 7), ("2KB", 5), ("1MB", 1), (1, 28), (10**9, 1)])
@@ -232,14 +235,19 @@ def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(
     assert check_checkpoint(saved) == load_config(saved)
 
 
-def test_every_family_maps_every_parameter_once():
-    for model_type in ("gpt2",):
-        raw = {"model_type": model_type, "tie_word_embeddings": False} | SMALL
-        model = init_model(raw, jax.random.key(0))
-        table = family(model_type, "test").table(model.config)
-        paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-        sources = [name for path in paths for name in table.sources(path)[1]]
-        assert len(sources) == len(set(sources)) >= len(paths)
+@pytest.mark.parametrize("name", shared["FAMILIES"])
+def test_every_family_maps_every_parameter_once(name):
+    config = load_config(shared["make_config"](name, 2))
+    table = family(name, "test").table(config)
+    paths = parameter_shapes(config)
+    sources = [source for path in paths for source in table.sources(path)[1]]
+    assert len(sources) == len(set(sources)) >= len(paths) > 10
+
+
+@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool])
+def test_a_dtype_that_holds_no_weights_is_refused(dtype, saved):
+    with pytest.raises(InputError, match=rf"dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one"):
+        load_model(saved, dtype=dtype)
 
 
 def test_a_rule_may_join_several_tensors():

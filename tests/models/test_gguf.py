@@ -128,9 +128,7 @@ def stored(name, array, architecture, config):
     stem, ending = name.rsplit(".", 1)
     if ".layers." in stem or ".h." in stem:
         _, _, number, short = stem.split(".", 3)
-        new = f"blk.{number}.{((GEMMA if architecture == 'gemma3' else {}) | BLOCK)[short]}.{ending}"
-        if architecture == "gemma3" and short in GEMMA:
-            new = f"blk.{number}.{GEMMA[short]}.{ending}"
+        new = f"blk.{number}.{(BLOCK | (GEMMA if architecture == 'gemma3' else {}))[short]}.{ending}"
     else:
         new = f"{TOP[stem]}.{ending}"
     if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
@@ -296,6 +294,22 @@ def test_the_one_large_gemma_scales_its_queries_otherwise(tmp_path):
 
     write(tmp_path / "m.gguf", GEMMA3, "gemma3", fields=fields)
     assert load_config(tmp_path / "m.gguf").score_scale == 8**-0.5  # hidden_size / heads
+
+
+@pytest.mark.parametrize("name", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_rotary_factor_without_a_type_scales_linearly_and_a_type_of_none_does_not(name, tmp_path):
+    def untyped(writer):
+        del writer.kv_data[0]["llama.rope.scaling.type"], writer.kv_data[0]["llama.rope.scaling.factor"]
+        writer.add_float32(name, 4.0)
+
+    def unscaled(writer):
+        untyped(writer)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+    write(tmp_path / "m.gguf", fields=untyped)
+    assert load_config(tmp_path / "m.gguf").ropes == load_config(LLAMA).ropes
+    write(tmp_path / "m.gguf", fields=unscaled)
+    assert load_config(tmp_path / "m.gguf").ropes == load_config(LLAMA | {"rope_parameters": PLAIN}).ropes
 
 
 def llama3(factor=8.0, **values):

@@ -284,6 +284,21 @@ def test_sentencepiece_ids_are_those_of_transformers_own_class(name, kind, tmp_p
         assert mine == theirs(text, add_special_tokens=False)["input_ids"], text
 
 
+def test_a_control_token_is_found_as_it_is_written(tmp_path):
+    golden = GOLDEN["sentencepiece"]["llama"]
+    count = len(golden["pieces"])
+    lists = [[*golden[key], new] for key, new in (("pieces", "▁<PRE>"), ("types", CONTROL), ("scores", 0.0))]
+
+    def change(writer):
+        writer.add_unk_token_id(0)
+        writer.add_add_bos_token(False)
+
+    write(tmp_path / "t.gguf", lists[0], lists[1], model="llama", scores=lists[2], change=change)
+    tokenizer = load_tokenizer(tmp_path / "t.gguf")
+    one = tokenizer("one")["input_ids"]
+    assert tokenizer("one▁<PRE>one")["input_ids"] == [*one, count, *one]
+
+
 def test_the_start_of_a_sentencepiece_text_follows_the_fields(tmp_path):
     ids = {}
     for asked in (None, False):
@@ -366,6 +381,10 @@ def test_a_saved_byte_level_tokenizer_gives_the_same_ids(tmp_path):
         ({"types": [1]}, "4 tokens have 1 types"),
         ({"model": "llama"}, r"has no tokenizer\.ggml\.scores for its tokens"),
         ({"change": lambda w: w.add_eos_token_id(4)}, r"eos_token_id is 4, but there are 4 tokens"),
+        (
+            {"model": "llama", "scores": [0.0] * 4, "change": lambda w: w.add_unk_token_id(9)},
+            r"unknown_token_id is 9, but there are 4 tokens",
+        ),
         ({"change": lambda w: w.add_add_bos_token(True)}, "the tokenizer adds a bos_token, but has none"),
     ],
 )

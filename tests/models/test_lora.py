@@ -204,6 +204,27 @@ def test_each_adapter_drops_its_own_inputs_where_there_is_a_key(monkeypatch):
     assert all(adapter.key is None for adapter in adapters(model).values())  # the keys of a call are not kept
 
 
+@pytest.mark.parametrize(("name", "rates"), [("gpt2", {}), ("llama", {"attention_dropout": 0.1}), ("t5", {})])
+def test_adapters_and_model_never_share_a_dropout_key(name, rates, monkeypatch):
+    found = []
+
+    def record(x, rate, key):
+        found.extend([jax.random.key_data(key)] if key is not None and rate else [])
+        return x
+
+    monkeypatch.setattr(layers, "drop", record)
+    model = init_model(make_config(name, 2) | rates, jax.random.key(0))
+    model = add_lora(model, rank=1, dropout=0.1, key=jax.random.key(0))
+
+    def keys(key):
+        model.loss_sums(make_batch(), dropout_key=key)
+        return found
+
+    drawn = [tuple(np.asarray(key).tolist()) for key in compiled(keys)(jax.random.key(1))]
+    assert len(drawn) > len(adapters(model))  # the model's own among them
+    assert len(set(drawn)) == len(drawn)
+
+
 @pytest.mark.parametrize("execution", ["unroll", "scan"])
 def test_dropout_is_random_scaled_and_off_without_a_key(execution):
     config = make_config("llama", 2)
@@ -307,6 +328,10 @@ def test_adapters_that_do_not_fit_are_refused_with_everything_that_does_not(tmp_
     config.write_text(json.dumps(settings | {"use_dora": True, "bias": "all"}))
     with pytest.raises(InputError, match="bias is 'all', use_dora is True; only plain LoRA adapters are supported"):
         load_lora(model, tmp_path)
+    for changes in ({"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1, 2]}):
+        config.write_text(json.dumps(settings | changes))
+        with pytest.raises(InputError, match=f"{next(iter(changes))} is .*; only plain LoRA adapters are supported"):
+            load_lora(model, tmp_path)
     config.write_text(json.dumps(settings))
     file.unlink()
     with pytest.raises(InputError, match=r"adapter_model\.bin\) are not opened"):

@@ -222,9 +222,11 @@ def _rope(fields: Fields, features: int) -> dict[str, Any]:
         raise InputError(f"{path}: only {turning} of {features} features of a head turn, which is not supported.")
     theta = fields.number("rope.freq_base", 10_000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    kind = fields("rope.scaling.type", "none")
     old = fields("rope.scale_linear", None)
-    if kind == "linear" or (kind == "none" and old is not None):
+    # A factor without a type scales linearly, as in llama.cpp.
+    unscaled = fields("rope.scaling.factor", old) in (None, 0, 1)
+    kind = fields("rope.scaling.type", "none" if unscaled else "linear")
+    if kind == "linear":
         rope |= {"rope_type": "linear", "factor": fields.number("rope.scaling.factor", *([] if old is None else [old]))}
     elif kind != "none":
         raise InputError(

@@ -87,9 +87,9 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
         raise InputError(
             f"{file.path}: {len(tokens)} tokens have {len(types)} types; download the file or convert the model again."
         )
+    special = _special_tokens(file, tokens, types)
     tokenizer, add_bos = builders[kind](file, tokens, types)
     _add_tokens(tokenizer, types)
-    special = _special_tokens(file, tokens, types)
     _frame(file, tokenizer, special, add_bos)
     with without_advice():
         from transformers import PreTrainedTokenizerFast
@@ -198,8 +198,8 @@ def _add_tokens(tokenizer: Any, types: Sequence[int]) -> None:
 
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         texts = [tokenizer.id_to_token(i) for i, its in enumerate(types) if its == kind]
-        # Spaces are sought where the normaliser has written them as such a token has them.
-        found = [AddedToken(text, normalized=SPACE in text, special=special) for text in texts]
+        # What users defined is spelled as the normaliser writes it and sought there, control tokens in the text itself.
+        found = [AddedToken(text, normalized=SPACE in text and not special, special=special) for text in texts]
         tokenizer.add_special_tokens(found) if special else tokenizer.add_tokens(found)
 
 
