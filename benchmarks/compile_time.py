@@ -21,7 +21,7 @@ from flax import nnx
 from lensjax.models import FAMILIES, init_model
 from lensjax.models.execution import stack_layers
 
-ROUNDS = 1
+ROUNDS = 3
 DEPTHS = (4, 24)
 WAYS = {"gpt2": ("scan", "scan_apart", "unroll")}
 """Ways to measure, of other families "scan" alone: unrolled, 24 layers take a minute."""

@@ -240,8 +240,10 @@ def main() -> None:
         serve(options.side, options.cases[0])
         return
     pythons = {"lensjax": sys.executable} | ({"torch": options.torch} if options.torch else {})
-    cases = {case: measure(case, pythons, options.repeats, not options.no_memory) for case in options.cases}
-    write_result(options.name, {"unit": "one jit(value_and_grad) of the mean loss", "cases": cases})
+    cases: dict[str, Any] = {}
+    for case in options.cases:
+        cases[case] = measure(case, pythons, options.repeats, not options.no_memory)
+        write_result(options.name, {"unit": "one jit(value_and_grad) of the mean loss", "cases": cases})
 
 
 if __name__ == "__main__":

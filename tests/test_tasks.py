@@ -361,3 +361,29 @@ def test_loss_per_byte_is_the_same_whatever_the_tokens():
 class Letters(Words):
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [[ord(c) for c in t] for t in texts]}
+
+
+def test_the_fingerprint_of_a_chat_has_the_inputs_in_it(tmp_path):
+    one = load(write(tmp_path / "t.jsonl"), template=CHAT)
+    other = load(write(tmp_path / "u.jsonl", [{**row, "q": row["q"] + "?"} for row in ROWS]), template=CHAT)
+    assert one.fingerprint != other.fingerprint
+    assert load(tmp_path / "t.jsonl", template=CHAT).fingerprint == one.fingerprint
+
+
+def test_a_limit_is_for_data_sets(tmp_path):
+    with pytest.raises(InputError, match="is a local file and is read whole: --limit 5 is for data sets"):
+        load(write(tmp_path / "t.jsonl"), limit=5)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "t.jsonl.gz"
+    raw = bytearray(gzip.compress(write(tmp_path / "t.jsonl").read_bytes()))
+    raw[20:60] = bytes(40)
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"t\.jsonl\.gz: not readable"):
+        load(path)
+
+
+def test_no_sample_is_dropped_for_want_of_a_padded_length():
+    with pytest.raises(InputError, match="a sample needs 9 tokens, but the longest of the padded lengths is 8"):
+        next(batches(encoded([3, 9]), batch_size=2, buckets=(8,), pad_id=0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import gguf
 import pytest
@@ -150,3 +151,18 @@ def test_options_of_the_task_reach_it(tiny_models, tmp_path):
     )
     assert found.fingerprint == wanted.fingerprint
     assert found.train[0].prompt.endswith(" =>")
+
+
+def test_a_chat_template_of_its_own_makes_another_tokenizer(tiny_models, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_models[0], other)
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    plain, chatting = find_candidates((str(tiny_models[0]), str(other)), Lora())
+    assert plain.tokenizer != chatting.tokenizer
+    assert plain.fingerprint != chatting.fingerprint
+
+
+def test_names_are_those_of_directories(tiny_models):
+    one, other = map(str, tiny_models)
+    found = find_candidates((f"{one}/", f"{one}/+lora", other), Lora())
+    assert [c.name for c in found] == ["tiny-8", "tiny-8+lora", "tiny-16"]
