@@ -118,6 +118,11 @@ def mean_loss(loss_sums: Callable[[Params, Batch], tuple[jax.Array, jax.Array]],
     return sums.sum() / jnp.maximum(counts.sum(), 1)
 
 
+def tuning_flops(parameters: int, trainable: int, tokens: int) -> float:
+    """Floating-point operations of training some of the weights on so many tokens, as `Outcome` counts them."""
+    return float(training_flops(trainable, tokens)) + FROZEN_FLOPS * (parameters - trainable) * tokens
+
+
 class FineTuner:
     """Fine-tunes one model again and again from the same weights; compiled once per batch shape.
 
@@ -141,8 +146,7 @@ class FineTuner:
 
     def __init__(self, model: Any, plan: Plan, buckets: Iterable[int], pad_id: int) -> None:
         if plan.lora is not None:
-            settings = {f.name: getattr(plan.lora, f.name) for f in dataclasses.fields(plan.lora)}
-            model = add_lora(model, key=jax.random.key(0), **settings)
+            model = add_lora(model, key=jax.random.key(0), **dataclasses.asdict(plan.lora))
         graph, *states = nnx.split(model, nnx.Param, ...)
         params, self.frozen = states
         self.plan, self.buckets, self.pad_id = plan, tuple(buckets), pad_id
@@ -203,11 +207,6 @@ class FineTuner:
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value}")
         return value
-
-    def flops(self, tokens: int) -> float:
-        """Floating-point operations of training on so many tokens, see `Outcome`."""
-        frozen = self.parameters - self.trainable
-        return float(training_flops(self.trainable, tokens)) + FROZEN_FLOPS * frozen * tokens
 
     def zero_shot(self, test: Encoded) -> Outcome:
         """Evaluate the model as it is."""
@@ -295,7 +294,7 @@ class FineTuner:
             steps=best_step,
             steps_run=steps,
             tokens=tokens,
-            flops=self.flops(tokens),
+            flops=tuning_flops(self.parameters, self.trainable, tokens),
             seconds=time.perf_counter() - start,
             validation_history=tuple(history),
             reason=reason,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 IGNORED = -100
-"""The label of a position that has no loss."""
+"""The label of a position that has no loss, as in Hugging Face."""
 
 CHUNK_ROWS = 512
 """Rows taken at once by default: with fewer, adding up the (V, d) gradient of the weight costs more than the logits."""
@@ -88,3 +88,13 @@ def _losses(hidden: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.A
     is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=1)
     return jnp.where(labels == IGNORED, 0, jax.nn.logsumexp(logits, axis=1) - of_label)
+
+
+def next_token_labels(labels: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """Return the labels (N, T - 1) of the positions 0..T-2 of a causal language model.
+
+    Position t predicts `labels[:, t + 1]`; -100 where that label is -100 or where either position is padding,
+    for padding predicts nothing: without this, padding on the left would add a loss for the first token.
+    """
+    real = attention_mask != 0
+    return jnp.where(real[:, 1:] & real[:, :-1], labels[:, 1:], IGNORED)

@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from lensjax_kernels import head_cross_entropy
+from lensjax_kernels.head import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
 from lensjax.models.execution import run_layers
 from lensjax.models.layers import attention_implementation
 from lensjax.models.lora import Lora, with_dropout
 from lensjax.models.registry import ModelConfig
-
-IGNORED = -100
-"""The label of a position that has no loss, as in Hugging Face."""
 
 
 class LanguageModel(nnx.Module):
@@ -289,16 +287,6 @@ class Seq2SeqLM(LanguageModel):
             batch["input_ids"], batch.get("attention_mask"), self.shift_right(labels), dropout_key=dropout_key
         )
         return loss_sums(hidden, self.head_weight(), labels, bias=self.head_bias())
-
-
-def next_token_labels(labels: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Return the labels (N, T - 1) of the positions 0..T-2 of a causal language model.
-
-    Position t predicts `labels[:, t + 1]`; -100 where that label is -100 or where either position is padding,
-    for padding predicts nothing: without this, padding on the left would add a loss for the first token.
-    """
-    real = attention_mask != 0
-    return jnp.where(real[:, 1:] & real[:, :-1], labels[:, 1:], IGNORED)
 
 
 def loss_sums(

@@ -14,9 +14,9 @@ from flax import nnx
 
 from lensjax import data, models
 from lensjax.errors import InputError
-from lensjax.finetune import FROZEN_FLOPS
-from lensjax.metrics import training_flops
+from lensjax.finetune import tuning_flops
 from lensjax.models import Lora
+from lensjax.models.checkpoints import is_gguf
 
 DEMO_MODELS = ("demo", "models")
 ADAPTED = "+lora"
@@ -66,8 +66,7 @@ class Candidate:
     @property
     def flops_per_token(self) -> float:
         """Floating-point operations of training on one token, as `lensjax.finetune.Outcome` counts them."""
-        frozen = self.parameters - self.trainable if self.lora else 0
-        return float(training_flops(self.trainable, 1)) + FROZEN_FLOPS * frozen
+        return tuning_flops(self.parameters, self.trainable, 1)
 
 
 def find_candidates(paths: tuple[str, ...], lora: Lora) -> tuple[Candidate, ...]:
@@ -108,8 +107,8 @@ def _name(path: str) -> str:
 
 def _candidate(name: str, path: str, lora: Lora | None) -> Candidate:
     config = models.check_checkpoint(path)
-    place = Path(path).expanduser() if path.lower().endswith(".gguf") else models.resolve(path)
-    fingerprint, tokenizer = _digest(place), _digest(place, tokenizer=True)
+    place = Path(path).expanduser() if is_gguf(path) else models.resolve(path)
+    fingerprint, tokenizer = _digests(place)
     if getattr(config, "is_encoder_decoder", False):
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
     parameters = trainable = models.count_parameters(config)
@@ -123,25 +122,29 @@ def _candidate(name: str, path: str, lora: Lora | None) -> Candidate:
 
 def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:
     key = jax.random.key(0)
-    settings = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
-    return models.add_lora(models.init_model(config, key), key=key, **settings)
+    return models.add_lora(models.init_model(config, key), key=key, **dataclasses.asdict(lora))
 
 
-def _digest(place: Path, *, tokenizer: bool = False) -> str:
-    """Return what identifies a checkpoint, or its tokenizer alone: the contents of the files that matter."""
-    digest = hashlib.sha256()
+def _digests(place: Path) -> tuple[str, str]:
+    """Return what identifies a checkpoint, and its tokenizer alone: the contents of the files that matter."""
+    whole, tokenizer = hashlib.sha256(), hashlib.sha256()
     for file in [place] if place.is_file() else sorted(place.iterdir()):
-        wanted = file.name.startswith(TOKENIZER_FILES) or file.suffix in (".model", ".gguf")
-        if not tokenizer:
-            wanted |= file.name == "config.json" or file.suffix == ".safetensors"
+        of_tokenizer = file.name.startswith(TOKENIZER_FILES) or file.suffix in (".model", ".gguf")
+        wanted = of_tokenizer or file.name == "config.json" or file.suffix == ".safetensors"
         if not (wanted and file.is_file()):
             continue
-        digest.update(file.name.encode())
-        # The hub's cache names a file after its contents: there is no need to read it.
-        blob = file.resolve()
-        if blob.parent.name == "blobs":
-            digest.update(blob.name.encode())
-            continue
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
+        contents = file.name.encode() + _contents(file)
+        whole.update(contents)
+        if of_tokenizer:
+            tokenizer.update(contents)
+    return whole.hexdigest()[:16], tokenizer.hexdigest()[:16]
+
+
+def _contents(file: Path) -> bytes:
+    """Return what changes with a file's contents."""
+    # The hub's cache names a file after its contents: there is no need to read it.
+    blob = file.resolve()
+    if blob.parent.name == "blobs":
+        return blob.name.encode()
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()

@@ -130,8 +130,7 @@ class LiveSelection:
         except SelectionError:
             raise
         except Exception as error:
-            self.failures[candidate.name] = _reason(error)
-            self.console.line(f"{candidate.name} FAILED and is not ranked: {_reason(error)}")
+            self._failed(candidate, error)
             verify = False
         for size in self.prepared.sizes:
             self.clock.skip(candidate.name, size)
@@ -144,6 +143,11 @@ class LiveSelection:
                 self.unverified[candidate.name] = _reason(error)
                 self.console.line(f"{candidate.name} could NOT BE VERIFIED: {_reason(error)}")
         self.clock.skip(candidate.name, self.prepared.target)
+
+    def _failed(self, candidate: Candidate, error: Exception) -> None:
+        """Take a candidate out of the ranking and say why."""
+        self.failures[candidate.name] = _reason(error)
+        self.console.line(f"{candidate.name} FAILED and is not ranked: {_reason(error)}")
 
     def _race(self, budget: float) -> None:
         """Let the candidates race: those that cannot win are not trained on the larger subsets."""
@@ -172,8 +176,7 @@ class LiveSelection:
                 except SelectionError:
                     raise
                 except Exception as error:
-                    self.failures[candidate.name] = _reason(error)
-                    self.console.line(f"{candidate.name} FAILED and is not ranked: {_reason(error)}")
+                    self._failed(candidate, error)
 
     def _curves(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> Curves:
         """Return what the race has measured, with a column for each size, also for those of no run yet."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from lensjax_kernels.head import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
-from lensjax.tangents.models import IGNORED
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 2**24
@@ -110,9 +110,7 @@ class ModelLoss:
         _check(batch)
         labels = jnp.asarray(batch["labels"])
         if not self.separate:
-            real = self._mask(batch) != 0
-            # Position t predicts token t + 1; padding neither predicts nor is predicted.
-            labels = jnp.where(real[:, 1:] & real[:, :-1], labels[:, 1:], IGNORED)
+            labels = next_token_labels(labels, self._mask(batch))
         return labels.reshape(-1)
 
     @staticmethod

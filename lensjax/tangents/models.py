@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from lensjax_kernels.head import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
 
@@ -22,7 +23,6 @@ OUTPUTS = {
 """What a model's output can be, with its unit."""
 
 PROJECTIONS = 4
-IGNORED = -100
 
 
 def is_model(f: Any) -> bool:
@@ -101,10 +101,7 @@ def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Ar
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         labels = batch["labels"]
         return model(batch["input_ids"], mask, model.shift_right(labels))[0], labels[0]
-    real = mask[0] != 0
-    # Position t predicts token t + 1; padding neither predicts nor is predicted.
-    labels = jnp.where(real[1:] & real[:-1], batch["labels"][0, 1:], IGNORED)
-    return model(batch["input_ids"], mask)[0, :-1], labels
+    return model(batch["input_ids"], mask)[0, :-1], next_token_labels(batch["labels"], mask)[0]
 
 
 @functools.lru_cache(maxsize=64)

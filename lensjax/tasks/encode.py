@@ -67,7 +67,7 @@ class Encoded:
         counts = np.array([len(i) for i in ids], int)
         return np.maximum(prompts, counts - prompts) if self.separate else counts
 
-    @property
+    @functools.cached_property
     def counted(self) -> int:
         """Tokens that have a loss: in one sequence, the first token of all is predicted by nothing."""
         ids, prompts = self.rows
