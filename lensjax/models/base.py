@@ -37,6 +37,9 @@ class LanguageModel(nnx.Module):
         precision "auto" is flash attention, which has no forward mode and no second derivative: "plain" has both.
     lora : lensjax.models.lora.Lora or None
         The settings of its adapters, if it has some from `add_lora`.
+    head_chunk : int or None
+        Tokens whose logits exist at once in `loss_sums`, see `lensjax_kernels.head_cross_entropy`; set before
+        `nnx.split`.
     """
 
     config: ModelConfig
@@ -47,6 +50,7 @@ class LanguageModel(nnx.Module):
         self.remat: bool | str = False
         self.attention = "auto"
         self.lora: Lora | None = None
+        self.head_chunk: int | None = None
 
     def run_layers(self, layers: Any, x: Any, each: Any, *shared: Any) -> Any:
         """Run `x = layer(x, each[i], *shared)` through a stack as this model is set; see `execution.run_layers`."""
@@ -139,7 +143,7 @@ class CausalLM(LanguageModel):
         mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
         hidden = with_dropout(self, dropout_key).hidden(batch["input_ids"], mask, dropout_key=dropout_key)
         labels = next_token_labels(batch["labels"], mask)
-        return loss_sums(hidden[:, :-1], self.head_weight(), labels, bias=self.head_bias())
+        return loss_sums(hidden[:, :-1], self.head_weight(), labels, bias=self.head_bias(), chunk=self.head_chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,11 +290,16 @@ class Seq2SeqLM(LanguageModel):
         hidden = with_dropout(self, dropout_key).hidden(
             batch["input_ids"], batch.get("attention_mask"), self.shift_right(labels), dropout_key=dropout_key
         )
-        return loss_sums(hidden, self.head_weight(), labels, bias=self.head_bias())
+        return loss_sums(hidden, self.head_weight(), labels, bias=self.head_bias(), chunk=self.head_chunk)
 
 
 def loss_sums(
-    hidden: jax.Array, weight: jax.Array, labels: jax.Array, *, bias: jax.Array | None = None
+    hidden: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum the cross-entropy of each sample through the fused head.
 
@@ -301,6 +310,8 @@ def loss_sums(
     labels : int array (N, T)
         Already shifted: `labels[n, t]` is what `hidden[n, t]` predicts; -100 has no loss.
     bias : float array (V,), optional
+    chunk : int, optional
+        Tokens whose logits exist at once.
 
     Returns
     -------
@@ -308,6 +319,6 @@ def loss_sums(
     """
     samples, length, width = hidden.shape
     losses = head_cross_entropy(
-        hidden.reshape(samples * length, width), weight, labels.reshape(samples * length), bias=bias
+        hidden.reshape(samples * length, width), weight, labels.reshape(samples * length), bias=bias, chunk=chunk
     )
     return losses.reshape(samples, length).sum(axis=1), jnp.sum(labels != IGNORED, axis=1)

@@ -13,15 +13,6 @@ from lensjax.tasks import batches, bucket_lengths, encode, load_task
 
 PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=4, min_steps_between=1, warmup=2)
 
-
-@pytest.fixture(scope="module")
-def setting(tiny_models, tiny_task):
-    task = load_task(tiny_task, input_field="input", target_field="target", validation=20, test=20)
-    model, tokenizer = models.from_pretrained(tiny_models[0])
-    sets = [encode(part, tokenizer, 64) for part in (task.train, task.validation, task.test)]
-    return model, sets, bucket_lengths(np.concatenate([s.lengths for s in sets]))
-
-
 COMPILED = {}
 
 
@@ -73,10 +64,10 @@ def test_a_rate_that_helps_nothing_leaves_the_zero_shot_loss(setting):
 def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
     model, (train, *_), buckets = setting
     bench = tuner(setting, max_epochs=1)
-    params = bench._copy(bench.initial)
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
-    true, key = jax.numpy.array(True), jax.random.key(0)
-    found, _, finite = bench._step(params, bench._init(params), true, bench.frozen, batch, key, 0)
+    rate, key = jax.numpy.float32(PLAN.learning_rate), jax.random.key(0)
+    lane = bench._step(bench._start(bench.initial), rate, bench.frozen, batch, key, 0, 100)
+    found = lane["params"]
 
     graph, start, rest = nnx.split(model, nnx.Param, ...)
 
@@ -90,13 +81,18 @@ def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
         p, g = np.asarray(p, np.float64), np.asarray(g, np.float64) / max(norm, 1.0)
         want = p - rate * (g / (np.abs(g) + 1e-8) + PLAN.weight_decay * p)  # at step 1, m/sqrt(v) is the sign
         np.testing.assert_allclose(got, want, atol=3e-6)
-    assert bool(finite)
+    assert bool(lane["finite"])
+    np.testing.assert_allclose(lane["loss"], objective(start), rtol=1e-6)
 
 
 def test_divergence_is_an_error_not_a_number(setting):
     _, (train, validation, test), _ = setting
-    with pytest.raises(DivergedError, match="not finite in epoch 1"):
-        tuner(setting, learning_rate=float("inf")).run(train, validation, test, seed=0)
+    with pytest.raises(DivergedError, match="not finite in epoch 1") as caught:
+        tuner(setting, learning_rate=1e30, clip=1e30).run(train, validation, test, seed=0)
+    (trial,) = caught.value.trials
+    assert trial.status == "diverged"
+    assert trial.test_loss is None
+    assert 0 < trial.flops == 6 * tuner(setting).parameters * trial.tokens
 
 
 def test_a_selection_compiles_one_step_for_each_length_whatever_the_subset(setting):
@@ -172,12 +168,11 @@ def test_gradients_and_optimiser_state_are_of_the_adapters_alone(setting, adapte
     frozen = sum(value.size for value in before.values())
     assert bench.parameters == frozen + bench.trainable
     assert found.flops == (4 * frozen + 6 * bench.trainable) * found.tokens
-    params = bench._copy(bench.initial)
-    state = bench._init(params)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * bench.trainable + 2  # moments, and steps twice
+    lane = bench._start(bench.initial)
+    assert sum(leaf.size for leaf in jax.tree.leaves(lane["state"])) == 2 * bench.trainable + 1  # moments and a count
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
     # The frozen weights are inputs of the program and not constants in it.
-    arguments = (params, state, jax.numpy.array(True), bench.frozen, batch, jax.random.key(0), 0)
+    arguments = (lane, jax.numpy.float32(1e-3), bench.frozen, batch, jax.random.key(0), 0, 10)
     assert 'dense<"0x' not in bench._step.lower(*arguments).as_text()
 
 

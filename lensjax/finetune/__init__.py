@@ -1,0 +1,19 @@
+"""Fine-tuning runs, jit-compiled: plan, search over learning rates and batch sizes, sharding, cost."""
+
+from lensjax.finetune.cost import tuning_flops
+from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Search, Trial
+from lensjax.finetune.search import tune
+from lensjax.finetune.tuner import FineTuner, mean_loss
+
+__all__ = [
+    "DivergedError",
+    "FineTuner",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "Search",
+    "Trial",
+    "mean_loss",
+    "tune",
+    "tuning_flops",
+]

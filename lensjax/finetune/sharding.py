@@ -1,0 +1,112 @@
+"""Where weights and samples live when a process has several devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lensjax.errors import InputError
+
+AXIS = "devices"
+COPIES = 16  # bytes for each trained weight in float32: weight, gradient and the two moments of AdamW
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Devices of a run.
+
+    Attributes
+    ----------
+    mesh : jax.sharding.Mesh or None
+        None: one device, nothing is placed.
+    full : bool
+        Whether weights are sharded too.
+    """
+
+    mesh: Mesh | None = None
+    full: bool = False
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def name(self) -> str:
+        """The sharding as in `Plan`."""
+        return "none" if self.mesh is None else "full" if self.full else "data"
+
+    def weights(self, tree: Any) -> Any:
+        """Return a sharding for each array of a tree: split along its longest divisible axis if `full`, else whole."""
+        return jax.tree.map(lambda x: NamedSharding(self._mesh, self._split(np.shape(x))), tree)
+
+    def whole(self, tree: Any) -> Any:
+        """Return the sharding of arrays that each device has all of."""
+        return jax.tree.map(lambda _: NamedSharding(self._mesh, PartitionSpec()), tree)
+
+    def put_weights(self, tree: Any) -> Any:
+        """Put weights where they belong."""
+        return tree if self.mesh is None else jax.device_put(tree, self.weights(tree))
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Put arrays (N, ...) so that each device has its share of the N samples."""
+        if self.mesh is None:
+            return dict(batch)
+        rows = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return {name: jax.device_put(value, rows) for name, value in batch.items()}
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+    def _split(self, shape: tuple[int, ...]) -> PartitionSpec:
+        fitting = [axis for axis, length in enumerate(shape) if self.full and length % self.devices == 0]
+        if not fitting:
+            return PartitionSpec()
+        longest = max(fitting, key=lambda axis: shape[axis])
+        return PartitionSpec(*(AXIS if axis == longest else None for axis in range(len(shape))))
+
+
+def place(
+    sharding: str, batch_sizes: Sequence[int], *, trainable: int, frozen: int, devices: Sequence[jax.Device] | None
+) -> Placement:
+    """Choose the devices of a run.
+
+    Parameters
+    ----------
+    sharding : str
+        As in `Plan`.
+    batch_sizes : sequence of int
+        Samples that are computed at once; the devices divide each.
+    trainable, frozen : int
+        Weights.
+    devices : sequence of jax.Device, optional
+        Default: all of this process.
+
+    Raises
+    ------
+    InputError
+        If "data" or "full" is asked for, and the devices do not divide the batch.
+    """
+    found = list(jax.local_devices() if devices is None else devices)
+    if sharding == "none" or len(found) == 1:
+        return Placement()
+    shared = math.gcd(*batch_sizes, len(found))
+    if sharding != "auto" and shared < len(found):
+        raise InputError(
+            f"sharding {sharding}: {len(found)} devices do not divide {' and '.join(map(str, batch_sizes))} samples "
+            f"evenly; choose a batch size (or micro-batch) that is a multiple of {len(found)}."
+        )
+    if shared == 1:
+        return Placement()
+    mesh = Mesh(np.array(found[:shared]), (AXIS,), axis_types=(AxisType.Auto,))
+    memory = (found[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    full = sharding == "full" or (sharding == "auto" and COPIES * trainable + 4 * frozen > memory / 2)
+    return Placement(mesh, full)

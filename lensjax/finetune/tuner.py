@@ -1,0 +1,630 @@
+"""Fine-tuning, jit-compiled: AdamW, early stopping on validation loss, best weights kept, several rates at once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from lensjax.finetune.cost import tuning_flops, xla_flops
+from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Trial
+from lensjax.finetune.sharding import place
+from lensjax.models import LanguageModel
+from lensjax.models.lora import add_lora, parameter_counts, with_dropout
+from lensjax.tasks import Batch, Encoded, batches
+
+Params = Any  # a pytree of weights
+LOOK_EVERY = 64  # steps between two looks at how training goes, at most
+LOOK_SECONDS = 1.0  # about so long between two looks
+RISE = 1.1  # a training loss so many times the untouched model's is divergence, if nothing better was ever reached
+UNCHUNKED = 2**62  # rows of logits at once, for counting
+
+
+def mean_loss(loss_sums: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batch: Batch) -> Any:
+    """Mean cross-entropy over all counted tokens of a batch, nats; scalar, 0 for a batch without any."""
+    sums, counts = loss_sums(params, batch)
+    return sums.sum() / jnp.maximum(counts.sum(), 1)
+
+
+def rate_factor(schedule: str, warmup: int, step: jax.Array, total: jax.Array) -> jax.Array:
+    """Return the learning rate of a step as a share of the peak.
+
+    Parameters
+    ----------
+    schedule : {"constant", "linear", "cosine"}
+    warmup : int
+        Steps in which it rises linearly from 1 / warmup.
+    step, total : int arrays
+        This step, from 0, and how many there are at most.
+    """
+    first = max(warmup, 1)
+    rising = (1 + (first - 1) * jnp.minimum(step / first, 1)) / first
+    done = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0, 1)
+    falling = {"constant": jnp.ones_like(done), "linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2}
+    return rising * falling[schedule]
+
+
+class FineTuner:
+    """Fine-tunes one model again and again from the same weights; compiled once per batch shape.
+
+    Parameters
+    ----------
+    model : flax.nnx.Module
+        With ``loss_sums(batch) -> (loss_sum (N,), token_count (N,))``, as the ports of `lensjax.models`. Its
+        `nnx.Param`s are trained; all else, such as the weights under adapters, is passed in and never differentiated.
+    plan : Plan
+        With `lora`, the model gets these adapters, from the same random numbers in each run.
+    buckets : sequence of int
+        Padded lengths.
+    pad_id : int
+        Token used for padding.
+    batch_sizes : sequence of int, optional
+        All that will be used, if not only the plan's.
+    devices : sequence of jax.Device, optional
+        Default: all of this process.
+
+    Raises
+    ------
+    InputError
+        If the plan cannot be meant, its adapters do not fit the model, or the devices its batches.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        buckets: Iterable[int],
+        pad_id: int,
+        *,
+        batch_sizes: Sequence[int] = (),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        plan.check()
+        if plan.lora is not None:
+            model = add_lora(model, key=jax.random.key(0), **dataclasses.asdict(plan.lora))
+        self.plan, self.buckets, self.pad_id = plan, tuple(buckets), pad_id
+        self.parameters, self.trainable = parameter_counts(model)
+        at_once = [min(size, plan.micro_batch or size) for size in (*batch_sizes, plan.batch_size)]
+        self.placement = place(
+            plan.sharding,
+            at_once,
+            trainable=self.trainable,
+            frozen=self.parameters - self.trainable,
+            devices=devices,
+        )
+        self.dtype = _dtype(plan.precision)
+        graph, *states = nnx.split(model, nnx.Param, ...)
+        self.initial, self.frozen = map(self.placement.put_weights, (states[0], self._cast(states[1])))
+        self.optimiser = optax.chain(
+            optax.clip_by_global_norm(plan.clip), optax.scale_by_adam(), optax.add_decayed_weights(plan.weight_decay)
+        )
+        self._loss_sums = self._make_loss_sums(graph)
+        counting = model
+        if isinstance(model, LanguageModel):
+            counting = nnx.clone(model)
+            counting.head_chunk = UNCHUNKED
+        self._unchunked_sums = self._make_loss_sums(nnx.graphdef(counting))
+        self._compile()
+
+    def _make_loss_sums(self, graph: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        # The frozen weights are an argument: closed over, they would be constants, copied into each program.
+        def loss_sums(params: Params, frozen: Params, batch: Batch, key: Any = None) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graph, self._cast(params), frozen)
+            if key is None or not self.plan.dropout:
+                return with_dropout(model, key).loss_sums(batch)
+            return model.loss_sums(batch, dropout_key=key)
+
+        return loss_sums
+
+    def _cast(self, tree: Params) -> Params:
+        """Return the weights as they are computed with."""
+        if self.dtype == jnp.float32:
+            return tree
+        return jax.tree.map(lambda x: x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def _gradient(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, *, whole: bool = False
+    ) -> tuple[jax.Array, Params]:
+        """Return the mean loss of a batch and its gradient, computed in micro-batches unless `whole`."""
+        rows = batch["labels"].shape[0]
+        micro = rows if whole or self.plan.micro_batch is None else min(self.plan.micro_batch, rows)
+        loss_sums = self._unchunked_sums if whole else self._loss_sums
+
+        def total(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sums, counts = loss_sums(params, frozen, batch, key)
+            return sums.sum(), counts.sum()
+
+        gradient_of = jax.value_and_grad(total, has_aux=True)
+        if micro == rows:
+            (loss, count), gradient = gradient_of(params, batch, key)
+        else:
+            # Neighbouring rows go to different micro-batches, so that each device has its share of every one.
+            pieces = {n: jnp.moveaxis(x.reshape(micro, rows // micro, -1), 1, 0) for n, x in batch.items()}
+
+            def add(carry: Any, piece: Any) -> tuple[Any, None]:
+                (loss, count), gradient = gradient_of(params, piece[0], jax.random.fold_in(key, piece[1]))
+                return jax.tree.map(jnp.add, carry, ((loss, count), gradient)), None
+
+            zero = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), jax.tree.map(jnp.zeros_like, params))
+            ((loss, count), gradient), _ = jax.lax.scan(add, zero, (pieces, jnp.arange(rows // micro)))
+        count = jnp.maximum(count, 1)
+        return loss / count, jax.tree.map(lambda g: g / count, gradient)
+
+    def _update(
+        self,
+        lane: dict[str, Any],
+        rate: jax.Array,
+        frozen: Params,
+        batch: Batch,
+        dropout_key: jax.Array,
+        step: jax.Array | int,
+        total: jax.Array | int,
+        *,
+        whole: bool = False,
+    ) -> dict[str, Any]:
+        """Take one step: `lane` holds weights, optimiser state, sum of training losses, and whether all were finite."""
+        params = lane["params"]
+        key = jax.random.fold_in(dropout_key, step)
+        loss, gradient = self._gradient(params, frozen, batch, key, whole=whole)
+        update, state = self.optimiser.update(gradient, lane["state"], params)
+        plan = self.plan
+        scale = -rate * rate_factor(plan.schedule, plan.warmup, jnp.asarray(step), jnp.asarray(total))
+        params = optax.apply_updates(params, jax.tree.map(lambda u: scale * u, update))
+        return {
+            "params": params,
+            "state": state,
+            "loss": lane["loss"] + loss,
+            "finite": lane["finite"] & jnp.isfinite(loss),
+        }
+
+    def _compile(self) -> None:
+        def start(params: Params) -> dict[str, Any]:
+            # Weights and optimiser state are replaced by the step, so these are copies, never aliases.
+            copy = jax.tree.map(jnp.copy, params)
+            return {
+                "params": copy,
+                "state": self.optimiser.init(copy),
+                "loss": jnp.zeros(()),
+                "finite": jnp.array(True),
+            }
+
+        def evaluate(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            sums, counts = self._loss_sums(params, frozen, batch)
+            return sums.sum(), counts.sum()
+
+        def keep(best: Params, params: Params, better: jax.Array) -> Params:
+            return jax.tree.map(lambda b, p: jnp.where(better.reshape(-1, *[1] * (p.ndim - 1)), p, b), best, params)
+
+        shardings: dict[str, Any] = {}
+        if self.placement.mesh is not None:
+            # Left to itself, the compiler need not keep what is as large as the weights sharded as they are.
+            split, whole = self.placement.weights, self.placement.whole
+            lane = jax.eval_shape(start, self.initial)
+            shardings = {
+                "out_shardings": {
+                    "params": split(lane["params"]),
+                    "state": optax.tree.map_params(
+                        self.optimiser, split, lane["state"], transform_non_params=lambda x: whole(x)
+                    ),
+                    "loss": whole(lane["loss"]),
+                    "finite": whole(lane["finite"]),
+                }
+            }
+        self._start = jax.jit(start, **shardings)
+        self._step = jax.jit(self._update, donate_argnums=0, **shardings)
+        self._evaluate = jax.jit(evaluate)
+        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        # Several rates at once: the frozen weights and the batch are shared.
+        self._start_lanes = jax.jit(
+            lambda params, lanes: jax.vmap(lambda _: start(params))(jnp.arange(lanes)), static_argnums=1
+        )
+        shared = (None,) * 5
+        self._step_lanes = jax.jit(jax.vmap(self._update, in_axes=(0, 0, *shared)), donate_argnums=0)
+        self._evaluate_lanes = jax.jit(jax.vmap(evaluate, in_axes=(0, None, None)))
+        self._keep_lanes = jax.jit(keep, donate_argnums=0)
+        self._take_lanes = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree))
+
+    def lanes_that_fit(self, wanted: int) -> int:
+        """Return how many learning rates to train at once; see `Search.lanes`."""
+        if self.placement.mesh is not None or jax.default_backend() == "cpu":
+            return 1
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0) / 2
+        shared, each = 4 * self.parameters, 20 * self.trainable  # 20: with the best weights beside the present ones
+        return int(max(1, min(wanted, (memory - shared) // each)))
+
+    def cost_of_step(self, batch: Batch) -> float:
+        """Floating-point operations of a training step on such a batch, by XLA's cost analysis.
+
+        Of the arithmetic alone: what the chunked head and micro-batches compute twice or in loops is counted once.
+        """
+        lane = jax.eval_shape(self._start, self.initial)
+        arguments = (lane, jnp.float32(0), self.frozen, batch, jax.random.key(0), jnp.int32(0), jnp.int32(1))
+        return xla_flops(lambda *given: self._update(*given, whole=True), *arguments)
+
+    def cost_of_evaluation(self, batch: Batch) -> float:
+        """Floating-point operations of evaluating such a batch, as `cost_of_step`."""
+        return xla_flops(self._unchunked_sums, self.initial, self.frozen, batch)
+
+    def _batches(self, encoded: Encoded, batch_size: int, rng: np.random.Generator | None = None) -> Iterable[Batch]:
+        return batches(encoded, batch_size=batch_size, buckets=self.buckets, pad_id=self.pad_id, rng=rng)
+
+    def _losses(self, params: Params, encoded: Encoded, batch_size: int, lanes: int | None) -> np.ndarray:
+        """Return the mean loss of a data set, nats, finite or not: for each lane, or (1,) without lanes."""
+        function = self._evaluate if lanes is None else self._evaluate_lanes
+        pending = [
+            function(params, self.frozen, self.placement.put_batch(batch))
+            for batch in self._batches(encoded, batch_size)
+        ]
+        sums = np.array([np.asarray(s, np.float64) for s, _ in pending])
+        counts = np.array([np.asarray(c, np.float64) for _, c in pending])
+        return np.atleast_1d(sums.sum(0) / counts.sum(0))
+
+    def loss(self, params: Params, encoded: Encoded) -> float:
+        """Mean token cross-entropy of a data set, nats.
+
+        Raises
+        ------
+        DivergedError
+            If it is not finite.
+        """
+        value = float(self._losses(params, encoded, self.plan.batch_size, None)[0])
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value}")
+        return value
+
+    def zero_shot(self, test: Encoded) -> Outcome:
+        """Evaluate the model as it is."""
+        start = time.perf_counter()
+        value = self.loss(self.initial, test)
+        return Outcome(
+            test_loss=value,
+            validation_loss=float("nan"),
+            steps=0,
+            steps_run=0,
+            samples=0,
+            tokens=0,
+            flops=0.0,
+            seconds=time.perf_counter() - start,
+            validation_history=(),
+            reason="not fine-tuned",
+            trainable=self.trainable,
+            learning_rate=self.plan.learning_rate,
+            batch_size=self.plan.batch_size,
+        )
+
+    def run(
+        self,
+        train: Encoded,
+        validation: Encoded,
+        test: Encoded,
+        *,
+        seed: int,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Outcome:
+        """Fine-tune from the initial weights on one subset, at the plan's rate and batch size.
+
+        Training ends when the validation loss has not improved for `patience` evaluations or after `max_epochs`; the
+        test loss is that of the weights with the best validation loss, which may be the initial ones.
+
+        Parameters
+        ----------
+        train, validation, test : Encoded
+        seed : int
+            Of the order of the batches and of dropout.
+        on_progress : callable, optional
+            Called with a `Progress` after every few steps.
+
+        Raises
+        ------
+        DivergedError
+            If the training or validation loss is not finite, or both only rose.
+        """
+        start = time.perf_counter()
+        (trial,) = self.trials(train, validation, test, rates=(self.plan.learning_rate,), seed=seed, report=on_progress)
+        if trial.status == "diverged":
+            raise DivergedError(trial.reason, (trial,))
+        return self.outcome((trial,), trial, time.perf_counter() - start)
+
+    def outcome(self, trials: tuple[Trial, ...], chosen: Trial, seconds: float) -> Outcome:
+        """Return what a finished trial, chosen among those that were made, gave and cost."""
+        assert chosen.test_loss is not None
+        assert chosen.validation_loss is not None
+        return Outcome(
+            test_loss=chosen.test_loss,
+            validation_loss=chosen.validation_loss,
+            steps=chosen.steps,
+            steps_run=chosen.steps_run,
+            samples=sum(t.samples for t in trials),
+            tokens=sum(t.tokens for t in trials),
+            flops=sum(t.flops for t in trials),
+            seconds=seconds,
+            validation_history=chosen.validation_history,
+            reason=chosen.reason,
+            trainable=self.trainable,
+            learning_rate=chosen.learning_rate,
+            batch_size=chosen.batch_size,
+            trials=trials,
+            chosen_tokens=chosen.tokens,
+        )
+
+    def trials(
+        self,
+        train: Encoded,
+        validation: Encoded,
+        test: Encoded,
+        *,
+        rates: Sequence[float],
+        seed: int,
+        batch_size: int | None = None,
+        hopeless: Callable[[float, float, Sequence[float]], bool] | None = None,
+        count_flops: bool = False,
+        report: Callable[[Progress], None] | None = None,
+    ) -> tuple[Trial, ...]:
+        """Fine-tune from the initial weights at one or several learning rates at once.
+
+        Parameters
+        ----------
+        train, validation, test : Encoded
+        rates : sequence of float
+            Each is trained in a lane of its own, with the same batches and dropout as alone.
+        seed : int
+        batch_size : int, optional
+            Instead of the plan's.
+        hopeless : callable, optional
+            Told (epochs done, best validation loss of a lane, those of the other lanes), says whether to end the lane.
+        count_flops : bool
+            Whether XLA's cost analysis is asked too, which takes a second or so for each batch shape.
+        report : callable, optional
+            Called with a `Progress` after every few steps.
+
+        Returns
+        -------
+        tuple of Trial
+            In the order of `rates`; one that diverged says so in its status.
+        """
+        lanes = _Lanes(self, tuple(rates), batch_size or self.plan.batch_size)
+        return lanes.run(train, validation, test, seed, hopeless, count_flops, report)
+
+
+def _dtype(precision: str) -> Any:
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+@dataclasses.dataclass
+class _Lane:
+    """Where one learning rate is."""
+
+    rate: float
+    best: float
+    best_step: int = 0
+    since_best: int = 0
+    status: str = ""
+    reason: str = ""
+    test_loss: float | None = None
+    steps_run: int = 0
+    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+class _Lanes:
+    """One training of several learning rates side by side."""
+
+    def __init__(self, tuner: FineTuner, rates: tuple[float, ...], batch_size: int) -> None:
+        self.tuner, self.rates, self.batch_size = tuner, rates, batch_size
+        self.single = len(rates) == 1
+        self.shapes: collections.Counter[tuple[int, ...]] = collections.Counter()
+        self.examples: dict[tuple[int, ...], Batch] = {}
+
+    def run(
+        self,
+        train: Encoded,
+        validation: Encoded,
+        test: Encoded,
+        seed: int,
+        hopeless: Callable[[float, float, Sequence[float]], bool] | None,
+        count_flops: bool,
+        report: Callable[[Progress], None] | None,
+    ) -> tuple[Trial, ...]:
+        tuner, plan = self.tuner, self.tuner.plan
+        untouched = float(tuner._losses(tuner.initial, validation, self.batch_size, None)[0])
+        lanes = [_Lane(rate, untouched, history=[(0, untouched)]) for rate in self.rates]
+        if not math.isfinite(untouched):
+            raise DivergedError(f"the untouched model's validation loss is {untouched}")
+        self.rows = list(range(len(lanes)))  # which lane each row of the stacked weights is
+        state = tuner._start(tuner.initial) if self.single else tuner._start_lanes(tuner.initial, len(lanes))
+        best = tuner.initial if self.single else tuner._copy(state["params"])
+        rng = np.random.default_rng([seed, len(train)])
+        dropout_key = jax.random.key(seed)
+        per_epoch = sum(1 for _ in tuner._batches(train, self.batch_size))
+        total = per_epoch * plan.max_epochs
+        per_epoch_tokens = int(train.token_counts.sum())
+        steps = since_evaluation = 0
+        sums_before = np.zeros(len(lanes))
+        look_every, since_look, looked = 1, 0, time.perf_counter()
+        for epoch in range(1, plan.max_epochs + 1):
+            for batch in tuner._batches(train, self.batch_size, rng):
+                state = self._step(state, lanes, batch, dropout_key, steps, total)
+                steps += 1
+                since_evaluation += 1
+                since_look += 1
+                if since_look >= look_every or steps % per_epoch == 0:
+                    # Reading the flag waits for the device: not after every step, but about once a second.
+                    finite = np.atleast_1d(state["finite"])
+                    now = time.perf_counter()
+                    look_every = max(1, min(LOOK_EVERY, int(since_look * LOOK_SECONDS / max(now - looked, 1e-6))))
+                    since_look, looked = 0, now
+                    for row, number in enumerate(self.rows):
+                        if not finite[row] and not lanes[number].status:
+                            self._end(
+                                lanes[number], "diverged", f"the training loss is not finite in epoch {epoch}", steps
+                            )
+                    if all(lane.status for lane in lanes):
+                        break
+                    if report:
+                        report(self._progress(lanes, steps, total, epoch, per_epoch_tokens / per_epoch))
+            if all(lane.status for lane in lanes):
+                break
+            if since_evaluation < plan.min_steps_between and epoch < plan.max_epochs:
+                continue
+            values = tuner._losses(state["params"], validation, self.batch_size, None if self.single else len(lanes))
+            sums = np.atleast_1d(np.asarray(state["loss"], np.float64))
+            training = (sums - sums_before) / since_evaluation
+            sums_before, since_evaluation = sums, 0
+            better = np.zeros(len(self.rows), bool)
+            for row, number in enumerate(self.rows):
+                better[row] = self._judge(lanes[number], float(values[row]), float(training[row]), steps, untouched)
+            best = self._keep(best, state["params"], better)
+            ended = self._stop(lanes, steps, epoch, hopeless)
+            if ended:
+                self._test(lanes, ended, best, test)
+            if report:
+                report(self._progress(lanes, steps, total, epoch, per_epoch_tokens / per_epoch))
+            if all(lane.status for lane in lanes):
+                break
+            state, best, sums_before = self._compact(lanes, state, best, sums_before)
+        costs = self._costs(validation, test) if count_flops else None
+        return tuple(self._trial(lane, per_epoch, train, costs) for lane in lanes)
+
+    def _step(
+        self, state: Any, lanes: list[_Lane], batch: Batch, dropout_key: jax.Array, steps: int, total: int
+    ) -> Any:
+        tuner = self.tuner
+        shape = batch["labels"].shape
+        self.shapes[shape] += 1
+        self.examples.setdefault(shape, batch)
+        own = tuner.placement.put_batch(batch)
+        if self.single:
+            return tuner._step(state, jnp.float32(lanes[0].rate), tuner.frozen, own, dropout_key, steps, total)
+        rates = jnp.array([lanes[number].rate for number in self.rows], jnp.float32)
+        return tuner._step_lanes(state, rates, tuner.frozen, own, dropout_key, steps, total)
+
+    def _judge(self, lane: _Lane, value: float, training: float, steps: int, untouched: float) -> bool:
+        """Take note of an evaluation; return whether it is the lane's best."""
+        if lane.status:
+            return False
+        if not math.isfinite(value):
+            self._end(lane, "diverged", f"the validation loss is {value} at step {steps}", steps)
+            return False
+        lane.history.append((steps, value))
+        if value < lane.best:
+            lane.best, lane.best_step, lane.since_best = value, steps, 0
+            return True
+        lane.since_best += 1
+        if lane.best_step == 0 and lane.since_best >= self.tuner.plan.patience and training > RISE * untouched:
+            self._end(
+                lane,
+                "diverged",
+                f"the loss rises: {training:.3g} in training, {value:.3g} in validation, {untouched:.3g} untouched",
+                steps,
+            )
+        return False
+
+    def _stop(
+        self,
+        lanes: list[_Lane],
+        steps: int,
+        epoch: int,
+        hopeless: Callable[[float, float, Sequence[float]], bool] | None,
+    ) -> list[_Lane]:
+        """End the lanes that are done; return those that finished now."""
+        plan = self.tuner.plan
+        at_start = [(lane, lane.best) for lane in lanes if lane.status != "diverged"]
+        ended = []
+        for lane in lanes:
+            if lane.status:
+                continue
+            others = [best for other, best in at_start if other is not lane]
+            if lane.since_best >= plan.patience:
+                reason = f"validation loss has not improved for {plan.patience} evaluations"
+            elif epoch == plan.max_epochs:
+                reason = f"{plan.max_epochs} epochs done"
+            elif hopeless is not None and hopeless(epoch, lane.best, others):
+                self._end(lane, "hopeless", f"worse than the other trials after {epoch} epochs", steps)
+                continue
+            else:
+                continue
+            self._end(lane, "finished", reason, steps)
+            ended.append(lane)
+        return ended
+
+    def _end(self, lane: _Lane, status: str, reason: str, steps: int) -> None:
+        rate = f" (rate {lane.rate:g}, batch size {self.batch_size})" if status == "diverged" else ""
+        lane.status, lane.reason, lane.steps_run = status, reason + rate, steps
+
+    def _keep(self, best: Params, params: Params, better: np.ndarray) -> Params:
+        if not better.any():
+            return best
+        return self.tuner._copy(params) if self.single else self.tuner._keep_lanes(best, params, jnp.array(better))
+
+    def _test(self, lanes: list[_Lane], ended: list[_Lane], best: Params, test: Encoded) -> None:
+        values = self.tuner._losses(best, test, self.batch_size, None if self.single else len(self.rows))
+        for row, number in enumerate(self.rows):
+            lane = lanes[number]
+            if any(lane is e for e in ended):
+                lane.test_loss = float(values[row])
+                if not math.isfinite(lane.test_loss):
+                    self._end(lane, "diverged", f"the test loss is {lane.test_loss}", lane.steps_run)
+
+    def _compact(self, lanes: list[_Lane], state: Any, best: Params, sums: np.ndarray) -> tuple[Any, Params, Any]:
+        """Drop lanes that have ended, once they are half of all: each width is compiled."""
+        going = [row for row, number in enumerate(self.rows) if not lanes[number].status]
+        if self.single or len(going) > len(self.rows) // 2:
+            return state, best, sums
+        rows = jnp.array(going)
+        self.rows = [self.rows[row] for row in going]
+        return self.tuner._take_lanes(state, rows), self.tuner._take_lanes(best, rows), sums[going]
+
+    def _progress(self, lanes: list[_Lane], steps: int, total: int, epoch: int, tokens_per_step: float) -> Progress:
+        best = min(lane.best for lane in lanes)
+        trained = sum(lane.steps_run if lane.status else steps for lane in lanes) * tokens_per_step
+        return Progress(steps, total, epoch, best, steps / total, int(trained))
+
+    def _costs(self, validation: Encoded, test: Encoded) -> tuple[float, float, float]:
+        """Return XLA's counts: of an average step, of one pass over validation, and over the test set."""
+        tuner = self.tuner
+        step = sum(tuner.cost_of_step(self.examples[shape]) * count for shape, count in self.shapes.items())
+        known: dict[tuple[int, ...], float] = {}
+        passes = []
+        for part in (validation, test):
+            found = 0.0
+            for batch in tuner._batches(part, self.batch_size):
+                shape = batch["labels"].shape
+                if shape not in known:
+                    known[shape] = tuner.cost_of_evaluation(batch)
+                found += known[shape]
+            passes.append(found)
+        return step / max(sum(self.shapes.values()), 1), passes[0], passes[1]
+
+    def _trial(self, lane: _Lane, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None) -> Trial:
+        tuner = self.tuner
+        # A lane that diverged inside an epoch has trained on a part of it.
+        epochs = lane.steps_run / per_epoch
+        tokens = round(epochs * int(train.token_counts.sum()))
+        finished = lane.status == "finished"
+        return Trial(
+            learning_rate=lane.rate,
+            batch_size=self.batch_size,
+            status=lane.status,
+            test_loss=lane.test_loss if finished else None,
+            validation_loss=lane.best if finished else None,
+            steps=lane.best_step,
+            steps_run=lane.steps_run,
+            steps_per_epoch=per_epoch,
+            samples=round(epochs * len(train)),
+            tokens=tokens,
+            flops=tuning_flops(tuner.parameters, tuner.trainable, tokens),
+            step_flops=None if costs is None else costs[0] * lane.steps_run,
+            evaluation_flops=None if costs is None else costs[1] * len(lane.history) + costs[2] * finished,
+            validation_history=tuple(lane.history),
+            reason=lane.reason,
+        )
