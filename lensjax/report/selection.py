@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ class Selection:
     unverified : mapping of candidate to reason
         Ranked candidates whose loss at `target` should have been measured and could not be.
     facts : mapping
-        Run directory, wall time, versions and the like.
+        Run directory, wall time, versions and the like; `lensjax.report.html.render_html` says which are shown.
     loss_unit : {"token", "byte"}
         What the losses are a mean over.
     """
@@ -106,7 +107,10 @@ class Selection:
         return "power" if self.curves.sizes[measured[-1]] >= transition[row] else "pre-power"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON-serialisable data; a number that could not be computed is null."""
+        """Everything as JSON-serialisable data, as `lensjax.report.schema` describes it.
+
+        A number that could not be computed is null.
+        """
         return {
             "schema": SCHEMA,
             "source": self.source,
@@ -133,8 +137,14 @@ class Selection:
             ],
             "failures": dict(self.failures),
             "unverified": dict(self.unverified),
-            "facts": dict(self.facts),
+            "facts": _facts(self.facts),
         }
+
+    def _repr_html_(self) -> str:
+        """Show the answer and the ranking in a notebook."""
+        from lensjax.report.html import notebook
+
+        return notebook(self)
 
     def _method(self, scores: Scores) -> dict[str, Any]:
         return {
@@ -166,6 +176,29 @@ def _certainty(scores: Scores, row: int) -> dict[str, Any]:
     if scores.best_probability is not None:
         found["best_probability"] = _plain(scores.best_probability[row])
     return found
+
+
+def losses_fingerprint(curves: Curves) -> str:
+    """Return a short name for what a choice from losses depends on: candidates, parameters, sizes and losses."""
+    digest = hashlib.sha256("\0".join(curves.names).encode(errors="surrogatepass"))
+    for numbers in (curves.parameters, curves.sizes, curves.losses):
+        digest.update(b"" if numbers is None else np.ascontiguousarray(numbers, "<f8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _facts(value: Any) -> Any:
+    """Return facts as JSON-serialisable data; what JSON has no word for becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _facts(item) for key, item in value.items()}
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, (int, float, np.number)) or (
+        hasattr(value, "dtype") and np.issubdtype(value.dtype, np.number)
+    ):
+        return _plain(value)
+    if isinstance(value, (list, tuple, set, frozenset, np.ndarray)):
+        return [_facts(item) for item in value]
+    return str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -83,23 +83,28 @@ def _points(selection: Selection, scores: Scores, row: int) -> str:
     return f"{len(tuned)} sizes, {samples(tuned[0])} to {samples(tuned[-1])}{', zero-shot' if 0 in sizes else ''}"
 
 
-def comparison(selection: Selection) -> str:
-    """Lay out the methods against each other: choice, cost, and how good the choice was where that is known."""
-    header = ["", "method", "choice", "FLOPs"]
+def comparison_cells(selection: Selection) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the methods against each other: choice, cost, how good it was where that is known."""
     known = selection.truth is not None
-    header += ["PearCorr %", "RelAcc %", "RMSE"] if known else ["predicted"]
+    header = ["method", "choice", "FLOPs", *(["PearCorr %", "RelAcc %", "RMSE"] if known else ["predicted"])]
     rows = []
     for name, scores in selection.scores.items():
         best = scores.best if np.isfinite(scores.score).any() else "-"
-        cells = ["", name, best, flops(selection.spent(scores))]
+        cells = [name, best, flops(selection.spent(scores))]
         if known:
             found = selection.metrics(scores)
             cells += [percent(found["PearCorr"]), percent(found["RelAcc"]), number(found["RMSE"])]
         else:
             cells += [number(float(scores.predicted_loss[scores.order[0]]), 4)]
         rows.append(cells)
-    text = table([*header, ""], [[*r, ""] for r in rows])
-    if known and "model_size" in selection.scores:
+    return header, rows
+
+
+def comparison(selection: Selection) -> str:
+    """Lay out the methods against each other: choice, cost, and how good the choice was where that is known."""
+    header, rows = comparison_cells(selection)
+    text = table(["", *header, ""], [["", *r, ""] for r in rows])
+    if selection.truth is not None and "model_size" in selection.scores:
         text += (
             "\nmodel_size scores by minus log size, lower is better; the papers print its PearCorr with the other sign."
         )

@@ -1,0 +1,439 @@
+"""A selection as one HTML file that needs nothing else: the answer first, then why it can be believed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lensjax.report import figures, tables
+from lensjax.report.paths import paths
+from lensjax.report.progress import duration
+from lensjax.report.selection import Selection, losses_fingerprint
+from lensjax.report.style import STYLE
+from lensjax.report.svg import PALETTE, compact, escaped, shortened
+from lensjax.report.tables import SURE, name_of
+from lensjax.report.text import LAW_COLUMNS, comparison_cells, flops, number, percent, samples
+
+PACKAGES = ("lensjax", "jax", "jaxlib", "flax", "numpy", "transformers")
+METHODS = {
+    "averaged": "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
+    "family as data grow; every curve of it is weighted by how well it explains what was measured, and their average "
+    "is read off at the full size, leaning to what is feared. What remains undecided between the curves is the "
+    "interval. In the order, a loss that owes less to extrapolation counts for more.",
+    "lens": "Each candidate was fine-tuned on small parts of the data, from the largest part downwards, until its "
+    "losses left a straight line (LensLLM, Algorithm 1). The law L(D) = B / (F + D^beta) + E is fitted to them and "
+    "read off at the full size.",
+    "rectified": "The law L(D) = B / (D_l + D^beta) + E is fitted to all losses and read off at the full size.",
+    "power": "The law L(D) = (B / D^beta + E)^alpha is fitted to all losses and read off at the full size.",
+    "ats": "A straight line through the losses of the larger sizes, both axes logarithmic, is read off at the full "
+    "size.",
+    "subtuning": "The candidates are ranked by their losses after fine-tuning on the largest part of the data.",
+    "zero_shot": "The candidates are ranked by their losses before any fine-tuning.",
+    "model_size": "The candidates are ranked by their size; no loss is looked at.",
+}
+
+
+def render_html(selection: Selection) -> str:
+    """Return the whole selection as one HTML file: no script, nothing loaded from anywhere, light and dark.
+
+    Parameters
+    ----------
+    selection : Selection
+        Of its `facts`, all optional, these are shown: `next_command` (str: fine-tunes the winner), `command` (str: made
+        this selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package
+        -> version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory`
+        (str), and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer ->
+        number}, either of which may be missing.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    InputError
+        If no candidate could be scored.
+
+    Examples
+    --------
+    >>> from lensjax.select.from_losses import select_from_losses
+    >>> selection = select_from_losses("published:wmt19", visible=51200, gamma=3, tau=5.0)
+    >>> page = render_html(selection)
+    >>> page.startswith("<!doctype html>"), "https://" in page
+    (True, False)
+    """
+    best = selection.best
+    parts = [
+        _hero(selection),
+        _ranking(selection),
+        _curves(selection),
+        _cost(selection),
+        _next(selection),
+        _failures(selection),
+        _parameters(selection),
+        _methods(selection),
+        _tangents(selection),
+        _provenance(selection),
+    ]
+    title = f"Fine-tune {shortened(best, 80)} · lensjax"
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # Nothing may be loaded or run, whatever a model's name holds.
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+            f"<title>{escaped(title)}</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *filter(None, parts),
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def _paragraph(text: str, css: str = "") -> str:
+    return f'<p class="{css}">{text}</p>' if css else f"<p>{text}</p>"
+
+
+def answer(selection: Selection) -> str:
+    """Say in one sentence what to fine-tune, what to expect, how sure that is, and what finding out cost (HTML)."""
+    scores, row = selection.main, int(selection.main.order[0])
+    text = f"Fine-tune <strong>{name_of(scores.best)}</strong>: "
+    if np.isfinite(scores.predicted_loss[row]):
+        text += (
+            f"on {samples(selection.target)} samples its test loss should be about "
+            f"{number(float(scores.predicted_loss[row]), 3)} nats per {escaped(selection.loss_unit)}"
+        )
+        if scores.interval is not None:
+            low, high = (number(float(v), 3) for v in scores.interval[row])
+            text += f" ({SURE} % sure: between {low} and {high})"
+        else:
+            text += f" (method {escaped(scores.method)} does not say how sure that is)"
+    else:
+        text += f"it ranks first for {samples(selection.target)} samples, though method {escaped(scores.method)} "
+        text += "predicts no loss and knows no certainty"
+    if scores.best_probability is not None:
+        chance = percent(float(scores.best_probability[row]), 0)
+        text += f"; it is the best of the {len(selection.curves)} candidates with probability {chance} %"
+    spent, full = selection.spent(scores) + selection.lost_flops, float(selection.full_flops.sum())
+    if np.isfinite(spent) and np.isfinite(full) and full > 0:
+        text += f", and finding out cost {percent(spent / full)} % of fine-tuning them all"
+    else:
+        text += "; what finding out cost is not known"
+    return text + "."
+
+
+def notebook(selection: Selection) -> str:
+    """Return the answer and the ranking for a notebook, which keeps neither a document's head nor its ids apart."""
+    return f"<style>{PALETTE}</style><p>{answer(selection)}</p>{tables.ranking(selection)}"
+
+
+def _hero(selection: Selection) -> str:
+    scores, row = selection.main, int(selection.main.order[0])
+    keys = []
+    if np.isfinite(scores.predicted_loss[row]):
+        keys.append(("Expected test loss", number(float(scores.predicted_loss[row]), 3)))
+    if scores.interval is not None:
+        keys.append((f"{SURE} % interval", " to ".join(number(float(v), 3) for v in scores.interval[row])))
+    if scores.best_probability is not None:
+        keys.append(("Is the best with", f"{percent(float(scores.best_probability[row]), 0)} %"))
+    if np.isfinite(selection.spent(scores)):
+        keys.append(("Spent", f"{flops(selection.spent(scores) + selection.lost_flops)} FLOPs"))
+    if isinstance(selection.facts.get("seconds"), (int, float)):
+        keys.append(("Time of all runs", duration(selection.facts["seconds"])))
+    terms = "".join(f"<div><dt>{k}</dt>\n<dd>{escaped(v)}</dd></div>" for k, v in keys)
+    more = []
+    names = selection.may_be_best(scores)
+    if len(names) > 1:
+        shown = ", ".join(name_of(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        more.append(f"With {SURE} % certainty, the best is one of these {len(names)}: {shown}.")
+    if scores.remarks and scores.remarks[row]:
+        more.append(f"Of this choice, mind: {escaped(scores.remarks[row])}.")
+    if selection.truth is not None:
+        truly, chosen = int(np.nanargmin(selection.truth)), float(selection.truth[row])
+        verdict = "the choice was right"
+        if truly != row:
+            verdict = f"the best was {name_of(selection.curves.names[truly])} with {number(selection.truth[truly], 3)}"
+            verdict += f", against {number(chosen, 3)} of the choice" if np.isfinite(chosen) else ""
+        more.append(f"The losses at {samples(selection.target)} samples have been measured too: {verdict}.")
+    return "\n".join(
+        [
+            '<section class="hero" aria-labelledby="answer">',
+            _paragraph("Which model to fine-tune", "eyebrow"),
+            f'<h1 id="answer">Fine-tune {name_of(selection.best)}</h1>',
+            _paragraph(answer(selection), "lead"),
+            *(_paragraph(text) for text in more),
+            f'<dl class="keys">{terms}</dl>',
+            "</section>",
+        ]
+    )
+
+
+def _ranking(selection: Selection) -> str:
+    notes = [f"<li>{name_of(n)}: {escaped(text)}</li>" for n, text in _remarks(selection)]
+    return "\n".join(
+        [
+            '<section aria-labelledby="ranking">',
+            '<h2 id="ranking">Ranking</h2>',
+            tables.ranking(selection),
+            f'<ul class="small dim">{"".join(notes)}</ul>' if notes else "",
+            "</section>",
+        ]
+    )
+
+
+def _remarks(selection: Selection) -> list[tuple[str, str]]:
+    """Return what a reader should know about some candidates: remarks, and why one has no score."""
+    scores = selection.main
+    found = []
+    for row in scores.order:
+        if not np.isfinite(scores.score[row]):
+            found.append((selection.curves.names[row], scores.status[row]))
+        elif scores.remarks and scores.remarks[row]:
+            found.append((selection.curves.names[row], scores.remarks[row]))
+    return found
+
+
+LEGEND = (
+    ('<circle class="paid" cx="15" cy="7" r="4"/>', "measured and paid for"),
+    ('<circle class="spare" cx="15" cy="7" r="4"/>', "measured, not used by the method"),
+    ('<path class="fit" d="M1 7H29"/>', "fit"),
+    ('<path class="forecast" d="M1 7H29"/>', "forecast"),
+    ('<rect class="band" x="1" y="1" width="28" height="12"/>', f"{SURE} % interval"),
+    ('<circle class="guess" cx="15" cy="7" r="4"/>', "expected at the target"),
+    ('<path class="phase" d="M15 0V14"/>', "phase transition"),
+    ('<path class="truth" d="M15 1l6 6l-6 6l-6 -6Z"/>', "measured at the target"),
+)
+
+
+def _curves(selection: Selection) -> str:
+    scores = selection.main
+    found = paths(selection, scores)
+    axes = figures.frame(selection, found)
+    drawn = []
+    for rank, r in enumerate(scores.order, start=1):
+        row = int(r)
+        picture = figures.curve(selection, row, found, axes, name=f"curve-{rank}")
+        drawn.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
+    shown = {
+        "measured, not used by the method": bool((np.isfinite(selection.curves.losses) & ~scores.used).any()),
+        "fit": bool(np.isfinite(found.losses).any()),
+        "forecast": bool(np.isfinite(found.losses).any()),
+        f"{SURE} % interval": found.interval is not None,
+        "expected at the target": bool(np.isfinite(scores.predicted_loss).any()),
+        "phase transition": "transition" in scores.details,
+        "measured at the target": selection.truth is not None,
+    }
+    legend = "".join(
+        f'<li><svg class="fig" viewBox="0 0 30 14" aria-hidden="true" focusable="false">{mark}</svg>{text}</li>'
+        for mark, text in LEGEND
+        if shown.get(text, True)
+    )
+    return "\n".join(
+        [
+            '<section aria-labelledby="curves">',
+            '<h2 id="curves">Loss curves</h2>',
+            _paragraph(escaped(METHODS.get(scores.method, f"Method {scores.method}."))),
+            _paragraph(
+                "The test loss says how badly a model predicts the answers of the test set: lower is better. All "
+                "figures have the same axes, both logarithmic; 0 samples is the model as it came.",
+                "dim small",
+            ),
+            _paragraph(escaped(found.reason), "dim small") if found.reason else "",
+            f'<ul class="legend" aria-label="Legend">{legend}</ul>',
+            f'<div class="figures">{"".join(drawn)}</div>',
+            "</section>",
+        ]
+    )
+
+
+def _caption(selection: Selection, rank: int, row: int) -> str:
+    scores, curves = selection.main, selection.curves
+    text = [f"<strong>{rank}. {name_of(curves.names[row])}</strong>"]
+    used = curves.sizes[scores.used[row]]
+    tuned = used[used > 0]
+    if len(tuned):
+        spent = tables.spent(selection, scores, row)
+        runs = f"{len(tuned)} run{'s' if len(tuned) > 1 else ''}, up to {samples(tuned[-1])} samples"
+        text.append(runs + ("" if np.isnan(spent) else f", {flops(spent)} FLOPs"))
+    else:
+        text.append("no run of this candidate was used")
+    transition = scores.details.get("transition")
+    if transition is not None and np.isfinite(transition[row]):
+        phase = selection.phase(scores, row)
+        where = f"power phase from about {samples(float(transition[row]))} samples"
+        reached = {"power": ", which was reached", "pre-power": ", beyond what was measured"}.get(phase, "")
+        text.append(where + reached)
+    return "<br>".join([text[0], escaped("; ".join(text[1:]) + ".")])
+
+
+def _cost(selection: Selection) -> str:
+    scores = selection.main
+    spent, full = selection.spent(scores) + selection.lost_flops, float(selection.full_flops.sum())
+    winner = float(selection.full_flops[scores.order[0]])
+    parts = ['<section aria-labelledby="cost">', '<h2 id="cost">What it cost, and what was saved</h2>']
+    if not np.isfinite([spent, full, winner]).all():
+        parts.append(_paragraph(f"The cost is not known ({escaped(selection.cost_note)})."))
+        return "\n".join([*parts, "</section>"])
+    everything = f"fine-tuning all {len(selection.curves)} candidates on {samples(selection.target)} samples"
+    text = f"The choice took {flops(spent)} FLOPs; {everything} would take {flops(full)}."
+    saved = 1 - (spent + winner) / full if full > 0 else 0.0
+    if saved > 0:
+        text += f" With the winner's own fine-tuning ({flops(winner)}), {percent(saved)} % is saved."
+    else:
+        text += f" With the winner's own fine-tuning ({flops(winner)}), nothing is saved at this size."
+    parts.append(_paragraph(escaped(text)))
+    drawn = figures.cost(selection, name="cost-figure")
+    if drawn:
+        caption = "Floating-point operations, as shares of fine-tuning all candidates."
+        parts.append(f'<figure class="narrow">{drawn}<figcaption>{caption}</figcaption></figure>')
+    lost = f" {flops(selection.lost_flops)} of them went to candidates that failed." if selection.lost_flops else ""
+    parts.append(_paragraph(escaped(f"Counted as {selection.cost_note}.{lost}"), "dim small"))
+    return "\n".join([*parts, "</section>"])
+
+
+def _next(selection: Selection) -> str:
+    command = selection.facts.get("next_command")
+    parts = ['<section aria-labelledby="next">', '<h2 id="next">Fine-tune the winner</h2>']
+    if command:
+        parts += [_paragraph("This command does it:"), f"<pre><code>{escaped(command)}</code></pre>"]
+    else:
+        parts.append(
+            _paragraph(
+                f"Fine-tune {name_of(selection.best)} on all {samples(selection.target)} samples with the trainer and "
+                "the settings that the losses above were measured with; only then does the forecast hold."
+            )
+        )
+    return "\n".join([*parts, "</section>"])
+
+
+def _failures(selection: Selection) -> str:
+    lists: tuple[tuple[str, Mapping[str, str]], ...] = (
+        ("Not ranked", selection.failures),
+        ("Ranked, but not measured at the target", selection.unverified),
+        ("Methods that these losses do not allow", selection.refused),
+    )
+    if not any(reasons for _, reasons in lists):
+        return (
+            '<section aria-labelledby="failed"><h2 id="failed">What failed</h2>'
+            "<p>Nothing: every run that was needed was made.</p></section>"
+        )
+    css = ' class="bad"' if selection.failures else ""
+    parts = [f'<section{css} aria-labelledby="failed">', '<h2 id="failed">What failed, and why</h2>']
+    for title, reasons in lists:
+        if reasons:
+            items = "".join(f"<li><strong>{name_of(n)}</strong>: {escaped(r)}</li>" for n, r in reasons.items())
+            parts.append(f"<h3>{title}</h3><ul>{items}</ul>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _fold(name: str, title: str, content: Sequence[str]) -> str:
+    inside = "\n".join(content)
+    return f'<details class="card"><summary><h2 id="{name}">{title}</h2></summary>\n{inside}\n</details>'
+
+
+def _parameters(selection: Selection) -> str:
+    scores = selection.main
+    laws = [c for c in LAW_COLUMNS if c in scores.details]
+    if not laws:
+        return ""
+    header = ["Candidate", *laws, *(["D* (samples)", "Phase"] if "transition" in scores.details else [])]
+    rows = []
+    for row in scores.order:
+        cells = [selection.curves.names[row], *(number(float(scores.details[c][row])) for c in laws)]
+        if "transition" in scores.details:
+            transition = float(scores.details["transition"][row])
+            cells += [samples(transition), selection.phase(scores, int(row)) or "-"]
+        rows.append(cells)
+    words = (
+        "beta says how fast the loss falls with data, E what no amount of data removes. D* is where the pre-power "
+        "phase, in which more data help little, gives way to the power phase, in which the loss falls along a straight "
+        "line (both axes logarithmic)."
+    )
+    caption = f"Parameters of the law, method {scores.method}"
+    return _fold("law", "The law's parameters", [_paragraph(words), tables.plain(caption, header, rows)])
+
+
+def _methods(selection: Selection) -> str:
+    if len(selection.scores) < 2:
+        return ""
+    header, rows = comparison_cells(selection)
+    return _fold("methods", "All methods", [tables.plain("The methods against each other", header, rows)])
+
+
+def _tangents(selection: Selection) -> str:
+    tangents = selection.facts.get("tangents")
+    if not isinstance(tangents, Mapping) or not tangents:
+        return ""
+    words = (
+        "The spectrum of the neural tangent kernel says how many directions of the data a model learns quickly; the "
+        "trace of the Hessian says which layers the loss is sensitive to."
+    )
+    drawn = []
+    for place, (name, found) in enumerate(tangents.items(), start=1):
+        pictures = [
+            ("Kernel spectrum", figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
+            ("Trace by layer", figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
+        ]
+        inside = "".join(f"<figure>{p}<figcaption>{c}</figcaption></figure>" for c, p in pictures if p)
+        drawn.append(
+            f'<h3>{name_of(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
+        )
+    return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *drawn])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a selection depends on, in this process."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _provenance(selection: Selection) -> str:
+    facts, curves = selection.facts, selection.curves
+    specification = facts.get("specification")
+    seed = facts.get("seed", specification.get("seed") if isinstance(specification, Mapping) else None)
+    known = facts.get("versions")
+    shown: dict[str, Any] = {
+        "Losses from": selection.source,
+        "Candidates": f"{len(curves)} ranked, {len(selection.failures)} failed",
+        "Sizes measured": ", ".join(compact(size) for size in curves.sizes),
+        "Method": selection.main.method,
+        "Data fingerprint": facts.get("task"),
+        "Fingerprint of the losses": losses_fingerprint(curves),
+        "Seed": seed,
+        "Run directory": facts.get("directory"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in (known if isinstance(known, Mapping) else versions()).items()),
+    }
+    terms = "".join(f"<dt>{k}</dt>\n<dd>{escaped(v)}</dd>\n" for k, v in shown.items() if v is not None)
+    parts = ['<section aria-labelledby="made">', '<h2 id="made">How this was made</h2>']
+    parts.append(f'<dl class="facts">{terms}</dl>')
+    if facts.get("notes"):
+        notes = "".join(f"<li>{escaped(note)}</li>" for note in facts["notes"])
+        parts.append(f"<h3>Notes</h3><ul>{notes}</ul>")
+    if facts.get("command"):
+        parts.append(f"<h3>Command</h3><pre><code>{escaped(facts['command'])}</code></pre>")
+    if specification:
+        written = json.dumps(specification, indent=2, ensure_ascii=False, default=str)
+        parts.append(
+            f"<details><summary>Everything that defines this selection</summary><pre>{escaped(written)}</pre></details>"
+        )
+    parts.append("</section>")
+    return "\n".join(parts)

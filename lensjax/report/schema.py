@@ -1,0 +1,180 @@
+"""What `Selection.as_dict` gives, and `selection.json` holds, as a JSON Schema (draft 2020-12), versioned.
+
+The number under "schema" changes when a key is removed or changes its meaning; keys may be added under the same number.
+A number that could not be computed is null throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lensjax.report.selection import SCHEMA
+
+_NUMBER: dict[str, Any] = {"type": ["number", "null"]}
+_TEXTS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
+
+
+def _object(description: str, required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": description,
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _text(description: str, *, null: bool = False) -> dict[str, Any]:
+    return {"type": ["string", "null"] if null else "string", "description": description}
+
+
+def _number(description: str, **more: Any) -> dict[str, Any]:
+    return {**_NUMBER, "description": description, **more}
+
+
+def _numbers(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "array", "items": _NUMBER, "description": description, **more}
+
+
+_RANKED = {
+    **_object(
+        "One candidate. What the method found besides (B, E, beta, F, D_l, alpha, transition, objective, ... as in the "
+        "papers) stands beside these under its own name.",
+        {
+            "rank": {"type": "integer", "minimum": 1, "description": "1 is the choice."},
+            "name": _text("Candidate."),
+            "score": _number("What the method ranks by; lower is better."),
+            "predicted_loss": _number("Test loss expected at the target."),
+            "phase": _text("power or pre-power at the largest measured size.", null=True),
+            "status": _text("How the method came to its verdict, or why there is none."),
+            "sizes_used": _numbers("Training samples of the measurements that the verdict rests on."),
+        },
+        {
+            "interval": _numbers("Loss at the target, lower and upper end, with the method's certainty.")
+            | {"minItems": 2, "maxItems": 2},
+            "best_probability": _number("Probability of the lowest loss of all at the target.", minimum=0, maximum=1),
+        },
+    ),
+    "additionalProperties": _NUMBER,
+}
+
+_METHOD = _object(
+    "What one method found.",
+    {
+        "best": _text("Its choice; null if it could score no candidate.", null=True),
+        "flops": _number("Cost of the measurements it used, floating-point operations."),
+        "metrics": {
+            "type": "object",
+            "additionalProperties": _NUMBER,
+            "description": "PearCorr, RelAcc and RMSE against the losses measured at the target; empty without those.",
+        },
+        "ranking": {"type": "array", "items": _RANKED, "description": "All candidates, best first."},
+    },
+    {
+        "certainty": _number("Of the intervals and of may_be_best.", minimum=0, maximum=1),
+        "may_be_best": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "The smallest set that contains the best candidate with that certainty, likeliest first.",
+        },
+    },
+)
+
+_CANDIDATE = _object(
+    "What was measured of one candidate; arrays go with the sizes.",
+    {
+        "name": _text("Unique."),
+        "parameters": _number("Number of weights."),
+        "losses": _numbers("Test losses; null where none was measured."),
+        "flops": _numbers("Cost of each measurement, floating-point operations."),
+        "full_flops": _number("Cost of fine-tuning it on target samples."),
+        "true_loss": _number("Measured at the target; null if it was not."),
+    },
+)
+
+DOCUMENT: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "lensjax selection",
+    **_object(
+        "Which language model to fine-tune, and why.",
+        {
+            "schema": {"const": SCHEMA, "description": "Version of this description."},
+            "source": _text("Where the losses come from: a table or a task."),
+            "target": _number("Training samples that the choice is made for.", exclusiveMinimum=0),
+            "loss_unit": {"enum": ["nats per token", "nats per byte"], "description": "Of all losses."},
+            "method": _text("The method asked for; a key of methods."),
+            "best": _text("The candidate to fine-tune."),
+            "cost_note": _text("How floating-point operations were counted."),
+            "full_flops": _number("Cost of fine-tuning every candidate on target samples."),
+            "lost_flops": _number("Spent on candidates that failed."),
+            "sizes": _numbers("Training samples of the measurements, ascending; 0 is before fine-tuning."),
+            "methods": {"type": "object", "additionalProperties": _METHOD, "description": "Method -> what it found."},
+            "refused_methods": {**_TEXTS, "description": "Method -> why these losses do not allow it."},
+            "candidates": {"type": "array", "items": _CANDIDATE, "description": "In the order they were given."},
+            "failures": {**_TEXTS, "description": "Candidate that is not ranked -> why."},
+            "unverified": {**_TEXTS, "description": "Candidate whose loss at the target is missing -> why."},
+            "facts": {
+                "type": "object",
+                "description": "Everything else, none of it certain to be there: directory, seconds, task (fingerprint "
+                "of the data), seed, notes, specification, versions, command, next_command, tangents, ...",
+            },
+        },
+    ),
+}
+"""JSON Schema of the document."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "null": (type(None),),
+}
+
+
+def problems(document: Any, schema: dict[str, Any] = DOCUMENT, at: str = "$") -> list[str]:
+    """Return where a document departs from the schema, one sentence each; empty if it does not.
+
+    Parameters
+    ----------
+    document : JSON data
+        As from `json.loads`.
+    schema : dict
+        Of JSON Schema, the words that `DOCUMENT` uses are understood; any other validator takes it as it is.
+    at : str
+        Where the document stands in a larger one.
+
+    Examples
+    --------
+    >>> problems({"certainty": 0.9, "best": 3}, {"properties": {"best": {"type": "string"}}})
+    ['$.best is int, not string']
+    """
+    if "const" in schema and document != schema["const"]:
+        return [f"{at} is {document!r}, not {schema['const']!r}"]
+    if "enum" in schema and document not in schema["enum"]:
+        return [f"{at} is {document!r}, not one of {schema['enum']}"]
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    # In JSON true is no number.
+    if kinds and (isinstance(document, bool) or not any(isinstance(document, _TYPES[kind]) for kind in kinds)):
+        return [f"{at} is {type(document).__name__}, not {' or '.join(kinds)}"]
+    found = []
+    if isinstance(document, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        found += [f"{at} has no {name!r}" for name in schema.get("required", ()) if name not in document]
+        for name, value in document.items():
+            if name in known or isinstance(others, dict):
+                found += problems(value, known.get(name, others), f"{at}.{name}")
+            elif not others:
+                found.append(f"{at} has {name!r}, which the schema does not know")
+    elif isinstance(document, list):
+        for number, value in enumerate(document):
+            found += problems(value, schema.get("items", {}), f"{at}[{number}]")
+        if not schema.get("minItems", 0) <= len(document) <= schema.get("maxItems", len(document)):
+            found.append(f"{at} has {len(document)} items")
+    elif isinstance(document, (int, float)):
+        low, high = schema.get("minimum", document), schema.get("maximum", document)
+        if not low <= document <= high or ("exclusiveMinimum" in schema and document <= schema["exclusiveMinimum"]):
+            found.append(f"{at} is {document}, out of its range")
+    return found
