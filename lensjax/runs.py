@@ -20,6 +20,7 @@ from lensjax.errors import InputError, SelectionError
 
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
+TANGENTS = "tangents"
 PARTIAL = ".part"  # ends the name of a file that is being written
 
 
@@ -47,7 +48,12 @@ class Run:
     reason : str
         Why training ended, or why the run failed.
     facts : mapping
-        Everything else worth keeping (validation losses, hyper-parameters, versions).
+        Everything else worth keeping (validation losses, hyper-parameters, peak memory, versions).
+    samples : int
+        Samples trained on, all epochs.
+    part_of : str
+        If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
+        `TANGENTS` for a look at the candidate's kernel and curvature.
     """
 
     key: str
@@ -60,6 +66,8 @@ class Run:
     seconds: float = 0.0
     reason: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+    part_of: str = ""
 
 
 def key_of(definition: Mapping[str, Any]) -> str:
@@ -88,6 +96,7 @@ class Journal:
         self.directory = directory
         self.notices: list[str] = []
         self._runs: dict[str, Run] = {}
+        self._lines: list[Run] = []
         self._open(specification)
         self._lock()
         self._read()
@@ -154,6 +163,7 @@ class Journal:
                     f"{path}, line {number}: not a run record. Remove that line, or name a new directory."
                 ) from None
             self._runs[run.key] = run
+            self._lines.append(run)
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -161,6 +171,15 @@ class Journal:
     def get(self, key: str) -> Run | None:
         """Return the finished run of that key, or None."""
         return self._runs.get(key)
+
+    @property
+    def lines(self) -> tuple[Run, ...]:
+        """Everything recorded, failures and trials included, in the order in which it was done."""
+        return tuple(self._lines)
+
+    def trials_of(self, key: str) -> tuple[Run, ...]:
+        """Return the trials recorded for the run of that key."""
+        return tuple(run for run in self._runs.values() if run.part_of == key)
 
     def append(self, run: Run) -> None:
         """Put a run on disk; when this returns, it survives a crash.
@@ -186,6 +205,7 @@ class Journal:
                 f"{path}: cannot be written ({error.strerror}). Make room and give the same command again."
             ) from error
         self._runs[run.key] = run
+        self._lines.append(run)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -24,6 +24,12 @@ CONFIG = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what tests leave in caches away from the user's."""
+    os.environ["LENSJAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Two random GPT-2 models of different width with the demo tokenizer: list of directories."""

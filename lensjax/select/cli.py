@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
 from lensjax.runs import write_atomically
+from lensjax.select import budget
 
 if TYPE_CHECKING:
     from lensjax.report.selection import Selection
@@ -29,18 +31,26 @@ examples:
   python -m lensjax.select --task my.jsonl --input-field question --target-field answer \\
           --models ./gpt2 ./my-checkpoint --out runs/mine
       fine-tune two models on subsets of your data and choose one
-  The same command again continues an interrupted selection.
+  The same command again, or --resume DIR, continues an interrupted selection.
 
 exit status: 0 chosen; 1 a candidate failed, or the selection could not be finished; 2 the input cannot be used;
 130 interrupted
 """
 
+COMMAND, REPORT = "command.json", "report.html"
+SCHEDULES, PRECISIONS, SHARDINGS = (
+    ("constant", "linear", "cosine"),
+    ("auto", "float32", "bfloat16"),
+    ("auto", "none", "data", "full"),
+)
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 LOSSES_ONLY = ("tokens_per_sample",)
 LIVE_ONLY = (
     *("task", "input_field", "target_field", "models", "out", "smallest", "seed", "validation", "test", "max_length"),
     *("learning_rate", "batch_size", "max_epochs", "verify", "budget"),
     *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
+    *("schedule", "dropout", "micro_batch", "precision", "sharding", "weight_decay", "patience", "in_process"),
+    "tangents",
     *("loss_unit", "lora_rank", "lora_alpha", "lora_dropout"),
 )
 
@@ -66,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     )
     both.add_argument("--gamma", type=int, default=3, help="Algorithm 1: points that make a line (default 3)")
     both.add_argument("--tau", type=float, default=5.0, help="Algorithm 1: deviation that ends it (default 5)")
+    both.add_argument("--html", type=Path, metavar="FILE", help="write the report there, one HTML file")
+    both.add_argument("--figures", type=Path, metavar="DIR", help="write the figures there, as SVG")
     both.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")
     both.add_argument("--quiet", action="store_true", help="no progress, only the result")
     table = p.add_argument_group("from losses measured already")
@@ -108,12 +120,14 @@ def parser() -> argparse.ArgumentParser:
     live.add_argument(
         "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 50); sizes double"
     )
+    live.add_argument("--resume", type=Path, metavar="DIR", help="continue the selection in that run directory")
     live.add_argument(
         "--budget",
-        type=_share,
+        type=_budget,
         metavar="X",
-        help="share of fine-tuning all candidates on all samples that the choice may cost, e.g. 0.05: candidates race, "
-        "and only those that may win are trained on larger subsets",
+        help=f"what the choice may cost, never exceeded: {budget.HELP.replace('%', '%%')}. Candidates race, and only "
+        "those that may win are trained on larger subsets; with another --method, the largest subset is what is paid "
+        "for",
     )
     live.add_argument("--validation", type=_samples, metavar="N", help="samples for early stopping (default 300)")
     live.add_argument("--test", type=_samples, metavar="N", help="samples for the test loss (default 500)")
@@ -122,9 +136,49 @@ def parser() -> argparse.ArgumentParser:
     live.add_argument(
         "--loss-unit", choices=("token", "byte"), help="compare losses per token (default, as the paper) or per byte"
     )
-    live.add_argument("--learning-rate", type=float, metavar="X", help="of AdamW (default 0.0003, demo models 0.002)")
-    live.add_argument("--batch-size", type=_samples, metavar="N", help="samples per step (default 32)")
+    live.add_argument(
+        "--learning-rate",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of AdamW (default 0.0003, demo models 0.002); of several, each run takes the one with the lowest "
+        "validation loss, and all are paid for",
+    )
+    live.add_argument(
+        "--batch-size",
+        type=_samples,
+        nargs="+",
+        metavar="N",
+        help="samples per step (default 32); several: searched",
+    )
     live.add_argument("--max-epochs", type=_samples, metavar="N", help="passes over a subset at most (default 10)")
+    live.add_argument("--patience", type=_samples, metavar="N", help="evaluations without progress (default 2)")
+    live.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate after its warm-up (default constant)")
+    live.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default 0.01)")
+    live.add_argument("--dropout", action="store_true", default=None, help="turn the models' own dropout on")
+    live.add_argument(
+        "--micro-batch", type=_samples, metavar="N", help="samples in memory at once; gradients are accumulated"
+    )
+    live.add_argument(
+        "--precision", choices=PRECISIONS, help="of the computation (default auto: bfloat16 on GPUs, float32 on CPUs)"
+    )
+    live.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        help="over several devices: samples (data), weights too (full), or none (default auto: what fits)",
+    )
+    live.add_argument(
+        "--in-process",
+        action="store_true",
+        default=None,
+        help="fine-tune in this process, not in one for each candidate: a crash then ends everything",
+    )
+    live.add_argument(
+        "--tangents",
+        type=_samples,
+        metavar="N",
+        help="measure the candidates' neural tangent kernels and Hessian traces too, on N samples",
+    )
     live.add_argument("--verify", action="store_true", default=None, help="tune all on --target samples too, and judge")
     return p
 
@@ -136,15 +190,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
-    """Read a share of full fine-tuning."""
+def _budget(text: str) -> budget.Budget:
+    """Read a budget."""
     try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (a share of fine-tuning everything)")
-    return value
+        return budget.Budget.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _samples(text: str) -> int:
@@ -179,10 +230,49 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         Before any long work, if something given cannot be used.
     """
     given = parser().parse_args(arguments)
+    if given.resume is not None:
+        arguments, place = resumed(given.resume.absolute(), arguments, given)
+        given = parser().parse_args(arguments)
+        with contextlib.chdir(place):
+            return _select(given, arguments, out, err)
+    return _select(given, arguments, out, err)
+
+
+def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
+    """Return the arguments that a selection was started with, and where; those given now come after and win.
+
+    Raises
+    ------
+    InputError
+        If the directory holds no selection that can be continued.
+    """
+    path = directory / COMMAND
+    try:
+        stored = json.loads(path.read_text())
+        before, place = [str(a) for a in stored["arguments"]], Path(stored["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"--resume {directory}: holds no {COMMAND} of a selection; name its run directory, or give again the "
+            "command that started it."
+        ) from None
+    if not place.is_dir():
+        raise InputError(f"--resume {directory}: was started in {place}, which is no directory now; make it again.")
+    now = list(arguments)
+    at = next(i for i, a in enumerate(now) if a == "--resume" or a.startswith("--resume="))
+    del now[at : at + (1 if "=" in now[at] else 2)]
+    # A path given now is meant from here, not from where the selection was started.
+    files = {"--json": given.json, "--html": given.html, "--figures": given.figures}
+    named = [part for flag, file in files.items() if file is not None for part in (flag, str(file.absolute()))]
+    return [*before, *now, *named, "--out", str(directory)], place
+
+
+def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     _check(given)
+    from lensjax.report.figures import write_figures
+    from lensjax.report.html import render_html
     from lensjax.report.text import render
 
-    selection = _from_losses(given) if given.losses is not None else _live(given, err)
+    selection = _from_losses(given) if given.losses is not None else _live(given, arguments, err)
     text = render(selection)
     document = json.dumps(selection.as_dict(), indent=2, allow_nan=False) + "\n"
     # Whatever happens to the files, the result has been seen.
@@ -192,8 +282,13 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     if directory is not None:
         write_atomically(Path(directory) / "selection.txt", text + "\n")
         write_atomically(Path(directory) / "selection.json", document)
+        write_atomically(Path(directory) / REPORT, render_html(selection))
     if given.json is not None:
         write_atomically(given.json, document)
+    if given.html is not None:
+        write_atomically(given.html, render_html(selection))
+    if given.figures is not None:
+        write_figures(selection, given.figures)
     return FAILED if selection.failures or selection.unverified else 0
 
 
@@ -210,14 +305,26 @@ def _check(given: argparse.Namespace) -> None:
             flag = "--" + name.replace("_", "-")
             where = "belongs to selection by fine-tuning" if given.losses is not None else "needs --losses"
             raise InputError(f"{flag} {where}; remove {flag}{' or --losses' if given.losses is not None else ''}.")
-    if given.json is not None and not given.json.parent.is_dir():
-        raise InputError(f"--json {given.json}: there is no directory {given.json.parent}; make it first.")
-    if given.json is not None and given.json.is_dir():
-        raise InputError(f"--json {given.json}: is a directory; name a file.")
-    if given.json is not None and not os.access(given.json if given.json.exists() else given.json.parent, os.W_OK):
-        raise InputError(f"--json {given.json}: cannot be written; name another file.")
-    if given.learning_rate is not None and not (given.learning_rate > 0 and math.isfinite(given.learning_rate)):
-        raise InputError(f"--learning-rate is {given.learning_rate:g}; it must be positive and finite.")
+    for flag, file in (("--json", given.json), ("--html", given.html)):
+        if file is not None:
+            _check_file(flag, file)
+    if given.figures is not None and given.figures.exists() and not given.figures.is_dir():
+        raise InputError(f"--figures {given.figures}: is a file; name a directory.")
+    for rate in given.learning_rate or ():
+        if not (rate > 0 and math.isfinite(rate)):
+            raise InputError(f"--learning-rate is {rate:g}; it must be positive and finite.")
+    if given.weight_decay is not None and not (given.weight_decay >= 0 and math.isfinite(given.weight_decay)):
+        raise InputError(f"--weight-decay is {given.weight_decay:g}; it must be 0 or more, and finite.")
+
+
+def _check_file(flag: str, file: Path) -> None:
+    """Refuse a file that cannot be written."""
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file}: there is no directory {file.parent}; make it first.")
+    if file.is_dir():
+        raise InputError(f"{flag} {file}: is a directory; name a file.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{flag} {file}: cannot be written; name another file.")
 
 
 def _from_losses(given: argparse.Namespace) -> Selection:
@@ -234,29 +341,41 @@ def _from_losses(given: argparse.Namespace) -> Selection:
     )
 
 
-def _live(given: argparse.Namespace, err: TextIO) -> Selection:
-    from lensjax.finetune import Plan
+def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
+    from lensjax.finetune import Plan, Search
     from lensjax.models import Lora
     from lensjax.report.progress import Console
     from lensjax.select.live import LiveSelection, default_directory
     from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
 
-    plan_names = ("learning_rate", "batch_size", "max_epochs")
+    plan_names = (
+        *("max_epochs", "patience", "schedule", "weight_decay", "dropout", "micro_batch", "precision", "sharding"),
+    )
     names = (
         *("task", "input_field", "target_field", "out", "smallest", "seed", "validation", "test", "max_length"),
         *("visible", "target", "method", "gamma", "tau", "verify", "budget"),
         *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
-        "loss_unit",
+        *("loss_unit", "tangents"),
     )
     chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
-    defaults = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}
-    plan = Plan(**defaults | {n: getattr(given, n) for n in plan_names if getattr(given, n) is not None})
+    settings: dict[str, Any] = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}
+    settings |= {n: getattr(given, n) for n in plan_names if getattr(given, n) is not None}
+    # One value is the plan's, several are searched.
+    rates, sizes = tuple(given.learning_rate or ()), tuple(given.batch_size or ())
+    settings |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
+    settings |= {"batch_size": sizes[0]} if len(sizes) == 1 else {}
+    plan = Plan(**settings)
+    search = Search(rates if len(rates) > 1 else (), sizes if len(sizes) > 1 else ())
     adapters = {name: getattr(given, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
     lora = Lora(**{name: value for name, value in adapters.items() if value is not None})
-    request = Request(models=tuple(given.models or ()), plan=plan, lora=lora, **chosen)
+    request = Request(models=tuple(given.models or ()), plan=plan, search=search, lora=lora, **chosen)
     prepared = prepare(request)
     console = Console(err, quiet=given.quiet)
-    return LiveSelection(prepared, request.out or default_directory(prepared), console).execute()
+    directory = request.out or default_directory(prepared)
+    live = LiveSelection(prepared, directory, console, isolate=not given.in_process)
+    command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
+    write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
+    return live.execute()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

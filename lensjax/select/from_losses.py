@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lensjax.curves import Curves, read_losses
+from lensjax import interchange
+from lensjax.curves import Curves
 from lensjax.errors import InputError
 from lensjax.metrics import training_flops
 from lensjax.report.selection import Selection
@@ -118,7 +119,7 @@ def select_from_losses(
     Parameters
     ----------
     source : str
-        See `lensjax.curves.read_losses`.
+        See `lensjax.interchange.read`.
     visible, target : float, optional
         See `resolve_sizes`.
     method : str
@@ -131,9 +132,9 @@ def select_from_losses(
     Raises
     ------
     InputError
-        See `read_losses`, `resolve_sizes` and the selectors.
+        See `lensjax.interchange.read`, `resolve_sizes` and the selectors.
     """
-    curves = read_losses(source)
+    curves = interchange.read(source)
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from dataclasses import asdict, replace
+import re
+import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
-from lensjax import models
 from lensjax.curves import Curves
-from lensjax.errors import SelectionError
-from lensjax.finetune import FineTuner, Outcome, Progress
+from lensjax.errors import InputError, SelectionError
+from lensjax.finetune import Progress, Trial
+from lensjax.finetune.search import Point
+from lensjax.report.html import versions
 from lensjax.report.progress import Console, duration
 from lensjax.report.selection import Selection
-from lensjax.runs import Journal, Run, curves_of, key_of
+from lensjax.runs import TANGENTS, Journal, Run, curves_of, key_of
 from lensjax.select.candidates import Candidate
+from lensjax.select.clock import Clock
 from lensjax.select.from_losses import score_all
-from lensjax.select.prepare import Prepared
-from lensjax.selectors import full_cost, propose, should_stop
+from lensjax.select.look import kernel_residual, look_flops
+from lensjax.select.prepare import Prepared, sizes_needed
+from lensjax.select.records import by_xla, common_facts, read_trial, run_key, run_record, trial_record
+from lensjax.select.workers import Assignment, Bench, Hooks, OutOfTimeError, RunFailedError, Trials, Worker
+from lensjax.selectors import propose, should_stop
+
+COMPILED, LOGS = "compiled", "logs"
 
 
 def default_directory(prepared: Prepared) -> Path:
@@ -28,38 +36,18 @@ def default_directory(prepared: Prepared) -> Path:
     return Path("runs") / f"{prepared.task.name}-{key_of(prepared.specification)[:8]}"
 
 
-class Clock:
-    """Estimates the time left from the speed of the runs so far.
-
-    Work is counted in weights x samples, all sizes of all candidates; Algorithm 1 may need less.
-    """
-
-    def __init__(self, prepared: Prepared) -> None:
-        sizes = [*prepared.sizes, *([prepared.target] if prepared.request.verify else [])]
-        self.left = {(c.name, s): float(c.parameters) * s for c in prepared.candidates for s in sizes}
-        self.done = self.seconds = self.running = 0.0
-
-    def progress(self, name: str, size: int, share: float) -> None:
-        """Note how far the present run is at least."""
-        self.running = self.left.get((name, size), 0.0) * share
-
-    def finished(self, name: str, size: int, seconds: float) -> None:
-        """Note that a run took so long; zero-shot evaluations are no measure of training."""
-        work = self.left.pop((name, size), 0.0)
-        self.running = 0.0
-        if work:
-            self.done += work
-            self.seconds += seconds
-
-    def skip(self, name: str, size: int) -> None:
-        """Note that a run is not needed."""
-        self.left.pop((name, size), None)
-
-    def __str__(self) -> str:
-        if not self.done:
-            return "time left not known yet"
-        left = max(sum(self.left.values()) - self.running, 0.0)
-        return f"at most about {duration(left * self.seconds / self.done)} left"
+def assign(prepared: Prepared, candidate: Candidate) -> Assignment:
+    """Return what the runs of a candidate need."""
+    request = prepared.request
+    return Assignment(
+        name=candidate.name,
+        path=candidate.path,
+        vocabulary=candidate.config.vocab_size,
+        plan=replace(request.plan, lora=candidate.lora),
+        search=request.search,
+        tokens=prepared.tokens[candidate.tokenizer],
+        seed=request.seed,
+    )
 
 
 class LiveSelection:
@@ -72,6 +60,8 @@ class LiveSelection:
         Run directory.
     console : Console
         For progress.
+    isolate : bool
+        Whether each candidate is trained in a process of its own: whatever happens there, the others go on.
 
     Raises
     ------
@@ -79,13 +69,18 @@ class LiveSelection:
         If the directory cannot be used, see `Journal`.
     """
 
-    def __init__(self, prepared: Prepared, directory: Path, console: Console) -> None:
-        self.prepared, self.console, self.directory = prepared, console, directory
+    def __init__(self, prepared: Prepared, directory: Path, console: Console, *, isolate: bool = True) -> None:
+        self.prepared, self.console, self.directory, self.isolate = prepared, console, directory, isolate
         self.journal = Journal(directory, prepared.specification)
         self.failures: dict[str, str] = {}
         self.unverified: dict[str, str] = {}
+        self.looks: dict[str, dict[str, Any]] = {}
         self.runs: list[Run] = []
         self.clock = Clock(prepared)
+        self.ledger = prepared.ledger()
+        self.bench: Bench | Worker | None = None
+        self.started = time.monotonic()
+        self.earlier = sum(run.seconds for run in self.journal.lines if not run.part_of)
         for notice in [*self.journal.notices, *prepared.notes]:
             console.line(f"note: {notice}")
 
@@ -108,75 +103,206 @@ class LiveSelection:
             f"{', '.join(map(str, prepared.sizes))} samples, choosing for {prepared.target}; "
             f"results in {self.directory}"
         )
+        self._settle()
         try:
-            if prepared.request.budget is not None:
-                self._race(prepared.request.budget)
-            for number, candidate in enumerate(prepared.candidates, start=1):
-                self._candidate(candidate, f"candidate {number}/{len(prepared.candidates)} {candidate.name}")
-                # Compiled functions of one candidate are of no use to the next.
-                jax.clear_caches()
+            if prepared.races:
+                self._race()
+            else:
+                self._descend_all()
+            if prepared.request.verify:
+                for candidate in prepared.candidates:
+                    self._verify(candidate)
+            if prepared.request.tangents:
+                self._look_all(prepared.request.tangents)
         finally:
+            self._leave()
             self.journal.close()
+        # What was compiled is of use to a continued selection only.
+        shutil.rmtree(self.directory / COMPILED, ignore_errors=True)
         return self._selection()
 
-    def _candidate(self, candidate: Candidate, label: str) -> None:
-        """Measure one candidate; its failure must not lose the others."""
-        bench = Bench(candidate, self.prepared)
-        raced = self.prepared.request.budget is not None
-        verify = self.prepared.request.verify and candidate.name not in self.failures
-        try:
-            if not raced:
-                self._descend(bench, label)
-        except SelectionError:
-            raise
-        except Exception as error:
-            self._failed(candidate, error)
-            verify = False
-        for size in self.prepared.sizes:
-            self.clock.skip(candidate.name, size)
-        if verify:
-            try:
-                self._measure(bench, self.prepared.target, label)
-            except SelectionError:
-                raise
-            except Exception as error:
-                self.unverified[candidate.name] = _reason(error)
-                self.console.line(f"{candidate.name} could NOT BE VERIFIED: {_reason(error)}")
-        self.clock.skip(candidate.name, self.prepared.target)
+    def _settle(self) -> None:
+        self.ledger.settle(self.journal.lines, self.earlier + time.monotonic() - self.started)
+
+    def _label(self, candidate: Candidate) -> str:
+        number = self.prepared.candidates.index(candidate) + 1
+        return f"candidate {number}/{len(self.prepared.candidates)} {candidate.name}"
 
     def _failed(self, candidate: Candidate, error: Exception) -> None:
         """Take a candidate out of the ranking and say why."""
-        self.failures[candidate.name] = _reason(error)
-        self.console.line(f"{candidate.name} FAILED and is not ranked: {_reason(error)}")
+        self.failures[candidate.name] = str(error)
+        self.console.line(f"{candidate.name} FAILED and is not ranked: {error}")
 
-    def _race(self, budget: float) -> None:
+    def _verify(self, candidate: Candidate) -> None:
+        """Fine-tune a candidate on all samples, unless that was done or it failed."""
+        done = any(r.candidate == candidate.name and r.size == self.prepared.target for r in self.runs)
+        if done or candidate.name in self.failures or candidate.name in self.unverified:
+            return
+        try:
+            self._measure(candidate, self.prepared.target, "to verify the choice", paid=False)
+        except RunFailedError as error:
+            self.unverified[candidate.name] = str(error)
+            self.console.line(f"{candidate.name} could NOT BE VERIFIED: {error}")
+
+    def _look_all(self, samples: int) -> None:
+        """Look at each candidate's kernel and curvature, as far as the budget goes; failures are only noted."""
+        for candidate in self.prepared.candidates:
+            if candidate.name in self.failures:
+                continue
+            label = f"{self._label(candidate)}: kernel and Hessian trace on {samples} samples"
+            key = key_of({"look": run_key(self.prepared, candidate, samples)})
+            known = self.journal.get(key)
+            if known is not None:
+                self.looks[candidate.name] = known.facts[TANGENTS]
+                continue
+            tokens = self.prepared.tokens[candidate.tokenizer].train.first(samples)
+            cost = look_flops(candidate.parameters, int(tokens.token_counts.sum()), samples)
+            budget = self.ledger.budget
+            if budget is not None and (self.ledger.left <= 0 or (budget.kind == "flops" and cost > self.ledger.left)):
+                self.console.line(f"{label}: not measured, it would exceed the budget")
+                continue
+            self.console.status(label)
+            begun = time.monotonic()
+            try:
+                found = self._bench(candidate).look(samples, self._deadline())
+            except RunFailedError as error:
+                self.console.line(f"{label}: could not be measured: {error}")
+                continue
+            seconds = time.monotonic() - begun
+            self.journal.append(
+                Run(
+                    *(key, candidate.name, samples, None),
+                    flops=found["flops"],
+                    seconds=seconds,
+                    reason="kernel and Hessian trace",
+                    facts={**common_facts(self.prepared, candidate), TANGENTS: found},
+                    part_of=TANGENTS,
+                )
+            )
+            self._settle()
+            self.looks[candidate.name] = found
+            self.console.line(
+                f"{label}: largest eigenvalue {found['kernel_spectrum'][0]:.3g}, trace {found['trace']:.3g} "
+                f"+- {found['trace_error']:.2g} ({duration(seconds)})"
+            )
+
+    def _tangents(self, runs: list[Run]) -> dict[str, Any]:
+        """Return what was found of each candidate, with F(Theta, t) of eq. 9 at the time each of its runs stopped."""
+        found = {}
+        for name, seen in self.looks.items():
+            residuals = {
+                str(run.size): kernel_residual(seen, run.facts["learning_rate"], run.steps)
+                for run in runs
+                if run.candidate == name and run.size
+            }
+            found[name] = {**seen, "kernel_residual": residuals}
+        return found
+
+    def _race(self) -> None:
         """Let the candidates race: those that cannot win are not trained on the larger subsets."""
-        prepared, bench = self.prepared, None
+        prepared = self.prepared
         smallest, largest = prepared.sizes[0], prepared.sizes[-1]
+        tried: set[tuple[str, int]] = set()
+        for candidate in prepared.candidates:
+            for size in prepared.sizes[::-1]:
+                if self._known(candidate, size) is not None:
+                    self._measure(candidate, size, "")
         while True:
             left = [c for c in prepared.candidates if c.name not in self.failures]
             if len(left) < 2:
                 return
+            # Priced by what a run may cost at most, and asked again after each: the answer follows from the journal.
             curves = self._curves(left, prepared.sizes)
-            allowed = budget * full_cost(curves, prepared.target)
-            stage = propose(curves, prepared.target, allowed, smallest=smallest, largest=largest)
-            if not stage:
+            prices = np.array([self.ledger.prices[c.name] for c in left])
+            curves = replace(curves, parameters=np.maximum(prices, 1e-300))
+            measured = float((prices[:, None] * curves.sizes * np.isfinite(curves.losses)).sum())
+            try:
+                stage = propose(
+                    curves, prepared.target, self.ledger.left + measured, smallest=smallest, largest=largest
+                )
+            except InputError:
+                # What is left no longer pays for what everyone needs: time has run out.
+                self.console.line("the budget is spent")
                 return
-            for run in stage:
-                candidate = next(c for c in left if c.name == run.name)
-                if candidate.name in self.failures:
+            proposed = next((run for run in stage if (run.name, run.size) not in tried), None)
+            if proposed is None:
+                return
+            tried.add((proposed.name, proposed.size))
+            candidate = next(c for c in left if c.name == proposed.name)
+            if self._refused(candidate, proposed.size):
+                return
+            try:
+                self._measure(candidate, proposed.size, proposed.reason)
+            except OutOfTimeError:
+                return
+            except RunFailedError as error:
+                self._failed(candidate, error)
+
+    def _refused(self, candidate: Candidate, size: int) -> bool:
+        """Say whether the budget forbids a run that is not in the journal yet."""
+        refusal = "" if self._known(candidate, size) is not None else self.ledger.refuses(candidate.name, size)
+        if refusal:
+            self.console.line(f"{candidate.name} is not trained: {refusal}")
+        return bool(refusal)
+
+    def _affordable(self) -> tuple[int, ...]:
+        """Return the sizes that the budget pays for, if every candidate is trained on all of them; descending."""
+        prepared, total, found = self.prepared, 0.0, []
+        for size in prepared.sizes:
+            total += sum(self.ledger.price(c.name, size) for c in prepared.candidates)
+            if self.ledger.budget is not None and total > self.ledger.amount:
+                self.console.line(f"subsets of {size} samples and more may cost more than --budget and are left out")
+                break
+            found.append(size)
+        return tuple(found[::-1])
+
+    def _descend_all(self) -> None:
+        """Train every candidate on what the method needs, one after the other."""
+        budget = self.ledger.budget
+        if budget is not None and budget.kind == "seconds":
+            # The speed is not known yet: the smallest subset, needed in any case, shows it.
+            for candidate in self.prepared.candidates:
+                self._descend(candidate, self.prepared.sizes[:1])
+            self._settle()
+        sizes = self._affordable()
+        for candidate in self.prepared.candidates:
+            if candidate.name not in self.failures:
+                self._descend(candidate, sizes)
+            for size in self.prepared.sizes:
+                self.clock.skip(candidate.name, size)
+            if self.prepared.request.verify and budget is None:
+                # Now, while it is loaded and compiled.
+                self._verify(candidate)
+            self.clock.skip(candidate.name, self.prepared.target)
+
+    def _descend(self, candidate: Candidate, sizes: tuple[int, ...]) -> None:
+        """Measure what the method needs: zero-shot, then from the largest affordable subset downwards.
+
+        Algorithm 1 and AtS stop where the line ends; the laws need all sizes, SubTuning the largest, the others none.
+        Its failure must not lose the other candidates.
+        """
+        request = self.prepared.request
+        sizes = {"zero_shot": (), "model_size": (), "subtuning": sizes[:1]}.get(request.method, sizes)
+        stops = request.method in ("lens", "ats")
+        why = "the largest affordable, then downwards until the line ends" if stops else "the method needs all"
+        try:
+            self._measure(candidate, 0, "the model as it is")
+            losses: list[float] = []
+            for size in sizes:
+                if self._refused(candidate, size):
+                    break
+                losses.append(self._measure(candidate, size, why))
+                if not stops:
                     continue
-                if bench is None or bench.candidate is not candidate:
-                    # Compiled functions of one candidate are of no use to the next.
-                    jax.clear_caches()
-                    bench = Bench(candidate, prepared)
-                self.console.status(f"{run.name}: {run.size} samples, because {run.reason}")
-                try:
-                    self._measure(bench, run.size, f"{run.name} ({run.reason})")
-                except SelectionError:
-                    raise
-                except Exception as error:
-                    self._failed(candidate, error)
+                measured = np.array(sizes[: len(losses)])
+                decision = should_stop(measured, np.array(losses), gamma=request.gamma, tau=request.tau)
+                if decision.stop:
+                    self.console.line(f"{candidate.name}: stops here, {decision.reason}")
+                    break
+        except OutOfTimeError as error:
+            self.console.line(f"{candidate.name}: {error}")
+        except RunFailedError as error:
+            self._failed(candidate, error)
 
     def _curves(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> Curves:
         """Return what the race has measured, with a column for each size, also for those of no run yet."""
@@ -190,62 +316,111 @@ class LiveSelection:
             source=self.prepared.task.name,
         )
 
-    def _descend(self, bench: Bench, label: str) -> None:
-        """Measure what the method needs: zero-shot, then from the largest subset downwards.
+    def _known(self, candidate: Candidate, size: int) -> Run | None:
+        """Return a finished run from the journal."""
+        run = self.journal.get(run_key(self.prepared, candidate, size))
+        return None if run is None or run.test_loss is None else run
 
-        Algorithm 1 and AtS stop where the line ends; the laws need all sizes, SubTuning the largest, the others none.
-        """
-        request = self.prepared.request
-        self._measure(bench, 0, label)
-        sizes = self.prepared.sizes[::-1]
-        sizes = {"zero_shot": (), "model_size": (), "subtuning": sizes[:1]}.get(request.method, sizes)
-        losses: list[float] = []
-        for size in sizes:
-            losses.append(self._measure(bench, size, label))
-            if request.method not in ("lens", "ats"):
-                continue
-            measured = np.array(sizes[: len(losses)])
-            decision = should_stop(measured, np.array(losses), gamma=request.gamma, tau=request.tau)
-            if decision.stop:
-                self.console.line(f"{bench.candidate.name}: stops here, {decision.reason}")
-                break
-
-    def _measure(self, bench: Bench, size: int, label: str) -> float:
+    def _measure(self, candidate: Candidate, size: int, why: str, *, paid: bool = True) -> float:
         """Return the test loss of one run: from the journal, or made now and put there."""
-        candidate = bench.candidate
-        key = key_of({**self.prepared.definition, "candidate": candidate.fingerprint, "size": size})
+        key, label = run_key(self.prepared, candidate, size), self._label(candidate)
         doing = f"{size} samples" if size else "zero-shot"
-        run = self.journal.get(key)
+        run = self._known(candidate, size)
         if run is not None and run.test_loss is not None:
             self.clock.skip(candidate.name, size)
             self.console.line(f"{label}: {doing}: test loss {run.test_loss:.4f} (from the journal)")
             self.runs.append(replace(run, candidate=candidate.name))
             return run.test_loss
+        self.console.line(f"{label}: next {doing}: {why}")
         self.console.status(f"{label}: {doing}, loading and compiling; {self.clock}")
+        begun, seen = time.monotonic(), Progress(0, 1, 0, float("nan"))
+        request = self.prepared.request
+        searches = request.search.trials(request.plan) > 2
 
-        def on_progress(at: Progress) -> None:
-            self.clock.progress(candidate.name, size, at.step / at.total_steps)
+        def progress(at: Progress) -> None:
+            nonlocal seen
+            seen = at
+            self.clock.progress(candidate.name, size, at.done)
             self.console.status(
                 f"{label}: {doing}, step {at.step} of at most {at.total_steps}, validation loss "
                 f"{at.validation_loss:.4f}; {self.clock}"
             )
 
+        def trials(found: Trials) -> None:
+            nonlocal seen
+            seen = Progress(0, 1, 0, float("nan"))
+            # The record of a run is that of its only trial.
+            if searches:
+                for trial in found:
+                    self.journal.append(trial_record(key, candidate, size, trial))
+
+        known: dict[Point, Trial] = {}
+        for line in self.journal.trials_of(key):
+            trial = read_trial(line.facts["trial"])
+            known[trial.learning_rate, trial.batch_size] = trial
+        bench = self._bench(candidate)
         try:
-            outcome = bench.run(size, on_progress)
-        except Exception as error:
+            result = bench.run(size, known, Hooks(progress, trials), self._deadline() if paid else None)
+        except RunFailedError as error:
+            # What it cost until then, in trials that were made and in the one that was under way.
+            flops = sum(t.flops for t in error.trials) + candidate.flops_per_token * seen.tokens
+            epochs = seen.step / seen.total_steps * request.plan.max_epochs
             self.journal.append(
-                Run(key, candidate.name, size, None, reason=_reason(error), facts=self._facts(candidate))
+                Run(
+                    key,
+                    candidate.name,
+                    size,
+                    None,
+                    tokens=sum(t.tokens for t in error.trials) + seen.tokens,
+                    flops=flops,
+                    seconds=time.monotonic() - begun,
+                    reason=str(error),
+                    facts=common_facts(self.prepared, candidate),
+                    samples=sum(t.samples for t in error.trials) + round(epochs * size),
+                )
             )
+            self._settle()
             raise
-        run = self._record(key, candidate, size, outcome)
+        run = run_record(self.prepared, candidate, size, result, why, time.monotonic() - begun)
         self.journal.append(run)
-        self.clock.finished(candidate.name, size, outcome.seconds)
-        kept = f", best weights at step {run.steps} of {outcome.steps_run}" if size else ""
+        self._settle()
+        self.clock.finished(candidate.name, size, result.outcome.seconds)
+        kept = f", best weights at step {run.steps} of {result.outcome.steps_run}" if size else ""
+        if len(result.outcome.trials) > 1:
+            chosen = result.outcome
+            kept += f", learning rate {chosen.learning_rate:g}, batch size {chosen.batch_size}"
+            kept += f" of {len(chosen.trials)} trials"
+        assert run.test_loss is not None
         self.console.line(
-            f"{label}: {doing}: test loss {outcome.test_loss:.4f}{kept} ({duration(run.seconds)}); {self.clock}"
+            f"{label}: {doing}: test loss {run.test_loss:.4f}{kept} ({duration(run.seconds)}); {self.clock}"
         )
         self.runs.append(run)
-        return outcome.test_loss
+        return run.test_loss
+
+    def _deadline(self) -> float | None:
+        """Return when the budget of time is spent, on `time.monotonic`'s clock."""
+        budget = self.ledger.budget
+        if budget is None or budget.kind != "seconds":
+            return None
+        return self.started - self.earlier + budget.amount
+
+    def _bench(self, candidate: Candidate) -> Bench | Worker:
+        """Return where the candidate is trained; what was there of another candidate is freed."""
+        if self.bench is not None and self.bench.assignment.name == candidate.name:
+            return self.bench
+        self._leave()
+        assignment = assign(self.prepared, candidate)
+        if not self.isolate:
+            self.bench = Bench(assignment)
+            return self.bench
+        log = self.directory / LOGS / (re.sub(r"[^\w.+-]", "_", candidate.name) + ".log")
+        self.bench = Worker(replace(assignment, compiled=(self.directory / COMPILED).absolute(), log=log.absolute()))
+        return self.bench
+
+    def _leave(self) -> None:
+        if self.bench is not None:
+            self.bench.close()
+        self.bench = None
 
     def _unit(self, candidate: Candidate) -> float:
         """Return what turns a candidate's losses per token into those that are compared."""
@@ -253,26 +428,12 @@ class LiveSelection:
             return 1.0
         return self.prepared.tokens[candidate.tokenizer].test.tokens_per_byte
 
-    def _facts(self, candidate: Candidate) -> dict[str, object]:
-        return {
-            "parameters": candidate.parameters,
-            "lora": None if candidate.lora is None else asdict(candidate.lora),
-            "fingerprint": candidate.fingerprint,
-            "definition": self.prepared.definition,
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "python": platform.python_version(),
-        }
-
-    def _record(self, key: str, candidate: Candidate, size: int, outcome: Outcome) -> Run:
-        own = asdict(outcome)
-        shared = {name: own.pop(name) for name in ("test_loss", "steps", "tokens", "flops", "seconds", "reason")}
-        own["validation_loss"] = own["validation_loss"] if size else None  # JSON knows no NaN
-        own["test_loss_per_byte"] = outcome.test_loss * self.prepared.tokens[candidate.tokenizer].test.tokens_per_byte
-        return Run(key, candidate.name, size, **shared, facts={**self._facts(candidate), **own})
-
     def _selection(self) -> Selection:
         prepared, request = self.prepared, self.prepared.request
+        trained = {r.candidate for r in self.runs if r.size or not sizes_needed(request.method, request.gamma)}
+        for candidate in prepared.candidates:
+            if candidate.name not in trained:
+                self.failures.setdefault(candidate.name, "the budget was spent before it was trained")
         ranked = [c for c in prepared.candidates if c.name not in self.failures]
         if len(ranked) < 2:
             reasons = "; ".join(f"{n}: {r}" for n, r in self.failures.items())
@@ -302,6 +463,8 @@ class LiveSelection:
             truth = measured.at(prepared.target)
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
             how = "as measured"
+        spent = [r for r in self.journal.lines if not r.part_of]
+        looking = sum(seen["flops"] for seen in self.looks.values())
         frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
         scores, refused = score_all(curves, prepared.target, request.method, gamma=request.gamma, tau=request.tau)
         return Selection(
@@ -312,8 +475,9 @@ class LiveSelection:
             refused=refused,
             flops=flops[:, : len(curves.sizes)],
             full_flops=full_flops,
-            lost_flops=sum(r.flops for r in self.runs if r.candidate in self.failures),
-            cost_note=f"6 N per token trained on{frozen}, all epochs; the whole {how}",
+            lost_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.test_loss is None),
+            cost_note=f"6 N per token trained on{frozen}, all epochs and trials; the whole {how}{by_xla(runs)}"
+            + (f"; kernels and Hessian traces took {looking:.3g} more" if looking else ""),
             truth=truth,
             failures=self.failures,
             unverified=self.unverified,
@@ -321,43 +485,11 @@ class LiveSelection:
             facts={
                 "directory": str(self.directory),
                 "seconds": sum(r.seconds for r in self.runs),
+                "seed": request.seed,
+                "versions": versions(),
                 "task": prepared.task.fingerprint,
                 "notes": list(prepared.notes),
+                **({TANGENTS: self._tangents(runs)} if self.looks else {}),
                 "specification": prepared.specification,
             },
-        )
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-class Bench:
-    """One candidate, loaded and compiled when its first run is really needed."""
-
-    def __init__(self, candidate: Candidate, prepared: Prepared) -> None:
-        self.candidate, self.prepared = candidate, prepared
-        self.tokens = prepared.tokens[candidate.tokenizer]
-        self._tuner: FineTuner | None = None
-
-    @property
-    def tuner(self) -> FineTuner:
-        """The compiled fine-tuner."""
-        if self._tuner is None:
-            model = models.load_model(self.candidate.path)
-            # Padding is masked, but an id outside of the vocabulary would still give NaN.
-            pad = self.tokens.pad_id if self.tokens.pad_id < self.candidate.config.vocab_size else 0
-            self._tuner = FineTuner(
-                model, replace(self.prepared.request.plan, lora=self.candidate.lora), self.tokens.buckets, pad
-            )
-        return self._tuner
-
-    def run(self, size: int, on_progress: Callable[[Progress], None]) -> Outcome:
-        """Fine-tune on `size` samples, or evaluate if that is 0."""
-        tokens = self.tokens
-        if size == 0:
-            return self.tuner.zero_shot(tokens.test)
-        seed = self.prepared.request.seed
-        return self.tuner.run(
-            tokens.train.first(size), tokens.validation, tokens.test, seed=seed, on_progress=on_progress
         )

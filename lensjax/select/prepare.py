@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lensjax import backend, data, models
-from lensjax.curves import Curves
 from lensjax.errors import InputError
-from lensjax.finetune import Plan
+from lensjax.finetune import Plan, Search
 from lensjax.models import Lora
+from lensjax.select.budget import Budget, Ledger
 from lensjax.select.candidates import Candidate, find_candidates
-from lensjax.selectors import DEFAULT, RACE, check_rule, full_cost, propose
-from lensjax.tasks import Encoded, Task, bucket_lengths, encode, load_task
+from lensjax.selectors import DEFAULT, RACE, check_rule
+from lensjax.tasks import Encoded, Example, Task, bucket_lengths, cached, encode, load_task
+from lensjax.tasks.cache import key_of as encoding_key
 
 DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
@@ -46,9 +47,10 @@ class Request:
         the target), and samples the choice is made for (all of the task's).
     method : str
     gamma, tau : int, float
-    budget : float or None
-        Share of fine-tuning all candidates on `target` samples that the choice may cost: the candidates race
-        (`lensjax.selectors.propose`). None: all are trained on all subset sizes that the method needs.
+    budget : Budget or None
+        What the choice may cost: with the method "averaged" the candidates race (`lensjax.selectors.propose`), with
+        others the largest subset is the largest that the budget pays for. None: all are trained on all subset sizes
+        that the method needs. Verification is not part of it.
     seed : int
     validation, test : int
         Samples set aside.
@@ -60,6 +62,11 @@ class Request:
     lora : Lora
         Adapters of the candidates that are named with ``+lora``.
     plan : Plan
+    search : Search
+        Learning rates and batch sizes to try for each run.
+    tangents : int
+        Training samples on which each candidate's neural tangent kernel and Hessian trace are measured in the end;
+        0: none.
     verify : bool
         Fine-tune every candidate on `target` samples too, and say how good the choice was.
     """
@@ -83,7 +90,7 @@ class Request:
     method: str = DEFAULT
     gamma: int = 3
     tau: float = 5.0
-    budget: float | None = None
+    budget: Budget | None = None
     seed: int = 0
     validation: int = 300
     test: int = 500
@@ -91,6 +98,8 @@ class Request:
     loss_unit: str = "token"
     lora: Lora = dataclasses.field(default_factory=Lora)
     plan: Plan = dataclasses.field(default_factory=Plan)
+    search: Search = dataclasses.field(default_factory=Search)
+    tangents: int = 0
     verify: bool = False
 
 
@@ -133,6 +142,11 @@ class Tokens:
         """Tokens of a training sample on average."""
         return float(self.train.token_counts.mean())
 
+    def most_per_sample(self, sizes: tuple[int, ...]) -> float:
+        """Return the most tokens for each sample that any of these subsets has."""
+        sums = self.train.token_counts.cumsum()
+        return max(float(sums[size - 1]) / size for size in sizes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -159,6 +173,7 @@ class Prepared:
             "max_length": self.max_length,
             "packed": self.task.text_only,
             "plan": dataclasses.asdict(request.plan),
+            "search": dataclasses.asdict(request.search),
         }
 
     @property
@@ -172,8 +187,26 @@ class Prepared:
             "gamma": self.request.gamma,
             "tau": self.request.tau,
             "loss_unit": self.request.loss_unit,
-            **({} if self.request.budget is None else {"budget": self.request.budget}),
         }
+
+    @property
+    def races(self) -> bool:
+        """Whether the candidates race instead of being trained on all sizes."""
+        return self.request.budget is not None and self.request.method == "averaged"
+
+    def ledger(self) -> Ledger:
+        """Return a new account of the budget."""
+        plan, search = self.request.plan, self.request.search
+        return Ledger(
+            self.request.budget,
+            weights={c.name: float(c.parameters) for c in self.candidates},
+            flops_per_sample={
+                c.name: c.flops_per_token * self.tokens[c.tokenizer].most_per_sample(self.sizes)
+                for c in self.candidates
+            },
+            passes=plan.max_epochs * search.trials(plan),
+            target=self.target,
+        )
 
 
 def prepare(request: Request) -> Prepared:
@@ -187,12 +220,11 @@ def prepare(request: Request) -> Prepared:
     """
     backend.require_exact_backend()
     check_rule(request.gamma, request.tau)
+    request.plan.check()
+    request.search.check(request.plan)
     task = _task(request)
     sizes, target = _sizes(request, len(task.train))
     candidates = find_candidates(request.models, request.lora)
-    if request.budget is not None:
-        nothing = _unmeasured(candidates, sizes)
-        propose(nothing, target, request.budget * full_cost(nothing, target), smallest=sizes[0], largest=sizes[-1])
     limits = [c.config.max_length for c in candidates]
     max_length = min([request.max_length, *(n for n in limits if n is not None)])
     notes = list(task.notes)
@@ -215,16 +247,41 @@ def prepare(request: Request) -> Prepared:
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
             "not the same piece of text for all of them; --loss-unit byte compares the same text"
         )
-    return Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes))
+    if request.tangents > sizes[-1]:
+        raise InputError(f"--tangents {request.tangents}: the largest subset has {sizes[-1]} samples; lower it.")
+    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes))
+    _check_budget(prepared)
+    return prepared
+
+
+def _check_budget(prepared: Prepared) -> None:
+    """Refuse a budget that does not pay for the least that a choice needs."""
+    budget, request = prepared.request.budget, prepared.request
+    if budget is None:
+        return
+    if prepared.races:
+        least = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0]
+    else:
+        least = prepared.sizes[: sizes_needed(request.method, request.gamma)]
+    ledger = prepared.ledger()
+    needed = sum(ledger.price(c.name, size) for c in prepared.candidates for size in least)
+    if needed > ledger.amount:
+        raise InputError(
+            f"--budget ({ledger.say(ledger.amount)}): training every candidate on {', '.join(map(str, least))} samples "
+            f"alone may cost up to {ledger.say(needed)}. Raise --budget, or lower --smallest or --max-epochs."
+        )
 
 
 def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
     tokenizer = models.load_tokenizer(candidate.path)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
-    train, validation, test = (
-        encode(part, tokenizer, max_length, separate=separate, pack=task.text_only)
-        for part in (task.subset(largest), task.validation, task.test)
-    )
+
+    def encoded(part: Sequence[Example]) -> Encoded:
+        settings = {"separate": separate, "pack": task.text_only}
+        key = encoding_key(part, candidate.tokenizer, max_length, settings)
+        return cached(key, lambda: encode(part, tokenizer, max_length, **settings))
+
+    train, validation, test = map(encoded, (task.subset(largest), task.validation, task.test))
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     return Tokens(train, validation, test, visible, pad)
 
@@ -267,7 +324,7 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
         raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
     if visible > available:
         raise InputError(f"--visible {visible}: the task has {available} training samples; lower it.")
-    if request.budget is not None:
+    if request.budget is not None and request.method == "averaged":
         return _race_sizes(request, smallest, available, target), target
     sizes = []
     size = smallest
@@ -292,8 +349,6 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
 
 def _race_sizes(request: Request, smallest: int, available: int, target: int) -> tuple[int, ...]:
     """Return the sizes of a race's runs, ascending."""
-    if request.method != "averaged":
-        raise InputError(f"--budget needs --method averaged, not {request.method}; remove one of them.")
     if request.visible is not None and request.visible < 2 * smallest:
         raise InputError(f"--visible {request.visible}: with --budget it is at least two of --smallest ({smallest}).")
     common, stages = RACE.sizes(target, smallest, available if request.visible is None else request.visible)
@@ -303,16 +358,6 @@ def _race_sizes(request: Request, smallest: int, available: int, target: int) ->
             f"{', '.join(map(str, common))}. Lower --smallest."
         )
     return (*common, *(size for size, _ in stages))
-
-
-def _unmeasured(candidates: tuple[Candidate, ...], sizes: tuple[int, ...]) -> Curves:
-    return Curves(
-        names=tuple(c.name for c in candidates),
-        sizes=np.array(sizes, np.float64),
-        losses=np.full((len(candidates), len(sizes)), np.nan),
-        parameters=np.array([c.parameters for c in candidates], np.float64),
-        source="--budget",
-    )
 
 
 def sizes_needed(method: str, gamma: int) -> int:

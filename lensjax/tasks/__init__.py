@@ -1,5 +1,6 @@
 """Tasks: samples from files and data sets, split once, and token batches of few shapes for a given tokenizer."""
 
+from lensjax.tasks.cache import cached
 from lensjax.tasks.encode import IGNORED, Batch, Encoded, batches, bucket_lengths, encode
 from lensjax.tasks.presets import PRESETS, Preset
 from lensjax.tasks.task import CHAT, PROMPT, Example, Task, load_task
@@ -16,6 +17,7 @@ __all__ = [
     "Task",
     "batches",
     "bucket_lengths",
+    "cached",
     "encode",
     "load_task",
 ]

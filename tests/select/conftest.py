@@ -2,7 +2,8 @@ import io
 
 import pytest
 
-from lensjax.finetune import FineTuner
+from lensjax.finetune import FineTuner, Outcome
+from lensjax.select import workers
 from lensjax.select.cli import main as command_main
 from lensjax.select.cli import run
 
@@ -34,3 +35,27 @@ def refused(capsys, monkeypatch):
         return captured.err.removeprefix("lensjax.select: ").strip()
 
     return refused
+
+
+@pytest.fixture
+def scripted_run():
+    """Return what makes a stand-in for `Bench.run` from a law: no training, and notes of what would have been read."""
+
+    def script(loss, made=None):
+        """Stand in for `Bench.run`: no training, the losses of a function of (candidate, size)."""
+
+        def run(bench, size, known, hooks, deadline=None):
+            name = bench.assignment.name
+            if made is not None:
+                made.append((name, size, bench.assignment.tokens))
+            steps = int(size > 0)
+            given = {"validation_loss": 1.0, "steps": steps, "steps_run": steps, "samples": size, "tokens": 8 * size}
+            rest = {"seconds": 0.1, "validation_history": (), "reason": "scripted", "trainable": 1}
+            outcome = Outcome(
+                test_loss=loss(name, size), flops=float(size), learning_rate=0.1, batch_size=8, **given, **rest
+            )
+            return workers.Result(outcome, {})
+
+        return run
+
+    return script

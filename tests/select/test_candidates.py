@@ -52,22 +52,12 @@ def test_adapters_change_what_identifies_a_candidate(tiny_models):
     assert large.flops_per_token == 6 * large.trainable + 4 * (large.parameters - large.trainable)
 
 
-def scripted(monkeypatch, made):
-    """Let runs be lines of a script: what they would have read is kept, the loss is a law."""
-
-    def run(bench, size, on_progress):
-        made.append((bench.candidate.name, size, bench.tokens))
-        return live.Outcome(3.0 / (1 + size) ** 0.1, 1.0, 1, 1, 8 * size, float(size), 0.1, (), "scripted")
-
-    monkeypatch.setattr(live.Bench, "run", run)
-
-
-def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, monkeypatch):
+def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, monkeypatch, scripted_run):
     path = tmp_path / "t.txt"
     path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
     made = []
-    scripted(monkeypatch, made)
-    status, _ = command("--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    status, _ = command("--in-process", "--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
     assert status == 0
     tokens = made[0][2]
     assert {len(row) for row in tokens.train.first(20).rows[0][:-1]} == {24}
@@ -75,10 +65,10 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
     assert sum(part.truncated for part in tokens.parts) == 0
 
 
-def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch):
+def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch, scripted_run):
     made = []
-    scripted(monkeypatch, made)
-    common = ("--models", *tiny_models, "--task", tiny_task, *SIZES)
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    common = ("--in-process", "--models", *tiny_models, "--task", tiny_task, *SIZES)
     command(*common, "--out", tmp_path / "token")
     status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
     assert status == 0
@@ -131,10 +121,11 @@ def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     prepared = prepare.prepare(request)
     found = prepared.candidates[0]
     assert (found.name, found.path) == ("small.gguf", file)
-    bench = live.Bench(found, prepared)
+    bench = live.Bench(live.assign(prepared, found))
     plain = prepare.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
-    theirs = live.Bench(plain.candidates[0], plain)
-    assert bench.run(0, print).test_loss == pytest.approx(theirs.run(0, print).test_loss, rel=1e-4)
+    theirs = live.Bench(live.assign(plain, plain.candidates[0]))
+    losses = [b.run(0, {}, live.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_options_of_the_task_reach_it(tiny_models, tmp_path):

@@ -21,7 +21,7 @@ def options(tiny_models, tiny_task):
     """Options of a selection that takes seconds."""
     sizes = ("--smallest", 10, "--visible", 40, "--validation", 20, "--test", 20)
     training = ("--max-epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--max-length", 24)
-    return ["--models", *tiny_models, "--task", tiny_task, *sizes, *training, "--quiet"]
+    return ["--models", *tiny_models, "--task", tiny_task, *sizes, *training, "--quiet", "--in-process"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def finished(tiny_models, tiny_task, tmp_path_factory):
     sizes = ("--smallest", 10, "--visible", 40, "--validation", 20, "--test", 20)
     training = ("--max-epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--max-length", 24)
     arguments = ["--models", *tiny_models, "--task", tiny_task, *sizes, *training, "--out", directory, "--verify"]
+    arguments.append("--in-process")
     assert cli.run([str(a) for a in arguments], out, err) == 0
     return directory, out.getvalue(), err.getvalue()
 
@@ -120,9 +121,9 @@ def test_an_interrupted_selection_goes_on_where_it_was(finished, options, comman
     made = []
     whole = live.Bench.run
 
-    def counted(bench, size, on_progress):
-        made.append((bench.candidate.name, size))
-        return whole(bench, size, on_progress)
+    def counted(bench, size, *rest):
+        made.append((bench.assignment.name, size))
+        return whole(bench, size, *rest)
 
     monkeypatch.setattr(live.Bench, "run", counted)
     status, _ = command(*options, "--out", directory, "--verify")
@@ -142,12 +143,12 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
     (third / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
     whole = live.Bench.run
 
-    def failing(bench, size, on_progress):
-        if bench.candidate.name == "third" and size == 20:
-            raise MemoryError("no room")
-        if bench.candidate.name == "tiny-8" and size == 100:
-            raise RuntimeError("only the verification fails")
-        return whole(bench, size, on_progress)
+    def failing(bench, size, *rest):
+        if bench.assignment.name == "third" and size == 20:
+            raise live.RunFailedError("MemoryError: no room")
+        if bench.assignment.name == "tiny-8" and size == 100:
+            raise live.RunFailedError("RuntimeError: only the verification fails")
+        return whole(bench, size, *rest)
 
     monkeypatch.setattr(live.Bench, "run", failing)
     options[options.index("--task") : options.index("--task")] = [third]
@@ -165,41 +166,38 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
     assert third[20] == (None, "MemoryError: no room")
 
 
-def test_algorithm_1_stops_where_the_line_ends(options, command, tmp_path, monkeypatch):
+def test_algorithm_1_stops_where_the_line_ends(options, command, tmp_path, monkeypatch, scripted_run):
     """With losses that leave the line at 10 samples, 5 is never trained on."""
     losses = {0: 5.0, 80: 1.0, 40: 2.0, 20: 4.001, 10: 4.1, 5: 4.2}
     made = []
 
-    def scripted(bench, size, on_progress):
-        made.append(size)
-        steps = 0 if size == 0 else 1
-        return live.Outcome(losses[size], 1.0, steps, steps, size * 8, float(size), 0.1, (), "scripted")
-
-    monkeypatch.setattr(live.Bench, "run", scripted)
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: losses[size], made))
     options[options.index("--smallest") + 1] = 5
     options[options.index("--visible") + 1] = 80
     status, _ = command(*options, "--method", "lens", "--target", "1000", "--out", tmp_path / "out")
     assert status == 0
-    assert made == [0, 80, 40, 20, 10] * 2
+    assert [size for _, size, _ in made] == [0, 80, 40, 20, 10] * 2
 
 
-def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypatch):
+def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypatch, scripted_run):
     """The larger subset is bought for the candidate with the lower prediction only, and nothing is bought twice."""
     made = []
 
-    def scripted(bench, size, on_progress):
-        made.append((bench.candidate.name, size))
-        slope = {"tiny-8": 0.1, "tiny-16": 0.4}[bench.candidate.name]
-        return live.Outcome(3.0 * size**-slope, 1.0, 1, 1, 8 * size, float(size), 0.1, (), "scripted")
-
-    monkeypatch.setattr(live.Bench, "run", scripted)
+    slopes = {"tiny-8": 0.1, "tiny-16": 0.4}
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda name, size: 3.0 * size ** -slopes[name], made))
     for flag in ("--visible", "--smallest"):
         at = options.index(flag)
         del options[at : at + 2]
     race = (*options, "--smallest", 10, "--target", 800, "--budget", 0.14, "--out", tmp_path / "out")
     status, text = command(*race)
     assert status == 0
-    assert made == [("tiny-8", 20), ("tiny-8", 10), ("tiny-16", 20), ("tiny-16", 10), ("tiny-16", 100)]
+    assert [run[:2] for run in made] == [
+        ("tiny-8", 20),
+        ("tiny-8", 10),
+        ("tiny-16", 20),
+        ("tiny-16", 10),
+        ("tiny-16", 100),
+    ]
     assert text.startswith("Fine-tune tiny-16: ")
     assert command(*race)[1] == text
     assert len(made) == 5
@@ -209,25 +207,21 @@ def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypat
     ("method", "sizes"),
     [("zero_shot", [0]), ("model_size", [0]), ("subtuning", [0, 40]), ("rectified", [0, 40, 20, 10])],
 )
-def test_a_method_trains_only_what_it_needs(options, command, tmp_path, monkeypatch, method, sizes):
+def test_a_method_trains_only_what_it_needs(options, command, tmp_path, monkeypatch, method, sizes, scripted_run):
     made = []
 
-    def scripted(bench, size, on_progress):
-        made.append(size)
-        return live.Outcome(3.0 / (1 + size) ** 0.1, 1.0, 1, 1, 8 * size, float(size), 0.1, (), "scripted")
-
-    monkeypatch.setattr(live.Bench, "run", scripted)
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, text = command(*options, "--method", method, "--out", tmp_path / "out")
     assert status == 0
-    assert made == sizes * 2
+    assert [size for _, size, _ in made] == sizes * 2
     assert f"Cost: {2 * sum(sizes):.2e} FLOPs" in text
 
 
 def test_when_fewer_than_two_candidates_can_be_measured_the_selection_fails_and_says_why(
     options, tmp_path, monkeypatch, capsys
 ):
-    def failing(bench, size, on_progress):
-        raise MemoryError("no room")
+    def failing(bench, size, *rest):
+        raise live.RunFailedError("MemoryError: no room")
 
     monkeypatch.setattr(live.Bench, "run", failing)
     assert cli.main([str(a) for a in (*options, "--out", tmp_path / "out")]) == 1
@@ -246,13 +240,9 @@ def test_a_renamed_model_keeps_its_runs(finished, options, command, tiny_models,
     assert command(*options, "--out", directory, "--verify")[0] == 0
 
 
-def test_results_go_to_a_directory_of_their_own_by_default(options, command, tmp_path, monkeypatch):
+def test_results_go_to_a_directory_of_their_own_by_default(options, command, tmp_path, monkeypatch, scripted_run):
     monkeypatch.chdir(tmp_path)
-
-    def scripted(bench, size, on_progress):
-        return live.Outcome(3.0 / (1 + size) ** 0.1, 1.0, 1, 1, 8 * size, 1.0, 0.1, (), "scripted")
-
-    monkeypatch.setattr(live.Bench, "run", scripted)
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     command(*options)
     command(*options, "--seed", "1")
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -325,9 +315,23 @@ def test_bad_models_get_one_clear_message_before_any_training(refused, options, 
             ["--method", "rectified", "--visible", 20],
             "2 subset size(s) (10, 20) are too few: method rectified needs 3.",
         ),
-        (["--budget", 0.01], "--budget 0.01: training every candidate on 10, 20 samples alone costs 0.3"),
-        (["--budget", 0.5, "--method", "lens"], "--budget needs --method averaged, not lens"),
-        (["--budget", 1.5], "argument --budget: 1.5 is not between 0 and 1"),
+        (
+            ["--budget", 0.01],
+            "--budget (0.01 of fine-tuning all on all samples): training every candidate on 10, 20 samples alone may "
+            "cost up to 0.3 of",
+        ),
+        (["--budget", "50%", "--method", "lens"], "training every candidate on 10, 20, 40 samples alone may cost up"),
+        (
+            ["--budget", "1e6"],
+            "--budget (1e+06 FLOPs): training every candidate on 10, 20 samples alone may cost up to",
+        ),
+        (["--budget", "100samples"], "alone may cost up to 240 samples. Raise --budget, or lower --smallest or"),
+        (["--budget", "120%"], "argument --budget: 120% is no amount that can be spent; give it as 0.05 or 5%"),
+        (["--budget", "3 weeks"], "argument --budget: 3 weeks is no amount that can be spent"),
+        (["--learning-rate", 0.1, 0.1], "learning rates 0.1, 0.1: one is named twice"),
+        (["--micro-batch", 3], "micro-batch 3 does not divide the batch size 8"),
+        (["--schedule", "step"], "argument --schedule: invalid choice: 'step'"),
+        (["--weight-decay", -1], "--weight-decay is -1; it must be 0 or more"),
         (["--max-length", 3], "tokens, but at most 3 tokens fit"),
         (["--tokens-per-sample", 3], "--tokens-per-sample needs --losses"),
     ],

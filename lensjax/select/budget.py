@@ -1,0 +1,165 @@
+"""What a selection may spend, and what its runs may cost at most: no run starts that could exceed the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from lensjax.errors import InputError
+from lensjax.runs import Run
+
+Kind = Literal["share", "flops", "seconds", "samples"]
+
+UNITS: dict[str, tuple[Kind, float]] = {
+    "share": ("share", 1.0),
+    "%": ("share", 0.01),
+    "flops": ("flops", 1.0),
+    "samples": ("samples", 1.0),
+    "s": ("seconds", 1.0),
+    "min": ("seconds", 60.0),
+    "h": ("seconds", 3600.0),
+    "d": ("seconds", 86400.0),
+}
+CAUTION = 1.25  # times as long as usual is what a run is given
+HELP = "0.05 or 5% (of fine-tuning all on all samples), 2e16 (FLOPs), 3h, 90min, or 20000samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """An amount of something that a selection may spend.
+
+    Attributes
+    ----------
+    kind : {"share", "flops", "seconds", "samples"}
+        A share of fine-tuning all candidates on all samples, both counted as weights x samples in one pass; or all
+        that is really spent: floating-point operations (6 for each trained weight and token, all epochs and trials),
+        wall time, or samples trained on (all epochs and trials).
+    amount : float
+    """
+
+    kind: Kind
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read what a user wrote.
+
+        Raises
+        ------
+        InputError
+            If it is no number, has an unknown unit, or is not positive.
+        """
+        matched = re.fullmatch(r"\s*([0-9.,_]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+        try:
+            value = float(matched[1].replace(",", "").replace("_", "")) if matched else float("nan")
+        except ValueError:
+            value = float("nan")
+        unit = matched[2].lower() if matched else ""
+        if not unit:
+            unit = "share" if value < 1 else "flops"
+        unit = {"flop": "flops", "sample": "samples", "hours": "h", "hour": "h"}.get(unit, unit)
+        kind, factor = UNITS.get(unit, ("share", float("nan")))
+        if math.isnan(factor) or not value > 0 or value == float("inf") or (kind == "share" and value * factor >= 1):
+            raise InputError(f"{text} is no amount that can be spent; give it as {HELP}.")
+        return cls(kind, value * factor)
+
+
+class Ledger:
+    """Keeps what is spent against a budget.
+
+    It follows from the journal alone, so that a resumed selection goes on as an undisturbed one does.
+
+    Parameters
+    ----------
+    budget : Budget or None
+        None: without limit.
+    weights : mapping of str to float
+        Parameters of each candidate.
+    flops_per_sample, passes : mapping, float
+        What one pass over one sample costs each candidate, and how many passes all trials of a run make at most.
+    target : float
+        Samples of the full data; runs of so many are for verification and not counted.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None,
+        *,
+        weights: Mapping[str, float],
+        flops_per_sample: Mapping[str, float],
+        passes: float,
+        target: float,
+    ) -> None:
+        self.budget, self.passes, self.target = budget, passes, target
+        self.flops_per_sample = flops_per_sample
+        self.amount, self.spent = float("inf"), 0.0
+        self.prices: dict[str, float] = dict.fromkeys(weights, 0.0)
+        if budget is None:
+            return
+        self.amount = budget.amount
+        self._whole = sum(weights.values()) * target
+        if budget.kind == "share":
+            self.amount = budget.amount * self._whole
+            self.prices = {name: float(value) for name, value in weights.items()}
+        elif budget.kind != "seconds":  # what a second buys is not known before the first run
+            own = flops_per_sample if budget.kind == "flops" else dict.fromkeys(weights, 1.0)
+            self.prices = {name: passes * float(value) for name, value in own.items()}
+
+    def say(self, amount: float) -> str:
+        """Return an amount of the budget's kind in words."""
+        kind = "flops" if self.budget is None else self.budget.kind
+        if kind == "share":
+            return f"{amount / self._whole:.3g} of fine-tuning all on all samples"
+        if kind == "seconds":
+            return f"{amount / 3600:.3g} h" if amount >= 3600 else f"{amount:.3g} s"
+        return f"{amount:,.0f} samples" if kind == "samples" else f"{amount:.3g} FLOPs"
+
+    @property
+    def left(self) -> float:
+        """What may still be spent."""
+        return self.amount - self.spent
+
+    def price(self, name: str, size: int) -> float:
+        """Return what a run may cost at most; for seconds an estimate from the runs so far, 0 before the first."""
+        return self.prices[name] * size
+
+    def refuses(self, name: str, size: int) -> str:
+        """Return why a run must not start; empty if it may."""
+        if self.budget is None:
+            return ""
+        price, left = self.price(name, size), max(self.left, 0.0)
+        if price <= left and left > 0:
+            return ""
+        return (
+            f"{size} samples may cost up to {self.say(price)}; of the budget of {self.say(self.amount)}, "
+            f"{self.say(left)} are left"
+        )
+
+    def settle(self, lines: Sequence[Run], elapsed: float = 0.0) -> None:
+        """Work out what is spent.
+
+        Parameters
+        ----------
+        lines : sequence of Run
+            Everything in the journal. Trials are in the record of their run, once there is one.
+        elapsed : float
+            Seconds of this session and the runs of earlier ones.
+        """
+        if self.budget is None:
+            return
+        recorded = {run.key for run in lines if not run.part_of}
+        counted = [r for r in lines if r.part_of not in recorded and 0 < r.size < self.target]
+        if self.budget.kind == "seconds":
+            self.spent = elapsed
+            work = sum(self.flops_per_sample.get(r.candidate, 0.0) * r.size for r in counted)
+            seconds = sum(r.seconds for r in counted)
+            if work:
+                # What is usual, not the worst: a run that takes longer is ended in time.
+                self.prices = {n: CAUTION * own * seconds / work for n, own in self.flops_per_sample.items()}
+        elif self.budget.kind == "share":
+            self.spent = sum(self.prices.get(r.candidate, 0.0) * r.size for r in counted if not r.part_of)
+        else:
+            self.spent = float(sum(r.flops if self.budget.kind == "flops" else r.samples for r in counted))

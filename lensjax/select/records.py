@@ -1,0 +1,78 @@
+"""What the journal is told of a run, and what is read from it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lensjax.finetune import Trial
+from lensjax.runs import Run, key_of
+from lensjax.select.candidates import Candidate
+from lensjax.select.prepare import Prepared
+from lensjax.select.workers import Result
+
+
+def run_key(prepared: Prepared, candidate: Candidate, size: int) -> str:
+    """Return what identifies a run: all that decides its loss."""
+    return key_of({**prepared.definition, "candidate": candidate.fingerprint, "size": size})
+
+
+def common_facts(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
+    """Return what is recorded with every run of a candidate."""
+    return {
+        "parameters": candidate.parameters,
+        "lora": None if candidate.lora is None else asdict(candidate.lora),
+        "fingerprint": candidate.fingerprint,
+        "definition": prepared.definition,
+    }
+
+
+def trial_record(key: str, candidate: Candidate, size: int, trial: Trial) -> Run:
+    """Return the record of a trial of the run of that key."""
+    point = f"{key} {trial.learning_rate!r} {trial.batch_size}"
+    return Run(
+        key_of({"trial": point}),
+        candidate.name,
+        size,
+        trial.test_loss,
+        steps=trial.steps,
+        tokens=trial.tokens,
+        flops=trial.flops,
+        reason=trial.reason,
+        facts={"trial": asdict(trial)},
+        samples=trial.samples,
+        part_of=key,
+    )
+
+
+def read_trial(stored: dict[str, Any]) -> Trial:
+    """Return a trial as it was before it went to the journal."""
+    history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
+    return Trial(**{**stored, "validation_history": history})
+
+
+def run_record(prepared: Prepared, candidate: Candidate, size: int, result: Result, why: str, seconds: float) -> Run:
+    """Return the record of a finished run."""
+    outcome = result.outcome
+    own = asdict(outcome)
+    shared = {name: own.pop(name) for name in ("test_loss", "steps", "tokens", "flops", "reason", "samples")}
+    own["validation_loss"] = own["validation_loss"] if size else None  # JSON knows no NaN
+    own["training_seconds"] = own.pop("seconds")
+    own["test_loss_per_byte"] = outcome.test_loss * prepared.tokens[candidate.tokenizer].test.tokens_per_byte
+    own |= {"step_flops": outcome.step_flops, "evaluation_flops": outcome.evaluation_flops, "why": why}
+    facts = {**common_facts(prepared, candidate), **own, **result.facts}
+    return Run(run_key(prepared, candidate, size), candidate.name, size, **shared, seconds=seconds, facts=facts)
+
+
+def by_xla(runs: Sequence[Run]) -> str:
+    """Say what XLA's cost analysis counts for the same runs."""
+    found = [(run.facts.get("step_flops"), run.facts.get("evaluation_flops")) for run in runs if run.size]
+    if not found or any(count is None for counts in found for count in counts):
+        return ""
+    steps, evaluations = (sum(counts) for counts in zip(*found, strict=True))
+    own = sum(run.flops for run in runs)
+    return (
+        f"; XLA counts {steps:.3g} FLOPs for the same training steps ({steps / own:.2f} times as many, "
+        f"padding included) and {evaluations:.3g} for evaluations"
+    )

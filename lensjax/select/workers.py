@@ -1,0 +1,406 @@
+"""Runs of one candidate, in this process or in one of their own: a crash there ends that run and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import hashlib
+import importlib.metadata
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import os
+import platform
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lensjax import models
+from lensjax.finetune import DivergedError, FineTuner, Outcome, Plan, Progress, Search, Trial, tune
+from lensjax.finetune.search import Point
+from lensjax.select.look import look
+from lensjax.select.prepare import Tokens
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
+QUIET_XLA = ("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA warns about its own names of CPU features at each cached program
+GRACE = 5.0  # seconds a process gets to end by itself
+
+Trials = tuple[Trial, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """All that runs of a candidate need; it can be sent to another process.
+
+    Attributes
+    ----------
+    name : str
+    path : Path
+    vocabulary : int
+        Tokens the model knows.
+    plan : Plan
+    search : Search
+    tokens : Tokens
+    seed : int
+    compiled : Path or None
+        Where compiled programs are kept for the candidate's next process.
+    log : Path or None
+        Where a process's own output goes.
+    """
+
+    name: str
+    path: Path
+    vocabulary: int
+    plan: Plan
+    search: Search
+    tokens: Tokens
+    seed: int
+    compiled: Path | None = None
+    log: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run gave, and on what.
+
+    Attributes
+    ----------
+    outcome : Outcome
+    facts : mapping
+        Devices, precision, sharding, peak memory in bytes, versions.
+    """
+
+    outcome: Outcome
+    facts: Mapping[str, Any]
+
+
+class RunFailedError(RuntimeError):
+    """A run that gave no loss.
+
+    Attributes
+    ----------
+    trials : tuple of Trial
+        That were made before.
+    """
+
+    def __init__(self, message: str, trials: Trials = ()) -> None:
+        super().__init__(message)
+        self.trials = trials
+
+
+class OutOfTimeError(RunFailedError):
+    """A run that was stopped because the budget of time was spent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the caller wants to hear of during a run."""
+
+    progress: Callable[[Progress], None]
+    trials: Callable[[Trials], None]
+
+
+class Bench:
+    """One candidate in this process, loaded and compiled when its first run is really needed."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self._tuner: FineTuner | None = None
+
+    @property
+    def tuner(self) -> FineTuner:
+        """The compiled fine-tuner."""
+        if self._tuner is None:
+            own = self.assignment
+            model = models.load_model(own.path)
+            # Padding is masked, but an id outside of the vocabulary would still give NaN.
+            pad = own.tokens.pad_id if own.tokens.pad_id < own.vocabulary else 0
+            sizes = [size for size, _ in own.search.grid(own.plan)]
+            plan = dataclasses.replace(own.plan, batch_size=max(sizes))
+            self._tuner = FineTuner(model, plan, own.tokens.buckets, pad, batch_sizes=sizes)
+        return self._tuner
+
+    def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
+        """Fine-tune on `size` samples, or evaluate if that is 0.
+
+        Parameters
+        ----------
+        size : int
+        known : mapping
+            Trials of this run that were made before.
+        hooks : Hooks
+        deadline : float, optional
+            Of `time.monotonic`: past it, the run is given up at its next look.
+
+        Raises
+        ------
+        RunFailedError
+            If it gave no loss.
+        """
+        reset = _reset_peak()
+        tokens, own = self.assignment.tokens, self.assignment
+        made: list[Trial] = []
+
+        def progress(at: Progress) -> None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise OutOfTimeError("the time is spent", tuple(made))
+            hooks.progress(at)
+
+        def trials(found: Trials) -> None:
+            made.extend(found)
+            hooks.trials(found)
+
+        try:
+            if size == 0:
+                outcome = self.tuner.zero_shot(tokens.test)
+            else:
+                outcome = tune(
+                    self.tuner,
+                    tokens.train.first(size),
+                    tokens.validation,
+                    tokens.test,
+                    search=own.search,
+                    seed=own.seed,
+                    known=known,
+                    on_trials=trials,
+                    on_progress=progress,
+                    count_flops=True,
+                )
+        except (RunFailedError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            before = error.trials if isinstance(error, DivergedError) else tuple(made)
+            raise RunFailedError(reason(error), before) from error
+        return Result(outcome, {**self._facts(), "peak_bytes": _peak(reset)})
+
+    def look(self, samples: int, deadline: float | None = None) -> dict[str, Any]:
+        """Measure the candidate's kernel and curvature on the first training samples; see `look.look`.
+
+        Raises
+        ------
+        RunFailedError
+            If it could not be.
+        """
+        reset = _reset_peak()
+        own = self.assignment
+        try:
+            model = models.load_model(own.path)
+            if own.plan.lora is not None:
+                model = models.add_lora(model, key=jax.random.key(0), **dataclasses.asdict(own.plan.lora))
+            found = look(model, own.tokens.train.first(samples), self.tuner.pad_id, self.tuner.parameters)
+        except Exception as error:
+            raise RunFailedError(reason(error)) from error
+        return {**found, "peak_bytes": _peak(reset)}
+
+    def close(self) -> None:
+        """Free what the candidate held."""
+        self._tuner = None
+        # Compiled functions of one candidate are of no use to the next.
+        jax.clear_caches()
+
+    def _facts(self) -> dict[str, Any]:
+        placement = self.tuner.placement
+        return {
+            "device": jax.devices()[0].device_kind,
+            "devices": placement.devices,
+            "sharding": placement.name,
+            "precision": self.tuner.dtype.name,
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+
+def reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _reset_peak() -> bool:
+    """Let the system measure this process's peak memory anew; return whether it does."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _peak(was_reset: bool) -> int:
+    """Return the peak memory of the present run: of the device, if it tells, else of the process; bytes."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    if was_reset:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _context() -> Any:
+    """Return how processes are started: forked from a server that has everything imported and nothing computed."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class Worker:
+    """One candidate in a process of its own, which stays for its next run unless it died.
+
+    Parameters
+    ----------
+    assignment : Assignment
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self._process: Any = None
+        self._connection: Any = None
+
+    def _start(self) -> None:
+        os.environ.setdefault(*QUIET_XLA)
+        context = _context()
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.assignment), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
+        """Run as `Bench.run`; at the deadline the process is killed.
+
+        Raises
+        ------
+        RunFailedError
+            If it gave no loss, or its process died.
+        """
+        made: list[Trial] = []
+        result: Result = self._ask(("run", size, dict(known)), hooks, made, deadline)
+        return result
+
+    def look(self, samples: int, deadline: float | None = None) -> dict[str, Any]:
+        """Look as `Bench.look`; at the deadline the process is killed.
+
+        Raises
+        ------
+        RunFailedError
+            If it gave nothing, or its process died.
+        """
+        found: dict[str, Any] = self._ask(("look", samples), Hooks(lambda _: None, lambda _: None), [], deadline)
+        return found
+
+    def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:
+        try:
+            if self._process is None:
+                self._start()
+            self._connection.send(question)
+            while True:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._connection.poll(left):
+                    raise OutOfTimeError("the time is spent", tuple(made))
+                kind, *content = self._connection.recv()
+                if kind == "progress":
+                    hooks.progress(content[0])
+                elif kind == "trials":
+                    made.extend(content[0])
+                    hooks.trials(content[0])
+                elif kind == "failed":
+                    raise RunFailedError(*content)
+                else:
+                    return content[0]
+        except (EOFError, ConnectionError) as error:
+            self._process.join(GRACE)
+            death = _death(self._process.exitcode, self.assignment.log)
+            self.close()
+            raise RunFailedError(death, tuple(made)) from error
+        except BaseException as error:
+            # After a failure nothing is known of the process's memory: the next run gets a fresh one.
+            self.close()
+            raise error from None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+        self._process = None
+
+
+def _death(status: int | None, log: Path | None) -> str:
+    where = f" (its output is in {log})" if log is not None else ""
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        memory = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
+        return f"its process was killed by {name}{memory}{where}"
+    return f"its process ended with status {status}{where}"
+
+
+def serve(connection: multiprocessing.connection.Connection, assignment: Assignment) -> None:
+    """Make the runs that are asked for over a connection; the body of a worker's process."""
+    # An interrupt is for the parent, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if assignment.log is not None:
+        assignment.log.parent.mkdir(parents=True, exist_ok=True)
+        with assignment.log.open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        faulthandler.enable()
+    parent = multiprocessing.process.parent_process()
+    if parent is not None:
+        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    if assignment.compiled is not None:
+        keep_compiled(assignment.compiled)
+    bench = Bench(assignment)
+    hooks = Hooks(
+        progress=lambda at: connection.send(("progress", at)), trials=lambda found: connection.send(("trials", found))
+    )
+    while True:
+        try:
+            question, *about = connection.recv()
+        except EOFError:
+            return
+        try:
+            result: Any = None
+            result = bench.look(about[0]) if question == "look" else bench.run(about[0], about[1], hooks)
+        except RunFailedError as error:
+            connection.send(("failed", str(error), error.trials))
+        else:
+            connection.send(("done", result))
+
+
+def _die_with(sentinel: int) -> None:
+    """Wait for another process's end and end this one, whatever it is doing."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def keep_compiled(directory: Path) -> None:
+    """Keep this process's compiled programs in a directory, for the next process on the same kind of machine."""
+    kind = f"{platform.machine()} {platform.node()} {_processor()}"
+    own = directory / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    for name, value in (
+        ("jax_compilation_cache_dir", str(own)),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)
+
+
+def _processor() -> str:
+    """Return the CPU's features: programs compiled for others might not run."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[0]
+    return platform.processor()

@@ -1,0 +1,195 @@
+"""A candidate's kernel and curvature in a selection, search and resuming: what one command can be asked for."""
+
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lensjax import models, tangents
+from lensjax.finetune import FineTuner
+from lensjax.models import Lora
+from lensjax.runs import JOURNAL
+from lensjax.select import cli, live, prepare
+from lensjax.select.look import kernel_residual, look, look_flops
+from lensjax.tasks import batches, encode, load_task
+
+
+@pytest.fixture
+def options(tiny_models, tiny_task):
+    sizes = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24)
+    training = ("--max-epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--quiet", "--in-process")
+    return ["--models", *tiny_models, "--task", tiny_task, *sizes, *training]
+
+
+def journal(directory):
+    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
+
+
+def test_a_look_is_the_kernel_and_the_trace_of_the_samples(tiny_models, tiny_task):
+    task = load_task(tiny_task, input_field="input", target_field="target", validation=20, test=20)
+    model, tokenizer = models.from_pretrained(tiny_models[0])
+    samples = encode(task.train[:6], tokenizer, 24)
+    found = look(model, samples, 0, 100)
+    (batch,) = batches(samples, batch_size=6, buckets=(24,), pad_id=0)
+    function, params = tangents.ntk_outputs(model, "loss")
+    gradients = jax.vmap(jax.grad(function), in_axes=(None, 0))(params, batch)
+    rows = np.concatenate([np.asarray(g, np.float64).reshape(6, -1) for g in jax.tree.leaves(gradients)], 1)
+    values = np.linalg.eigvalsh(rows @ rows.T)[::-1]
+    np.testing.assert_allclose(found["kernel_spectrum"], values, rtol=1e-4, atol=1e-5 * values[0])
+    losses = np.asarray(jax.vmap(function, in_axes=(None, 0))(params, batch), np.float64)
+    # Eq. 9 written out, and its two ends.
+    for rate, steps in ((1e-2, 3), (1e-3, 50)):
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        left = vectors @ (np.exp(-rate * steps * values) * (vectors.T @ losses))
+        assert kernel_residual(found, rate, steps) == pytest.approx(left @ left, rel=1e-3)
+    assert kernel_residual(found, 0.1, 0) == pytest.approx(losses @ losses, rel=1e-5)
+    assert kernel_residual(found, 1e9, 10**9) < 1e-3 * (losses @ losses)
+    assert found["trace"] == pytest.approx(sum(found["trace_by_layer"].values()), rel=1e-5)
+    assert found["flops"] == look_flops(100, int(samples.token_counts.sum()), 6)
+    assert look_flops(1, 10, 2) == (6 + 4 * 12) * 10 + 2 * 4
+
+
+def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path, tiny_models, monkeypatch):
+    out = tmp_path / "out"
+    models_given = [*options[1:3], f"{tiny_models[0]}+lora"]
+    options[1:3] = models_given
+    status, text = command(*options, "--tangents", 8, "--out", out)
+    assert status == 0
+    assert "kernels and Hessian traces took" in text
+    document = json.loads((out / "selection.json").read_text())
+    seen = document["facts"]["tangents"]
+    assert set(seen) == {"tiny-8", "tiny-16", "tiny-8+lora"}
+    runs = journal(out)
+    for name, found in seen.items():
+        assert len(found["kernel_spectrum"]) == 8
+        assert set(found["kernel_residual"]) == {"10", "20"}
+        start = sum(r**2 for r in found["residual"])
+        assert all(0 <= left <= start for left in found["kernel_residual"].values())
+        (record,) = [r for r in runs if r["candidate"] == name and r["part_of"]]
+        assert record["flops"] == found["flops"] > 0
+        assert record["test_loss"] is None
+    assert "Tangents: kernels and curvature" in (out / "report.html").read_text()
+    monkeypatch.setattr(live.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
+    monkeypatch.setattr(FineTuner, "__init__", lambda *_: pytest.fail("a run was repeated"))
+    assert command(*options, "--tangents", 8, "--out", out)[1] == text
+    assert len(journal(out)) == len(runs)
+
+
+def test_a_look_that_fails_or_costs_too_much_leaves_the_ranking(options, tmp_path, monkeypatch, scripted_run):
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+
+    def failing(*_):
+        raise live.RunFailedError("MemoryError: no room")
+
+    monkeypatch.setattr(live.Bench, "look", failing)
+    options.remove("--quiet")
+    said = io.StringIO()
+    arguments = [str(a) for a in (*options, "--tangents", 8, "--out", tmp_path / "one")]
+    assert cli.run(arguments, io.StringIO(), said) == 0
+    assert said.getvalue().count("could not be measured: MemoryError: no room") == 2
+    said = io.StringIO()
+    monkeypatch.setattr(live, "look_flops", lambda *_: 1e30)
+    arguments = [str(a) for a in (*options, "--tangents", 8, "--budget", "1e9", "--out", tmp_path / "two")]
+    assert cli.run(arguments, io.StringIO(), said) == 0
+    assert said.getvalue().count("not measured, it would exceed the budget") == 2
+
+
+def test_several_rates_and_batch_sizes_are_searched_and_paid_for(options, command, tmp_path):
+    at = options.index("--learning-rate")
+    options[at + 1 : at + 2] = [0.01, 0.0001]
+    at = options.index("--batch-size")
+    options[at + 1 : at + 2] = [8, 4]
+    out = tmp_path / "out"
+    assert command(*options, "--out", out)[0] == 0
+    runs = [r for r in journal(out) if not r["part_of"] and r["size"]]
+    assert len(runs) == 4
+    for run in runs:
+        trials = [r for r in journal(out) if r["part_of"] == run["key"]]
+        assert {(t["facts"]["trial"]["learning_rate"], t["facts"]["trial"]["batch_size"]) for t in trials} == {
+            (rate, size) for rate in (0.01, 0.0001) for size in (4, 8)
+        }
+        assert run["flops"] == pytest.approx(sum(t["flops"] for t in trials))
+        finished = [t["facts"]["trial"] for t in trials if t["facts"]["trial"]["status"] == "finished"]
+        best = min(finished, key=lambda t: t["validation_loss"])
+        assert run["test_loss"] == best["test_loss"]
+        assert (run["facts"]["learning_rate"], run["facts"]["batch_size"]) == (
+            best["learning_rate"],
+            best["batch_size"],
+        )
+        assert run["facts"]["step_flops"] > 0
+    # Killed after two trials of the last run: they are not made again, and the run is what it was.
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    (out / JOURNAL).write_bytes(b"".join(lines[:-3]))
+    made = []
+    whole = FineTuner.trials
+
+    def counted(tuner, *args, **kwargs):
+        made.append((kwargs["rates"], kwargs["batch_size"]))
+        return whole(tuner, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuner, "trials", counted)
+        assert command("--resume", out)[0] == 0
+    assert len(made) == 2
+    again = journal(out)[-1]
+    assert again["key"] == runs[-1]["key"]
+    assert again["test_loss"] == pytest.approx(runs[-1]["test_loss"], rel=1e-6)
+    assert again["flops"] == runs[-1]["flops"]
+
+
+def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypatch, scripted_run):
+    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(options[4], here / "task.jsonl")
+    options[4] = "task.jsonl"
+    monkeypatch.chdir(here)
+    status, text = command(*options, "--out", "run")
+    assert status == 0
+    (here / "run" / "selection.txt").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(live.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
+    for resume in (("--resume", here / "run"), (f"--resume={here / 'run'}",)):
+        assert command(*resume, "--json", "found.json", "--html", "found.html", "--figures", "drawn") == (0, text)
+    assert (here / "run" / "selection.txt").exists()
+    assert json.loads((elsewhere / "found.json").read_text())["target"] == 100
+    assert (elsewhere / "found.html").read_text().startswith("<!doctype html>")
+    assert list((elsewhere / "drawn").glob("*.svg"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no command.json of a selection; name its run directory"),
+        ("[]", "holds no command.json of a selection"),
+        ('{"arguments": ["--quiet"], "directory": "/no/such/place"}', "was started in /no/such/place, which is no"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(refused, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "command.json").write_text(content)
+    assert message in refused("--resume", tmp_path)
+
+
+def test_a_tokenizer_reads_a_task_once(tiny_models, tiny_task, monkeypatch, tmp_path):
+    monkeypatch.setenv("LENSJAX_CACHE", str(tmp_path))
+    counted = []
+    whole = prepare.encode
+
+    def encode_counted(examples, *args, **kwargs):
+        counted.append(len(examples))
+        return whole(examples, *args, **kwargs)
+
+    monkeypatch.setattr(prepare, "encode", encode_counted)
+    given = {"task": tiny_task, "smallest": 10, "visible": 20, "validation": 20, "test": 20}
+    one, two = (prepare.prepare(prepare.Request(models=tuple(map(str, tiny_models)), **given)) for _ in range(2))
+    assert counted == [20, 20, 20]  # two models with one tokenizer: training, validation and test samples once
+    (first,), (second,) = one.tokens.values(), two.tokens.values()
+    for a, b in zip((*first.train.ids, *first.test.ids), (*second.train.ids, *second.test.ids), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert Lora() == one.request.lora
