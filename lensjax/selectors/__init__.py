@@ -8,7 +8,9 @@ from lensjax.selectors.base import Scores, Selector, require_points
 from lensjax.selectors.baselines import ats, model_size, subtuning, zero_shot
 from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
 from lensjax.selectors.ensemble import averaged
+from lensjax.selectors.logme import log_me
 from lensjax.selectors.scaling import lens, power, rectified
+from lensjax.selectors.spectra import NlpMetrics, nlp_metrics
 from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
 
 SELECTORS: Mapping[str, Selector] = {
@@ -31,6 +33,7 @@ __all__ = [
     "RACE",
     "SELECTORS",
     "TAU",
+    "NlpMetrics",
     "Proposal",
     "Race",
     "Scores",
@@ -44,7 +47,9 @@ __all__ = [
     "full_cost",
     "get_selector",
     "lens",
+    "log_me",
     "model_size",
+    "nlp_metrics",
     "power",
     "propose",
     "rectified",

@@ -153,7 +153,7 @@ def propose(
     spent = needed
     for number, (size, share) in enumerate(stages, start=1):
         # The order is that before the stage: what the stage finds out about others is for the next one.
-        predicted = forecast(curves.visible(size - 1), target, settings).loss()
+        predicted = np.exp(forecast(curves.visible(size - 1), target, settings).mixed)
         limit = spent + share * (budget - spent)
         order = np.argsort(predicted, kind="stable")
         found = []

@@ -1,0 +1,310 @@
+"""Make the live benchmark: pre-train 14 small candidates, fine-tune each on three tasks at doubling sizes, measure.
+
+    python benchmarks/demo/make_data.py            # texts and tokenizer, once
+    python benchmarks/live/make.py [--minutes 55]  # goes on where it was; stops by itself between two runs
+    python benchmarks/live/make.py --smoke         # everything at toy scale, seconds each, into a folder of its own
+
+Each row of results/live/runs.jsonl is a finished measurement; the file only grows and can be committed at any time.
+Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, LogME, kernels and traces), "run" (one fine-tuning run; a
+quarter of them are made with seed 1 besides). results/live/TASK.csv is the table that `--losses` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from candidates import CANDIDATES, LENGTH, Candidate
+from data import TASKS, Source
+from flax import nnx
+from make_data import DEMO, END_OF_TEXT
+
+from lensjax.finetune import DivergedError, FineTuner, Plan
+from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained
+from lensjax.selectors import log_me, nlp_metrics
+from lensjax.tangents import hessian_trace, model_loss, ntk
+from lensjax.tasks import Encoded, batches, bucket_lengths, encode, load_task
+
+SIZES = (100, 200, 400, 800, 1_600, 3_200)
+SEED = 2025
+BATCH = 16
+OUTPUTS = ("loss", "gold_probability")
+EXAMPLES = 16  # of a kernel and a trace
+POSITIONS = 4_000  # of LogME
+PLAN = Plan(learning_rate=1e-3, batch_size=32, max_epochs=12, patience=2)
+RESULTS = Path(__file__).parents[1] / "results" / "live"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    candidates: tuple[Candidate, ...] = CANDIDATES
+    tasks: tuple[str, ...] = TASKS
+    sizes: tuple[int, ...] = SIZES
+    steps: float = 1.0
+    validation: int = 300
+    test: int = 500
+    plan: Plan = PLAN
+
+
+SMOKE = Scale(
+    candidates=(CANDIDATES[0], CANDIDATES[11]),
+    tasks=TASKS[:1],
+    sizes=(20, 40),
+    steps=0.002,
+    validation=20,
+    test=20,
+    plan=Plan(learning_rate=1e-3, batch_size=16, max_epochs=1),
+)
+
+
+class Rows:
+    """The file of rows: what is in it is done."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        lines = path.read_text().split("\n") if path.exists() else [""]
+        if lines[-1]:  # a row cut short by a crash
+            lines[-1] = ""
+            path.write_text("\n".join(lines))
+        self.rows = [json.loads(line) for line in lines if line]
+
+    def done(self, **key: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        with self.path.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(json.dumps(row)[:200], flush=True)
+
+
+def pretrain(candidate: Candidate, source: Source, tokenizer: Any, target: Path, steps: int) -> None:
+    """Train one model from random weights and save it; its texts are drawn evenly."""
+    streams = []
+    for name in candidate.texts:
+        encoded = tokenizer([END_OF_TEXT + text for text in source.text(name)], verbose=False)["input_ids"]
+        streams.append(np.concatenate([np.asarray(ids, np.int32) for ids in encoded]))
+    model = init_model(candidate.config(len(tokenizer)), jax.random.key(SEED))
+    seq2seq = getattr(model.config, "is_encoder_decoder", False)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, candidate.learning_rate, max(steps // 20, 1), steps + 1, candidate.learning_rate / 50
+    )
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1))
+
+    @jax.jit
+    def step(params: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def mean(params: Any) -> jax.Array:
+            # An encoder-decoder reads the first half of the window and is scored on the second.
+            half = LENGTH // 2
+            parts = (ids[:, :half], ids[:, half:]) if seq2seq else (ids, ids)
+            batch = dict(zip(("input_ids", "labels"), parts, strict=True))
+            batch["attention_mask"] = jnp.ones_like(batch["input_ids"])
+            losses, counts = nnx.merge(graph, params, rest).loss_sums(batch)
+            return losses.sum() / counts.sum()
+
+        loss, gradient = jax.value_and_grad(mean)(params)
+        updates, state = optimiser.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, rng = optimiser.init(params), np.random.default_rng([SEED, CANDIDATES.index(candidate)])
+    for number in range(steps):
+        which = rng.integers(len(streams), size=BATCH)
+        starts = [rng.integers(len(streams[i]) - LENGTH) for i in which]
+        ids = np.stack([streams[i][s : s + LENGTH] for i, s in zip(which, starts, strict=True)])
+        params, state, loss = step(params, state, ids)
+        if (number + 1) % 200 == 0:
+            print(f"{candidate.name}: step {number + 1} of {steps}, loss {float(loss):.3f}", flush=True)
+    # Aside first: a model that is there is finished.
+    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        save_pretrained(nnx.merge(graph, params, rest), Path(aside) / "model", tokenizer, dtype=jnp.float32)
+        (Path(aside) / "model").rename(target)
+
+
+def features(model: Any, encoded: Encoded, buckets: tuple[int, ...], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states from which target tokens are predicted, and these tokens: (N, d) and (N,)."""
+    found: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
+    for batch in batches(encoded, batch_size=BATCH, buckets=buckets, pad_id=pad_id):
+        labels = np.asarray(batch["labels"])
+        if getattr(model.config, "is_encoder_decoder", False):
+            start = model.config.decoder_start_token_id
+            shifted = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+            shifted = np.where(shifted < 0, pad_id, shifted)
+            hidden = model.hidden(batch["input_ids"], batch["attention_mask"], jnp.asarray(shifted))
+        else:
+            hidden = model.hidden(batch["input_ids"], batch["attention_mask"])[:, :-1]
+            labels = labels[:, 1:]
+        kept = labels >= 0
+        found.append(np.asarray(hidden)[kept])
+        tokens.append(labels[kept])
+        if sum(map(len, tokens)) >= POSITIONS:
+            break
+    return np.concatenate(found)[:POSITIONS], np.concatenate(tokens)[:POSITIONS]
+
+
+def tangents(model: Any, encoded: Encoded, buckets: tuple[int, ...], pad_id: int) -> dict[str, Any]:
+    """Spectra of the kernel in each output choice, with the residuals that F(t) needs, and Hessian traces."""
+    batch = next(batches(encoded.first(EXAMPLES), batch_size=EXAMPLES, buckets=buckets[-1:], pad_id=pad_id))
+    found: dict[str, Any] = {}
+    for output in OUTPUTS:
+        kernel = np.asarray(ntk(model, batch, output=output), np.float64)
+        scale = np.sqrt(np.diagonal(kernel))
+        cosine = kernel / np.outer(scale, scale)
+        found[f"ntk_{output}"] = {
+            "eigenvalues": np.linalg.eigvalsh(kernel).tolist(),
+            "mean_cosine": float((cosine.sum() - len(cosine)) / (len(cosine) * (len(cosine) - 1))),
+        }
+    loss, params = model_loss(model)
+    for matrix in ("hessian", "gauss_newton"):
+        trace = hessian_trace(loss, params, batch, key=jax.random.key(0), probes=8, matrix=matrix)
+        found[f"trace_{matrix}"] = {"total": float(trace.trace), "standard_error": float(trace.standard_error)}
+    return found
+
+
+def work(scale: Scale, source: Source, rows: Rows, models: Path) -> Iterator[None]:
+    """Make whatever is missing; yields between two measurements, so that the caller can stop."""
+    tokenizer_path = source.work / "tokenizer"
+    if not tokenizer_path.exists():
+        tokenizer_path = next(p for p in sorted((DEMO / "models").iterdir()) if p.is_dir())
+    tokenizer = load_tokenizer(tokenizer_path)
+    pad_id = tokenizer.pad_token_id or 0
+    models.mkdir(parents=True, exist_ok=True)
+    for number, candidate in enumerate(scale.candidates):
+        directory = models / candidate.name
+        if not directory.exists():
+            pretrain(candidate, source, tokenizer, directory, max(int(candidate.steps * scale.steps), 2))
+            yield
+        model = load_model(directory)
+        params = nnx.state(model, nnx.Param)
+        if not rows.done(kind="model", candidate=candidate.name):
+            spectra = nlp_metrics(params, min_eigenvalues=40)
+            names = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda", "log_norm", "log_spectral_norm")
+            rows.add(
+                {
+                    "kind": "model",
+                    "candidate": candidate.name,
+                    "family": candidate.family,
+                    "texts": candidate.texts,
+                    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+                    "nlp_metrics": {name: spectra.mean(name) for name in names},
+                }
+            )
+            yield
+        for task_number, name in enumerate(scale.tasks):
+            yield from fine_tune(scale, source, rows, candidate, model, tokenizer, pad_id, name, number + task_number)
+
+
+def fine_tune(
+    scale: Scale,
+    source: Source,
+    rows: Rows,
+    candidate: Candidate,
+    model: Any,
+    tokenizer: Any,
+    pad_id: int,
+    name: str,
+    offset: int,
+) -> Iterator[None]:
+    """Make all measurements of one candidate on one task."""
+    task = load_task(source.task(name), validation=scale.validation, test=scale.test, seed=0)
+    separate = getattr(model.config, "is_encoder_decoder", False)
+
+    def encoded(examples: Any) -> Encoded:
+        return encode(examples, tokenizer, LENGTH, separate=separate)
+
+    train = encoded(task.subset(scale.sizes[-1]))
+    validation, test = encoded(task.validation), encoded(task.test)
+    buckets = bucket_lengths(np.concatenate([train.lengths, validation.lengths, test.lengths]))
+    here = {"candidate": candidate.name, "task": name}
+    plan = scale.plan
+    # Compiled when first needed: a task that is done costs nothing.
+    made: list[FineTuner] = []
+
+    def tuner() -> FineTuner:
+        if not made:
+            made.append(FineTuner(model, plan, buckets, pad_id))
+        return made[0]
+
+    if not rows.done(kind="zero", **here):
+        outcome = tuner().zero_shot(test)
+        score = log_me(*features(model, train, buckets, pad_id))
+        rows.add(
+            {"kind": "zero", **here, "test_loss": outcome.test_loss, "log_me": score}
+            | tangents(model, train, buckets, pad_id)
+        )
+        yield
+    for index, size in enumerate(scale.sizes):
+        # A quarter of the runs twice, spread over candidates, tasks and sizes.
+        for seed in (0, 1) if (offset + index) % 4 == 0 else (0,):
+            if rows.done(kind="run", **here, size=size, seed=seed):
+                continue
+            try:
+                outcome = tuner().run(train.first(size), validation, test, seed=seed)
+                keys = ("test_loss", "validation_loss", "steps", "steps_run", "tokens", "flops", "seconds", "reason")
+                row = {key: getattr(outcome, key) for key in keys}
+            except DivergedError as error:
+                row = {"test_loss": None, "reason": str(error)}
+            rows.add({"kind": "run", **here, "size": size, "seed": seed, "learning_rate": plan.learning_rate, **row})
+            yield
+
+
+def write_tables(rows: Rows, folder: Path) -> None:
+    """Write TASK.csv, long: model, samples, loss, parameters, family; seed 0 only."""
+    models = {row["candidate"]: row for row in rows.rows if row["kind"] == "model"}
+    for name in sorted({row["task"] for row in rows.rows if "task" in row}):
+        with (folder / f"{name}.csv").open("w", newline="") as out:
+            table = csv.writer(out)
+            table.writerow(["model", "samples", "loss", "parameters", "family"])
+            for row in rows.rows:
+                measured = row.get("task") == name and row.get("seed", 0) == 0 and row["test_loss"] is not None
+                if measured:
+                    facts = models[row["candidate"]]
+                    size = row.get("size", 0)
+                    table.writerow(
+                        [row["candidate"], size, f"{row['test_loss']:.6f}", facts["parameters"], facts["family"]]
+                    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after so long")
+    parser.add_argument("--smoke", action="store_true", help="toy scale, without texts of make_data.py")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lensjax-demo")
+    parser.add_argument("--models", type=Path, help="where the models are kept (default: WORK/live-models)")
+    parser.add_argument("--out", type=Path, help="folder of the rows (default: results/live, or WORK/live-smoke)")
+    options = parser.parse_args()
+    folder = options.out or (options.work / "live-smoke" if options.smoke else RESULTS)
+    base = folder if options.smoke else options.work
+    source = Source(base, options.smoke)
+    rows = Rows(folder / "runs.jsonl")
+    began = time.monotonic()
+    enough: Callable[[], bool] = lambda: time.monotonic() - began > 60 * options.minutes  # noqa: E731
+    finished = True
+    for _ in work(SMOKE if options.smoke else Scale(), source, rows, options.models or base / "live-models"):
+        write_tables(rows, folder)
+        if enough():
+            finished = False
+            break
+    write_tables(rows, folder)
+    print("all done" if finished else "time is up; call again to go on")
+
+
+if __name__ == "__main__":
+    main()
