@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import os
 from collections import Counter
@@ -33,6 +34,12 @@ class Curves:
         Model family of each candidate.
     source : str
         Where the losses come from, for messages.
+
+    Examples
+    --------
+    >>> curves = Curves(("small", "large"), [0, 200, 400], [[3.0, 2.5, 2.3], [2.8, 2.2, float("nan")]])
+    >>> len(curves), curves.at(200), curves.visible(200).sizes
+    (2, array([2.5, 2.2]), array([  0., 200.]))
     """
 
     names: tuple[str, ...]
@@ -89,6 +96,17 @@ class Curves:
             families=None if self.families is None else tuple(self.families[i] for i in which),
         )
 
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        head = "".join(f"<th>{size:,.0f}</th>" for size in self.sizes)
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(f"<td>{'' if np.isnan(loss) else f'{loss:.4f}'}</td>" for loss in losses)
+            + "</tr>"
+            for name, losses in zip(self.names, self.losses, strict=True)
+        )
+        return f"<table><tr><th>{html.escape(self.source)}</th>{head}</tr>{rows}</table>"
+
 
 NAME_COLUMNS = ("config name", "model", "name", "candidate")
 PARAMETER_COLUMNS = ("parameters", "params", "size")
@@ -116,6 +134,12 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     InputError
         No such file or packaged table; no size column; fewer than two models; a repeated model or size; a loss or
         parameter count that is not a positive, finite number. The message names the file, the row and the column.
+
+    Examples
+    --------
+    >>> curves = read_losses("published:flan")
+    >>> len(curves), curves.names[0], curves.sizes[-1]
+    (30, 'MBZUAI/LaMini-GPT-124M', np.float64(1638400.0))
     """
     text = os.fspath(source)
     if text.startswith("published:"):

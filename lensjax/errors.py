@@ -6,6 +6,15 @@ class InputError(ValueError):
 
     The message is complete in itself: it names the thing, the value found and the remedy.
     The command line prints it after ``lensjax.select: `` and exits with status 2.
+
+    Examples
+    --------
+    >>> from lensjax import read_losses
+    >>> try:
+    ...     read_losses("published:nothing")
+    ... except InputError as error:
+    ...     print(error)
+    published:nothing: no such published table. There are: published:flan, published:gigaword, published:wmt19.
     """
 
 

@@ -23,6 +23,12 @@ LEAST_COLUMNS = 32
 EXACT = jax.lax.Precision.HIGHEST
 """Kernels are used for their small differences: no reduced-precision passes on devices that have them."""
 
+HALVINGS = 1
+"""How often a symmetric matrix of token products is halved: a second time saves little, and takes long to compile."""
+
+LEAST_ROWS = 64
+"""A symmetric matrix is not halved into fewer rows: products of fewer are slow."""
+
 PAIR_BYTES = 2**24
 """Products of token pairs that exist at once, if they can be split that far."""
 
@@ -158,6 +164,46 @@ def accumulator(*arrays: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.result_type(jnp.float32, *(a.dtype for a in arrays)))
 
 
+def symmetric_blocks(examples: int, halvings: int = HALVINGS) -> list[tuple[slice, slice]]:
+    """Return (rows, columns) of blocks that cover one side of a matrix and its diagonal.
+
+    Parameters
+    ----------
+    examples : int
+        Rows of the matrix.
+    halvings : int
+        The diagonal is halved so often: with 1 a quarter of the matrix is left out, with 2 three eighths.
+    """
+
+    def square(start: int, stop: int, depth: int) -> list[tuple[slice, slice]]:
+        if depth == 0 or stop - start < 2:
+            return [(slice(start, stop), slice(start, stop))]
+        middle = (start + stop + 1) // 2
+        beside = [(slice(start, middle), slice(middle, stop))]
+        return beside + square(start, middle, depth - 1) + square(middle, stop, depth - 1)
+
+    return square(0, examples, halvings)
+
+
+def symmetric_from(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Array]) -> jax.Array:
+    """Return the symmetric matrix whose `symmetric_blocks` are given."""
+    size = max(columns.stop for _, columns in blocks)
+    whole = jnp.zeros((size, size), parts[0].dtype)
+    for (rows, columns), part in zip(blocks, parts, strict=True):
+        whole = whole.at[rows, columns].set(part)
+        if rows != columns:
+            whole = whole.at[columns, rows].set(part.T)
+    return whole
+
+
+def gram_matrix(x: jax.Array) -> jax.Array:
+    """Return `x @ x.T` for x (N, K), in at least float32; where N is large, mostly on one side of the diagonal."""
+    blocks = symmetric_blocks(len(x), 0 if len(x) < 2 * LEAST_ROWS else 1 if len(x) < 4 * LEAST_ROWS else 2)
+    dtype = accumulator(x)
+    parts = [jnp.matmul(x[r], x[c].T, precision=EXACT, preferred_element_type=dtype) for r, c in blocks]
+    return parts[0] if len(parts) == 1 else symmetric_from(blocks, parts)
+
+
 def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: jax.Array) -> jax.Array:
     """Return inner products of per-example weight gradients, contracted over pairs of tokens.
 
@@ -181,6 +227,51 @@ def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: ja
         return _weighted(inputs, one[1], right2, dtype)
 
     return _by_rows(row, (left1, right1), right1, right2)
+
+
+def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Return `token_gram(left, right, left, right)`, most of it on one side of the diagonal only.
+
+    Parameters
+    ----------
+    left : float array (N, T, d)
+    right : float array (N, C, T, e)
+
+    Returns
+    -------
+    float array (N, C, N, C), at least float32.
+    """
+    (examples, tokens, _), outputs, dtype = left.shape, right.shape[1], accumulator(left, right)
+    if outputs > 1 or (examples * tokens) ** 2 * dtype.itemsize > PAIR_BYTES:
+        return token_gram(left, right, left, right)
+    # Parts of matrices: parts of arrays with more axes are copied and transposed for every product.
+    flat = (left.reshape(examples * tokens, -1), right.reshape(examples * tokens, -1))
+    blocks = symmetric_blocks(examples)
+    weights, products = (token_products(x, blocks, tokens) for x in flat)
+    return summed_products(blocks, weights, products, tokens)
+
+
+def token_products(x: jax.Array, blocks: Sequence[tuple[slice, slice]], tokens: int) -> list[jax.Array]:
+    """Return the blocks of `x @ x.T` for x (N * T, d); blocks count examples, of T tokens each."""
+    dtype, parts = accumulator(x), []
+    for rows, columns in blocks:
+        ours, theirs = (x[s.start * tokens : s.stop * tokens] for s in (rows, columns))
+        parts.append(jnp.matmul(ours, theirs.T, precision=EXACT, preferred_element_type=dtype))
+    return parts
+
+
+def summed_products(
+    blocks: Sequence[tuple[slice, slice]],
+    weights: Sequence[jax.Array],
+    products: Sequence[jax.Array],
+    tokens: int,
+) -> jax.Array:
+    """Return the sums (N, 1, N, 1) over token pairs of two matrices' products, both given by blocks."""
+    parts = []
+    for (rows, columns), one, other in zip(blocks, weights, products, strict=True):
+        shape = (rows.stop - rows.start, tokens, columns.stop - columns.start, tokens)
+        parts.append(jnp.sum((one * other).reshape(shape), axis=(1, 3)))
+    return symmetric_from(blocks, parts)[:, None, :, None]
 
 
 def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ The left factor is made a chunk of the vocabulary at a time from the hidden stat
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,18 @@ from lensjax_kernels.gram import (
     pad_axis,
     reduce_weight_gradients,
     split_columns,
+    summed_products,
+    symmetric_blocks,
+    token_products,
     weighted_gram,
 )
 from lensjax_kernels.head import IGNORED
 
 LOGIT_BYTES = 2**26
 """Logits that exist at once where they are not kept."""
+
+FACTOR_BYTES = 2**24
+"""Left factors whose token pairs are multiplied at once: the products copy and transpose parts of them."""
 
 
 def head_losses(
@@ -209,29 +216,35 @@ def head_pull_by_tokens(
     """
     dtype = log_normalizers.dtype
     right = cotangents.astype(dtype)[..., None] * hidden[:, None].astype(dtype)
-    size, pieces = split_columns(weight.shape[0], labels.size * dtype.itemsize, LOGIT_BYTES)
+    size, pieces = split_columns(weight.shape[0], labels.size * dtype.itemsize, min(LOGIT_BYTES, FACTOR_BYTES))
 
     def sides(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (x, x) if rows is None else (x[:rows], x[rows:])
 
-    def one(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (examples, tokens), symmetric = labels.shape, rows is None and cotangents.shape[1] == 1
+    blocks = symmetric_blocks(examples)
+
+    def one(start: jax.Array) -> tuple[jax.Array, Any]:
         left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
         direction = jnp.einsum("btv,vd->btd", left, rows_at(weight, start, size).astype(dtype))
+        if symmetric:
+            return direction, token_products(left.reshape(examples * tokens, -1), blocks, tokens)
         return direction, jnp.einsum("ntv,msv->ntms", *sides(left), precision=EXACT)
 
     direction, products = _summed(one, size, pieces)
-    pulled = cotangents.astype(dtype)[..., None] * direction[:, None]
-    return pulled.astype(hidden.dtype), weighted_gram(products, *sides(right))
+    pulled = (cotangents.astype(dtype)[..., None] * direction[:, None]).astype(hidden.dtype)
+    if symmetric:
+        others = token_products(right.reshape(examples * tokens, -1), blocks, tokens)
+        return pulled, summed_products(blocks, products, others, tokens)
+    return pulled, weighted_gram(products, *sides(right))
 
 
-def _summed(
-    one: Callable[[jax.Array], tuple[jax.Array, jax.Array]], size: int, pieces: int
-) -> tuple[jax.Array, jax.Array]:
+def _summed(one: Callable[[jax.Array], tuple[jax.Array, Any]], size: int, pieces: int) -> tuple[jax.Array, Any]:
     """Add up what a function gives for each chunk of the vocabulary."""
     if pieces == 1:
         return one(jnp.int32(0))
 
-    def step(total: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def step(total: tuple[jax.Array, Any], start: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, total, one(start)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))

@@ -307,6 +307,20 @@ def fit(
     ----------
     LensLLM (ICML 2025, arXiv 2505.03793): eq. 2, 9, 10 and the fitting objective.
     Blondel et al. (NeurIPS 2022, arXiv 2105.15183): implicit differentiation as in jaxopt.
+
+    Examples
+    --------
+    >>> sizes = np.array([0.0, 200, 400, 800, 1600, 3200])
+    >>> losses = 30 / (10 + sizes**0.4) + 1
+    >>> fits = fit(sizes, losses, law="rectified")
+    >>> fits.status, fits.params["beta"].round(4), fits.predict(1e6).round(4)
+    (('converged',), array([0.4]), array([1.1149]))
+
+    The derivative of a prediction by the losses goes through the fit, by implicit differentiation:
+
+    >>> slope = jax.grad(lambda losses: fit(sizes, losses, law="rectified").predict(1e6).sum())(losses)
+    >>> slope.shape, bool(jnp.isfinite(slope).all())
+    ((6,), True)
     """
     if losses is None:
         _require(

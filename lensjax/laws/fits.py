@@ -117,6 +117,15 @@ class Fits:
         Measured points with positive weight.
     transition : (M,)
         Samples at which the power phase begins, F^(1/beta); NaN for the power law, and where F differs by size.
+
+    Examples
+    --------
+    >>> from lensjax import fit, read_losses
+    >>> fits = fit(read_losses("published:flan").visible(204800), law="rectified")
+    >>> fits
+    Fits(law='rectified', 30 curves, 30 converged)
+    >>> fits.predict(1_638_400).shape
+    (30,)
     """
 
     law: str
@@ -266,6 +275,12 @@ class Fits:
         fun = _prediction(self.law, names, len(self), source)
         losses = _evaluate(fun, self.found["params"], D if concrete(D) is None else np.asarray(D, np.float64), *extra)
         return losses[:, 0] if single else losses
+
+    def __repr__(self) -> str:
+        known = concrete(self.found["converged"])
+        if known is None or known.ndim != 1:
+            return f"Fits(law={self.law!r})"
+        return f"Fits(law={self.law!r}, {len(self)} curves, {int(known.sum())} converged)"
 
 
 @functools.lru_cache(maxsize=32)

@@ -60,6 +60,11 @@ def power_law(params: Mapping[str, Array], D: Array) -> jax.Array:
     References
     ----------
     LensLLM (ICML 2025, arXiv 2505.03793), eq. 2.
+
+    Examples
+    --------
+    >>> power_law({"B": 20.0, "E": 1.0, "beta": 0.5, "alpha": 1.0}, 400.0)  # log(20 / 20 + 1)
+    Array(0.6931472, dtype=float32)
     """
     B, E, beta, alpha, D = _floats(params["B"], params["E"], params["beta"], params["alpha"], D)
     return alpha * _log_exp_plus(jnp.log(B) - beta * jnp.log(jnp.maximum(D, 1.0)), E)
@@ -84,6 +89,11 @@ def rectified_law(params: Mapping[str, Array], D: Array) -> jax.Array:
     References
     ----------
     Rectified Scaling Law (ICML 2024, arXiv 2402.02314).
+
+    Examples
+    --------
+    >>> rectified_law({"B": 20.0, "E": 1.0, "beta": 0.5, "D_l": 20.0}, 0.0)  # a loss of 20 / 20 + 1 before fine-tuning
+    Array(0.6931472, dtype=float32)
     """
     return _log_saturating(params["B"], params["E"], params["beta"], params["D_l"], D)
 
@@ -107,6 +117,11 @@ def lens_law(params: Mapping[str, Array], D: Array) -> jax.Array:
     References
     ----------
     LensLLM (ICML 2025, arXiv 2505.03793), eq. 10.
+
+    Examples
+    --------
+    >>> lens_law({"B": 20.0, "E": 1.0, "beta": 0.5, "F": 10.0}, 100.0)  # log(20 / (10 + 10) + 1)
+    Array(0.6931472, dtype=float32)
     """
     return _log_saturating(params["B"], params["E"], params["beta"], params["F"], D)
 

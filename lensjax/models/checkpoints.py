@@ -388,6 +388,13 @@ def from_pretrained(
     InputError
         If the model cannot be found or is not supported, or if the checkpoint does not fit its configuration: then
         with all unused, missing and misshapen tensors in one message.
+
+    Examples
+    --------
+    >>> from lensjax import data
+    >>> model, tokenizer = from_pretrained(data.path("demo", "models", "bible-tiny"))
+    >>> model.config.model_type, tokenizer.decode(tokenizer("In the beginning")["input_ids"])
+    ('gpt2', 'In the beginning')
     """
     if is_gguf(name_or_path):
         file = GGUFFile.open(name_or_path)

@@ -39,6 +39,14 @@ class Scores:
         Probability of having the lowest loss at `target`, adding to 1.
     may_be_best : bool array (M,) or None
         The smallest set that contains the best candidate with probability `CERTAINTY`.
+
+    Examples
+    --------
+    >>> from lensjax import SELECTORS, read_losses
+    >>> curves = read_losses("published:wmt19").visible(51200)
+    >>> scores = SELECTORS["averaged"](curves, 1_638_400)
+    >>> scores.best in curves.names, scores.interval.shape, round(scores.best_probability.sum(), 6)
+    (True, (30, 2), np.float64(1.0))
     """
 
     method: str

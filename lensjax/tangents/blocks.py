@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.tangents.memory import needed_bytes
 from lensjax.tangents.models import is_model, model_function
 from lensjax.tangents.ntk import Outputs, checked, ntk
-from lensjax.tangents.problem import Problem, Select
+from lensjax.tangents.problem import Problem, Select, compiled
 
 LARGEST_BLOCK = 1024
 
@@ -109,18 +110,17 @@ def block_for(f: Any, params: Any, x: Any, memory: int, *, parameters: Select = 
     """
     total = jax.tree.leaves(x)[0].shape[0]
 
+    def make(get: Callable[[], Any]) -> Any:
+        def run(params: Any, x1: Any, x2: Any) -> Any:
+            return ntk(get(), params, x1, x2, method="transform", parameters=parameters, outputs=outputs)
+
+        return jax.jit(run)
+
+    program = compiled(f, ("block", parameters, outputs), make)
+
     def needed(block: int) -> int:
         part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((block, *a.shape[1:]), a.dtype), x)
-
-        def run(params: Any, x1: Any, x2: Any) -> Any:
-            return ntk(f, params, x1, x2, method="transform", parameters=parameters, outputs=outputs)
-
-        analysis = jax.jit(run).lower(params, part, part).compile().memory_analysis()
-        if analysis is None:
-            raise InputError(
-                "This device does not say how much memory a program takes; give `block` instead of `memory`."
-            )
-        return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+        return needed_bytes(program, params, part, part)
 
     small, larger = 2, 8
     of_small, of_larger = needed(small), needed(larger)

@@ -222,6 +222,14 @@ def kernel_dynamics(
     Notes
     -----
     The decomposition is made in float64 whatever the caller's precision; the result has the default float dtype.
+
+    Examples
+    --------
+    >>> dynamics = kernel_dynamics(np.diag([1.0, 4.0]), outputs=np.array([1.0, 1.0]))
+    >>> f"{dynamics.residual_norm(0.0):.4f}, {dynamics.residual_norm(10.0, learning_rate=0.05):.4f}"
+    '2.0000, 0.3862'
+    >>> bool(jax.grad(dynamics.loss)(10.0, 0.05) < 0)  # longer training lowers the loss
+    True
     """
     if negative not in ("clip", "keep", "refuse"):
         raise InputError(f"negative={negative!r} is not known; choose 'clip', 'keep' or 'refuse'.")

@@ -93,7 +93,8 @@ def by_tokens(uses: Sequence[Use], in_loops: bool, tokens: Sequence[int], output
     others = sum(tokens) - looked_up
     pairs = reducer.rows * (reducer.columns or reducer.rows)
     # Operations on token pairs come with passes over all of these; the other way makes the head's left factor again.
-    direct = 2 * pairs * looked_up * (looked_up + 2 * others) * outputs**2
+    crossed = others if reducer.columns is None else 2 * others
+    direct = 2 * pairs * looked_up * (looked_up + crossed) * outputs**2
     return direct < uses[0].shape[0] * reducer.examples * others
 
 
@@ -195,7 +196,9 @@ def _by_tokens(
     ids = jnp.maximum(ids, 0)
     split = reducer.sides
     one_way = _crossed(split_tree(source, reducer, 0), split(right)[0], split(ids)[1], split(added)[1], weight)
-    other_way = _crossed(split_tree(source, reducer, 1), split(right)[1], split(ids)[0], split(added)[0], weight)
+    other_way = one_way
+    if reducer.columns is not None:
+        other_way = _crossed(split_tree(source, reducer, 1), split(right)[1], split(ids)[0], split(added)[0], weight)
     return total + reducer.arrange(one_way + other_way.transpose(2, 3, 0, 1))
 
 

@@ -328,35 +328,44 @@ def example_forms(
         raise InputError(f"steps={steps} must be at least 1.")
     count_examples(batch, "batch")
     operator = CurvatureOperator(facts, f, params, [jax.tree.map(lambda a: a[:1], batch)])
-    blocks = [b for b in facts.blocks if b is not None]
-    steps = min(steps, max(operator.block_sizes().values()))
+    sizes = list(operator.block_sizes().values())
+    steps, largest = min(steps, max(sizes)), max(sizes)
+    # The leaves block by block, so that a block is one piece of a vector: the basis is as long as the largest of them.
+    own = [b for b in facts.blocks if b is not None]
+    order = sorted(range(len(own)), key=own.__getitem__)
 
     def make(get: Callable[[], Any]) -> Any:
-        def run(params: Any, flat: jax.Array, examples: Any, block: jax.Array) -> Any:
+        def run(params: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
             chosen = facts.chosen(params)
-            marks = [jnp.broadcast_to(block == b, (leaf.size,)) for b, leaf in zip(blocks, chosen, strict=True)]
-            inside = jnp.concatenate(marks)
-            start = jnp.where(inside, flat, 0)
+            arranged = [chosen[i] for i in order]
+
+            def piece(vector: jax.Array) -> jax.Array:
+                part = jax.lax.dynamic_slice_in_dim(jnp.pad(vector, (0, largest)), start, largest)
+                return jnp.where(jnp.arange(largest) < size, part, 0)
 
             def one(example: Any) -> Any:
-                own = jax.tree.map(lambda a: a[None], example)
-                product, weight = facts.prepare(get(), params, own)
+                product, weight = facts.prepare(get(), params, jax.tree.map(lambda a: a[None], example))
 
                 def multiply(w: jax.Array) -> jax.Array:
-                    out = join(product(cut(w, chosen)))
-                    return jnp.where(inside, out / jnp.maximum(weight, 1), 0)
+                    whole = jnp.zeros(flat.shape[0] + largest, w.dtype)
+                    whole = jax.lax.dynamic_update_slice_in_dim(whole, w, start, 0)
+                    leaves = dict(zip(order, cut(whole, arranged), strict=True))
+                    out = product([leaves[i] for i in range(len(order))])
+                    return piece(join([out[i] for i in order])) / jnp.maximum(weight, 1)
 
-                return tridiagonal(multiply, start, steps)
+                return tridiagonal(multiply, piece(flat), steps)
 
             return jax.lax.map(one, examples)
 
         return jax.jit(run)
 
     run = compiled(f, ("example forms", facts, steps), make)
-    flat = operator.flatten(v)
+    leaves = operator.unflatten(operator.flatten(v))
+    flat = join([leaves[i] for i in order])
     result = {}
     for block, name in enumerate(facts.block_names):
-        found = [np.asarray(a, np.float64) for a in run(params, flat, batch, jnp.array(block))]
+        start, size = sum(sizes[:block]), sizes[block]
+        found = [np.asarray(a, np.float64) for a in run(params, flat, batch, jnp.array(start), jnp.array(size))]
         if not all(np.isfinite(a).all() for a in found):
             raise InputError(f"the curvature of an example's loss is not finite in {name}: check the batch for NaN.")
         lines = zip(*found, strict=True)

@@ -64,9 +64,66 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Any
     return _kept(graph, output, seed), params
 
 
+FROZEN = "(frozen) "
+"""What the names of arrays begin with that a model holds beside its parameters."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class WithFrozen:
+    """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
+
+    As a pytree it has the leaves of both, the parameters under the names that they have by themselves.
+    """
+
+    def __init__(self, params: Any, frozen: Any) -> None:
+        self.params, self.frozen = params, frozen
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Return the leaves with their names, and the structure of both parts."""
+        children, structures = [], []
+        for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
+            leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+            names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+            names = [prefix + name.removesuffix(".value") for name in names]
+            children += [(jax.tree_util.DictKey(name), leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+            structures.append((structure, len(leaves)))
+        return children, tuple(structures)
+
+    @classmethod
+    def tree_unflatten(cls, structures: Any, leaves: Any) -> WithFrozen:
+        """Put the leaves back."""
+        (own, count), (frozen, _) = structures
+        leaves = list(leaves)
+        return cls(jax.tree.unflatten(own, leaves[:count]), jax.tree.unflatten(frozen, leaves[count:]))
+
+
 def model_function(model: Any, output: str) -> tuple[Any, Any]:
-    """Return `ntk_outputs(model, output)`."""
-    return ntk_outputs(model, output)
+    """Return `ntk_outputs(model, output)`, with what the model holds beside its parameters as arguments too.
+
+    Nothing is compiled twice then, and no frozen weight is a constant of a program.
+    """
+    from flax import nnx
+
+    f, params = ntk_outputs(model, output)
+    if not jax.tree.leaves(f.rest):
+        return f, params
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return _kept_with_frozen(graph, output, f.seed), WithFrozen(params, rest)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FrozenOutput:
+    graph: Any
+    output: str
+    seed: int
+
+    def __call__(self, both: WithFrozen, example: Mapping[str, jax.Array]) -> jax.Array:
+        return _ModelOutput(self.graph, self.output, self.seed, both.frozen)(both.params, example)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_with_frozen(graph: Any, output: str, seed: int) -> _FrozenOutput:
+    return _FrozenOutput(graph, output, seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents import oracles
+from lensjax.tangents.memory import Way, needed_bytes, ways
 from lensjax.tangents.models import is_model, model_function
 from lensjax.tangents.problem import ByLayer, Function, Problem, Select, compiled, make_problem, one_example
 from lensjax.tangents.reducers import Norms, Pairs, Reducer
@@ -33,6 +34,7 @@ def ntk(
     parameters: Select = None,
     by_layer: ByLayer = False,
     outputs: Outputs = "full",
+    memory: int | None = None,
     return_report: bool = False,
 ) -> Any:
     """Return the empirical neural tangent kernel: inner products of the parameter gradients of examples.
@@ -61,6 +63,11 @@ def ntk(
         Return one kernel for each layer; these add up to the whole. True: a layer is a path without its last part.
     outputs : {"full", "trace", "diagonal"}
         Which pairs of outputs: all; equal ones, summed; equal ones, kept apart.
+    memory : int, optional
+        Bytes that the computation may take beside the parameters, the examples and the kernel, by the compiled
+        program's own account. Models of `lensjax.models` then run their layers in a loop and recompute as much of them
+        on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed in
+        blocks as by `ntk_blocks`, which repeats the backward pass for each block.
     return_report : bool
         Return `(kernel, report)`.
 
@@ -86,14 +93,42 @@ def ntk(
     ----------
     Jacot et al. 2018, arXiv:1806.07572; Novak et al. 2022, arXiv:2206.08720, for the three ways to contract it;
     LensLLM (ICML 2025), eq. 8.
+
+    Examples
+    --------
+    >>> kernel = ntk(lambda w, x: jnp.dot(w, x), jnp.ones(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> kernel  # of a linear function: inner products of the examples
+    Array([[ 5., 11.],
+           [11., 25.]], dtype=float32)
     """
+    model = f
     if is_model(f):
         f, params, x1, x2 = (*model_function(f, output), params, x1)
     problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
     chosen, reason = _choose(problem, method, params, x1)
     crossed = outputs == "full" and problem.outputs > 1
+    reducer = Pairs(problem.rows, problem.columns, crossed)
+    if memory is not None:
+        if chosen != "transform":
+            raise InputError(
+                f"memory={memory} bounds method='transform', but here it is {chosen!r} ({reason}); leave one out."
+            )
+        way, found, how = _within(model, problem, reducer, params, x1, x2, output, memory)
+        reason = f"{reason}; {how}"
+        if not found:
+            if by_layer:
+                raise InputError(
+                    f"memory={memory} bytes is too little for all examples at once, and blocks of them give the sum "
+                    "over layers only; allow more, or choose layers one after the other with `parameters`."
+                )
+            from lensjax.tangents.blocks import ntk_blocks
+
+            by_blocks = jnp.asarray(
+                ntk_blocks(way.function, way.params, x1, x2, parameters=parameters, outputs=outputs, memory=memory)
+            )
+            return (by_blocks, report_of(problem, chosen, reason, params, x1)) if return_report else by_blocks
+        problem, params = dataclasses.replace(problem, function=way.function), way.params
     if chosen == "transform":
-        reducer = Pairs(problem.rows, problem.columns, crossed)
         blocks = transformed(problem, reducer, params, x1, x2)
     else:
         blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
@@ -179,6 +214,11 @@ def transformed(
     problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any, key: Any = None
 ) -> dict[int, jax.Array]:
     """Return what the reducer wants for each layer; compiled once for each function and shapes."""
+    return program(problem, reducer)(params, x1, x2, key)
+
+
+def program(problem: Problem, reducer: Reducer) -> Any:
+    """Return the compiled function (params, x1, x2, key) behind `transformed`."""
     static = dataclasses.replace(problem, function=_no_function)
 
     def make(get: Callable[[], Function]) -> Any:
@@ -190,7 +230,20 @@ def transformed(
 
         return jax.jit(run)
 
-    return compiled(problem.function, (static, reducer), make)(params, x1, x2, key)
+    return compiled(problem.function, (static, reducer), make)
+
+
+def _within(
+    f: Any, problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any, output: str, memory: int
+) -> tuple[Way, bool, str]:
+    """Return the fastest way that fits into `memory`, whether one does (else the smallest), and what it is in words."""
+    for way in ways(f, params, output):
+        own = dataclasses.replace(problem, function=way.function)
+        bytes_needed = needed_bytes(program(own, reducer), way.params, x1, x2, None)
+        how = f"{way.what or 'as it is'}, {bytes_needed / 2**20:.0f} MiB"
+        if bytes_needed <= memory:
+            return way, True, how
+    return way, False, f"in blocks, for all examples at once take {bytes_needed / 2**20:.0f} MiB"
 
 
 def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:

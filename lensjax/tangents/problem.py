@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lensjax.errors import InputError
 from lensjax.tangents import ir
+from lensjax.tangents.models import FROZEN
 from lensjax.tangents.plan import Plan, make_plan
 
 Function = Callable[[Any, Any], Any]
@@ -97,7 +98,9 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
             f"x1 and x2 must agree in structure, shapes and dtypes after the first axis: {one_example(x1)} is not "
             f"{one_example(x2)}; pad or cast one of them."
         )
-    chosen = [select(parameters, name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    chosen = [
+        not name.startswith(FROZEN) and select(parameters, name, leaf) for name, leaf in zip(names, leaves, strict=True)
+    ]
     chosen = [c and bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for c, leaf in zip(chosen, leaves, strict=True)]
     if not any(chosen):
         raise InputError(

@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from lensjax_kernels.gram import EXACT, accumulator
+from lensjax_kernels.gram import EXACT, accumulator, gram_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Pairs:
         """Reduce gradients (B, C, K)."""
         left, right = self.sides(gradient)
         dtype = accumulator(gradient)
+        if self.columns is None and (self.crossed or gradient.shape[1] == 1):
+            n, c, size = gradient.shape
+            gram = gram_matrix(gradient.reshape(n * c, size))
+            return gram.reshape(n, c, n, c) if self.crossed else gram[None]
         if self.crossed:
             (n, c, size), (m, k, _) = left.shape, right.shape
             left, right = left.reshape(n * c, size), right.reshape(m * k, size)

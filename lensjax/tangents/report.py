@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from typing import Any
 
@@ -69,6 +70,10 @@ class NtkReport:
             names = ", ".join(t.parameters[:3]) + (", ..." if len(t.parameters) > 3 else "")
             lines.append(f"    {names}: {t.reason}; {t.bytes / 2**20:.1f} MiB")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the report in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def report_of(problem: Problem, method: str, reason: str, params: Any, x1: Any) -> NtkReport:

@@ -17,6 +17,7 @@ from lensjax_kernels.gram import (
     reduce_weight_gradients,
     row_gram,
     split_columns,
+    symmetric_token_gram,
     token_gram,
 )
 from lensjax_kernels.head_gram import head_left_times, head_pull, head_pull_by_tokens
@@ -24,8 +25,11 @@ from lensjax_kernels.head_gram import head_left_times, head_pull, head_pull_by_t
 from lensjax.tangents.reducers import Features, Pairs, Reducer
 from lensjax.tangents.uses import Canonical
 
-TOKEN_PAIRS_COST = 2
-"""What an operation of a product over token pairs takes, with one of per-example gradients as the unit (CPU)."""
+TOKEN_PAIRS_COST = {"symmetric": 0.8, "plain": 1.0, "outputs": 2.0}
+"""What a product over token pairs takes, with one that makes per-example gradients as the unit (CPU)."""
+
+GRAM_OVERHEAD = 32
+"""Products of few gradients with each other are slow: they take as long as with so many rows more (CPU)."""
 
 LARGEST_PAIRS = 2**26
 """Bytes of the fused head's products of token pairs, at most."""
@@ -34,6 +38,17 @@ OUTER_BYTES = 2**25
 """Memory for the rows that looked-up cotangents are added to at once, and for the factors of products there."""
 
 RowsOf = Callable[[jax.Array, int], jax.Array]
+
+
+def token_pairs(reducer: Pairs, tokens: int, outputs: int) -> float:
+    """Return the token pairs of a kernel, counted by what products over them take."""
+    kind = "outputs" if outputs > 1 else "symmetric" if reducer.columns is None else "plain"
+    return reducer.rows * (reducer.columns or reducer.rows) * tokens**2 * TOKEN_PAIRS_COST[kind]
+
+
+def gradient_pairs(reducer: Pairs, outputs: int) -> float:
+    """Return the pairs of gradients of a kernel, counted by what products of them take."""
+    return (reducer.rows * outputs + GRAM_OVERHEAD) * (reducer.columns or reducer.rows) * outputs
 
 
 def of_lift(cotangents: jax.Array, reducer: Reducer, key: jax.Array | None) -> jax.Array:
@@ -78,9 +93,10 @@ def of_factors(
     if isinstance(reducer, Pairs):
         if tokens == 1:
             return _one_token(left[:, 0], right[:, :, 0], reducer)
-        pairs = reducer.rows * (reducer.columns or reducer.rows)
-        direct = pairs * tokens**2 * (d + outputs**2 * e) * TOKEN_PAIRS_COST
-        if direct < examples * outputs * tokens * d * e + pairs * outputs**2 * d * e:
+        direct = token_pairs(reducer, tokens, outputs) * (d + outputs**2 * e)
+        if direct < examples * outputs * tokens * d * e + gradient_pairs(reducer, outputs) * d * e:
+            if reducer.columns is None:
+                return reducer.arrange(symmetric_token_gram(left, right))
             (left1, left2), (right1, right2) = reducer.sides(left), reducer.sides(right)
             return reducer.arrange(token_gram(left1, right1, left2, right2))
     return reduce_weight_gradients(left, right, reducer)
@@ -115,9 +131,8 @@ def of_rows(
         places = jnp.where(ids[0] < 0, -1, places.reshape(-1))
         ids, height = jnp.broadcast_to(places, ids.shape), unique.shape[0]
     elif isinstance(reducer, Pairs):
-        pairs = reducer.rows * (reducer.columns or reducer.rows)
-        direct = pairs * tokens**2 * outputs**2 * width * TOKEN_PAIRS_COST
-        if direct < height * (examples * outputs * width + pairs * outputs**2 * width):
+        direct = token_pairs(reducer, tokens, outputs) * outputs**2 * width
+        if direct < height * (examples * outputs * width + gradient_pairs(reducer, outputs) * width):
             # Ids of -1 looked nothing up: their cotangents do not count.
             right = jnp.where((ids < 0)[:, None, :, None], 0, right)
             (ids1, ids2), (right1, right2) = reducer.sides(ids), reducer.sides(right)
@@ -175,9 +190,9 @@ def of_head(
     if isinstance(reducer, Pairs):
         (examples, tokens), (vocabulary, width), outputs = labels.shape, weight.shape, cotangents.shape[1]
         pairs = reducer.rows * (reducer.columns or reducer.rows)
-        # These products are as large as the gradients' and more regular, so that they take no longer.
-        direct = pairs * tokens**2 * (vocabulary + outputs**2 * width)
-        dense = vocabulary * width * outputs * (examples * tokens + pairs * outputs)
+        # As many outputs as there are, the large products are of the left factors alone.
+        direct = token_pairs(reducer, tokens, 1) * (vocabulary + outputs**2 * width)
+        dense = vocabulary * width * (outputs * examples * tokens + gradient_pairs(reducer, outputs))
         if direct < dense and pairs * tokens**2 * normalizers.dtype.itemsize <= LARGEST_PAIRS:
             rows = None if reducer.columns is None else reducer.rows
             pulled, blocks = head_pull_by_tokens(hidden, weight, labels, normalizers, logits, cotangents, rows)

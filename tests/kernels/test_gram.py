@@ -136,6 +136,42 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
         want = np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)
         assert worst(share, want) < tolerance
         assert worst(by_tokens, want[:1, :, 1:]) < tolerance
+        first = head_gram.head_pull_by_tokens(*known, cotangents[:, :1], rows=None)
+        assert worst(first[0], np.asarray(pulled[:, :1])) < tolerance
+        assert worst(first[1], want[:, :1, :, :1]) < tolerance
         matrix = draw(vocabulary, 5, dtype=dtype)
         assert worst(head_gram.head_left_times(*known, matrix), np.asarray(left @ matrix)) < tolerance
         assert head_gram.head_pull(*known, cotangents, None)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [
+        ((5, 1, 3, 4, 6), np.float64, 1e-12),
+        ((1, 1, 3, 4, 6), np.float64, 1e-12),
+        ((3, 2, 3, 4, 6), np.float64, 1e-12),
+        ((9, 1, 96, 1300, 1100), np.float32, 1e-5),  # more than 2^20 inputs, token pairs that fit
+        ((30, 1, 160, 40, 50), np.float32, 1e-5),  # token pairs that do not fit at once
+    ],
+)
+def test_symmetric_token_pairs(shape, dtype, tolerance):
+    b, c, t, d, e = shape
+    with jax.enable_x64(True):
+        left, right = draw(b, t, d, dtype=dtype), draw(b, c, t, e, dtype=dtype)
+        got = gram.symmetric_token_gram(left, right)
+        want = dense_pairs(np.einsum("btd,bcte->bcde", left, right, dtype=np.float64, optimize=True))
+        assert got.dtype == dtype
+        assert worst(got, want) < tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 7, 129, 257])
+def test_gram_matrix(rows):
+    x = draw(rows, 4200, dtype=np.float32)
+    want = np.asarray(x, np.float64) @ np.asarray(x, np.float64).T
+    assert worst(gram.gram_matrix(x), want) < 1e-5
+    blocks = gram.symmetric_blocks(rows, 2)
+    covered = np.zeros((rows, rows), int)
+    for of_rows, of_columns in blocks:
+        covered[of_rows, of_columns] += 1
+    assert covered.max() == 1
+    assert ((covered + covered.T) > 0).all()

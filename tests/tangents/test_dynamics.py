@@ -78,6 +78,26 @@ def test_singular_kernels_keep_what_they_cannot_learn():
         assert nothing.largest_stable_rate() == np.inf
 
 
+def test_a_large_kernel_in_float32():
+    """A kernel of more than 2^20 entries against float64."""
+    n, m = 1040, 7
+    rng = np.random.default_rng(0)
+    train, test = (rng.normal(size=(k, 64)) / 8 for k in (n, m))
+    kernel, cross = train @ train.T + 0.01 * np.eye(n), test @ train.T
+    outputs, elsewhere = rng.normal(size=n), rng.normal(size=m)
+    values, vectors = np.linalg.eigh(kernel)
+    dynamics = kernel_dynamics(kernel, outputs)
+    assert dynamics.residual(1.0).dtype == jnp.float32
+    assert kernel.size > 2**20
+    for t in (0.1, 3.0, 100.0):
+        decay = np.exp(-0.02 * values * t)
+        want = vectors @ (decay * (vectors.T @ outputs))
+        np.testing.assert_allclose(dynamics.residual(t, 0.02), want, atol=1e-5 * np.abs(outputs).max())
+        np.testing.assert_allclose(dynamics.residual_norm(t, 0.02), want @ want, rtol=1e-5)
+        moved = cross @ (vectors @ ((1 - decay) / values * (vectors.T @ outputs)))
+        np.testing.assert_allclose(dynamics.predict(t, cross, elsewhere, 0.02), elsewhere - moved, atol=1e-4)
+
+
 def test_several_outputs_per_example():
     with jax.enable_x64(True):
         kernel, cross, outputs, targets, elsewhere, _ = system(n=6, m=4)

@@ -103,6 +103,18 @@ def test_forms_of_each_example_and_layer():
                 want = applied(matrix[own, own], along[own], DENSE["positive_part"])
                 assert found[name][i] == pytest.approx(want, rel=1e-8)
                 negative += np.linalg.eigvalsh(matrix[own, own])[0] < -1e-6
+        # Blocks whose parameters do not stand side by side.
+        apart = example_forms(loss, params, v, batch, steps=20, by_layer=lambda path: path.rpartition(".")[2])
+        matrix = np.asarray(hessian({name: a[:1] for name, a in batch.items()}))
+        for name, own in (("bias", np.arange(4)), ("kernel", np.arange(4, 24))):
+            want = applied(matrix[np.ix_(own, own)], along[own], DENSE["positive_part"])
+            assert apart[name][0] == pytest.approx(want, rel=1e-8)
+        crossed = example_forms(
+            loss, params, v, batch, steps=20, by_layer=lambda path: "odd" if path == "first.kernel" else "even"
+        )
+        own = np.r_[0:4, 16:24]
+        want = applied(matrix[np.ix_(own, own)], along[own], DENSE["positive_part"])
+        assert crossed["even"][0] == pytest.approx(want, rel=1e-8)
         assert negative > 0  # the truncation has something to cut
         plain = example_forms(loss, params, v, batch, steps=20, function="identity")
         assert (plain["first"] < found["first"] + 1e-12).all()
@@ -121,6 +133,22 @@ def test_forms_of_half_precision_weights():
     want = np.maximum(eigenvalues, 0).sum()
     assert form.value == pytest.approx(want, rel=0.01)
     np.testing.assert_allclose(example_forms(f, params, v, jnp.ones((2, 1)), steps=12)["w"], [want] * 2, rtol=0.01)
+
+
+@pytest.mark.parametrize("function", list(DENSE))
+def test_forms_of_a_large_matrix_in_float32(function):
+    """Above 2^20 parameters, with few different eigenvalues, so that Lanczos ends with the exact value."""
+    size, rng = 2**20 + 77, np.random.default_rng(2)
+    eigenvalues = rng.choice([-3.0, 0.0, 1.0, 7.0, 20.0], size)
+    v = rng.normal(size=size).astype(np.float32)
+
+    def f(params, batch):
+        return 0.5 * jnp.sum(jnp.square(params["w"]) * batch)
+
+    operator = curvature_operator(f, {"w": jnp.zeros(size)}, jnp.asarray(eigenvalues, jnp.float32))
+    form = quadratic_form(operator, {"w": jnp.asarray(v)}, function, steps=5)
+    want = np.sum(DENSE[function](eigenvalues) * np.square(v, dtype=np.float64))
+    assert form.value == pytest.approx(want, rel=1e-5)
 
 
 def test_errors():

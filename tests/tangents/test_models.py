@@ -12,7 +12,9 @@ from lensjax_kernels import head_cross_entropy
 
 from lensjax import InputError
 from lensjax.models import base, init_model
-from lensjax.tangents import explain, ntk, ntk_outputs
+from lensjax.models.lora import add_lora
+from lensjax.tangents import explain, ntk, ntk_blocks, ntk_operator, ntk_outputs
+from lensjax.tangents.models import model_function
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 9}
 
@@ -47,11 +49,11 @@ def relative(got, want):
 
 def loss_of(model):
     """The mean loss of one example, from the logits and by hand."""
-    graph, params = nnx.split(model)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def f(params, example):
         one = {name: value[None] for name, value in example.items()}
-        logits = nnx.merge(graph, params)(one["input_ids"], one["attention_mask"])[0, :-1]
+        logits = nnx.merge(graph, params, rest)(one["input_ids"], one["attention_mask"])[0, :-1]
         real = example["attention_mask"] != 0
         labels = jnp.where(real[1:] & real[:-1], example["labels"][1:], -100)
         gold = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
@@ -218,3 +220,27 @@ def test_plain_jax():
 
         params = jax.tree.map(jnp.asarray, params)
         assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
+
+
+def test_frozen_weights_under_adapters_are_arguments():
+    with jax.enable_x64(True):
+        models = [add_lora(gpt2(), rank=2, alpha=4, key=jax.random.key(seed)) for seed in (1, 2)]
+        # The second factor of an adapter begins as zeros, and the first would have no gradient.
+        rng = np.random.default_rng(0)
+        for model in models:
+            state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), nnx.state(model, nnx.Param))
+            nnx.update(model, state)
+        functions = [model_function(model, "loss") for model in models]
+        assert functions[0][0] is functions[1][0]
+        x = batch()
+        closed = jax.make_jaxpr(functions[0][0])(functions[0][1], {name: a[0] for name, a in x.items()})
+        assert sum(np.size(c) for c in closed.consts) < 100
+        for model in models:
+            f, params = loss_of(model)
+            want = dense_kernel(f, params, x)
+            kernel, report = ntk(model, x, return_report=True)
+            assert relative(kernel, want) < 1e-10
+            named = {name for t in report.treatments for name in t.parameters}
+            assert named == {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
+            assert relative(ntk_blocks(model, x, block=3), want) < 1e-10
+            assert relative(ntk_operator(model, x).dense(), want) < 1e-10
