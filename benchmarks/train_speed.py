@@ -6,7 +6,8 @@
 Tokens per second of the training steps alone, AdamW with weight decay and clipping, no dropout. A run of `--short` and
 one of `--long` steps are timed, and the difference is that of the steps between them: what a run does once (copying
 weights, the first evaluation) is in both. Ours and the Trainer's take turns in one process (A B A B); the ratio is that
-of the medians. Beside it: seconds until the first step is done, with import and compilation or without.
+of the medians. Beside it: seconds until the first step is done (making the model, tracing, compiling; imports of neither
+side), and those of a run of one step later on.
 """
 
 import argparse
@@ -22,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import numpy as np
+import torch
+import transformers
 from environment import RESULTS, write_result
 
 from lensjax import data, models
@@ -74,25 +77,22 @@ class Theirs:
 
     def __init__(self, case: str) -> None:
         begun = time.perf_counter()
-        import torch
-        import transformers
-
         transformers.logging.set_verbosity_error()
         torch.manual_seed(0)
-        self.torch, self.transformers, self.case = torch, transformers, case
+        self.case = case
         config = transformers.AutoConfig.for_model(**config_of(case))
         self.model = transformers.AutoModelForCausalLM.from_config(config).float()
         self.prepared = time.perf_counter() - begun
 
     def __call__(self, steps: int) -> float:
         """Train for so many steps and return the seconds."""
-        ids = self.torch.from_numpy(rows_of(self.case, steps)).long()
-        samples = [{"input_ids": row, "attention_mask": self.torch.ones_like(row), "labels": row} for row in ids]
+        ids = torch.from_numpy(rows_of(self.case, steps)).long()
+        samples = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
         with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = self.transformers.Trainer(
+            trainer = transformers.Trainer(
                 model=self.model,
-                args=self.transformers.TrainingArguments(
+                args=transformers.TrainingArguments(
                     output_dir=directory,
                     per_device_train_batch_size=CASES[self.case][0],
                     max_steps=steps,
@@ -110,7 +110,7 @@ class Theirs:
                 ),
                 train_dataset=samples,
             )
-            trainer.remove_callback(self.transformers.PrinterCallback)
+            trainer.remove_callback(transformers.PrinterCallback)
             begun = time.perf_counter()
             trainer.train()
             return time.perf_counter() - begun

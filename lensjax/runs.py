@@ -178,7 +178,7 @@ class Journal:
         return tuple(self._lines)
 
     def trials_of(self, key: str) -> tuple[Run, ...]:
-        """Return the trials recorded for the run of that key."""
+        """Return the trials recorded for the run of that key; each once, the latest."""
         return tuple(run for run in self._runs.values() if run.part_of == key)
 
     def append(self, run: Run) -> None:

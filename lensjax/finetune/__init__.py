@@ -3,7 +3,7 @@
 from lensjax.finetune.cost import tuning_flops
 from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Search, Trial
 from lensjax.finetune.search import tune
-from lensjax.finetune.tuner import FineTuner, mean_loss
+from lensjax.finetune.tuner import FineTuner
 
 __all__ = [
     "DivergedError",
@@ -13,7 +13,6 @@ __all__ = [
     "Progress",
     "Search",
     "Trial",
-    "mean_loss",
     "tune",
     "tuning_flops",
 ]

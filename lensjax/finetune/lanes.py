@@ -108,7 +108,8 @@ class Lanes:
             sums_before, since_evaluation = sums, 0
             better = np.zeros(len(self.rows), bool)
             for row, number in enumerate(self.rows):
-                better[row] = self._judge(lanes[number], float(values[row]), float(training[row]), steps, untouched)
+                numbers = float(values[row]), float(training[row]), steps, untouched
+                better[row] = self._judge(lanes[number], *numbers, last=epoch == plan.max_epochs)
             best = self._keep(best, state["params"], better)
             ended = self._stop(lanes, steps, epoch, hopeless)
             if ended:
@@ -119,7 +120,7 @@ class Lanes:
                 break
             state, best, sums_before = self._compact(lanes, state, best, sums_before)
         costs = self._costs(validation, test) if count_flops else None
-        return tuple(self._trial(lane, per_epoch, train, costs) for lane in lanes)
+        return tuple(self._trial(lane, lane is lanes[0], per_epoch, train, costs) for lane in lanes)
 
     def _step(self, state: Any, lanes: list[Lane], batch: Batch, dropout_key: jax.Array, steps: int, total: int) -> Any:
         tuner = self.tuner
@@ -132,7 +133,7 @@ class Lanes:
         rates = jnp.array([lanes[number].rate for number in self.rows], jnp.float32)
         return tuner._step_lanes(state, rates, tuner.frozen, own, dropout_key, steps, total)
 
-    def _judge(self, lane: Lane, value: float, training: float, steps: int, untouched: float) -> bool:
+    def _judge(self, lane: Lane, value: float, training: float, steps: int, untouched: float, *, last: bool) -> bool:
         """Take note of an evaluation; return whether it is the lane's best."""
         if lane.status:
             return False
@@ -144,7 +145,8 @@ class Lanes:
             lane.best, lane.best_step, lane.since_best = value, steps, 0
             return True
         lane.since_best += 1
-        if lane.best_step == 0 and lane.since_best >= self.tuner.plan.patience and training > RISE * untouched:
+        ends = last or lane.since_best >= self.tuner.plan.patience
+        if ends and lane.best_step == 0 and training > RISE * untouched:
             self._end(
                 lane,
                 "diverged",
@@ -200,9 +202,9 @@ class Lanes:
                     self._end(lane, "diverged", f"the test loss is {lane.test_loss}", lane.steps_run)
 
     def _compact(self, lanes: list[Lane], state: Any, best: Params, sums: np.ndarray) -> tuple[Any, Params, Any]:
-        """Drop lanes that have ended, once they are half of all: each width is compiled."""
+        """Drop lanes that have ended, so that nothing is computed that is not counted; each width is compiled."""
         going = [row for row, number in enumerate(self.rows) if not lanes[number].status]
-        if self.single or len(going) > len(self.rows) // 2:
+        if self.single or len(going) == len(self.rows):
             return state, best, sums
         rows = jnp.array(going)
         self.rows = [self.rows[row] for row in going]
@@ -229,8 +231,12 @@ class Lanes:
             passes.append(found)
         return step / max(sum(self.shapes.values()), 1), passes[0], passes[1]
 
-    def _trial(self, lane: Lane, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None) -> Trial:
+    def _trial(
+        self, lane: Lane, first: bool, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None
+    ) -> Trial:
         tuner = self.tuner
+        # The untouched model is evaluated once for all lanes.
+        evaluations = len(lane.history) - (not first)
         # A lane that diverged inside an epoch has trained on a part of it.
         epochs = lane.steps_run / per_epoch
         tokens = round(epochs * int(train.token_counts.sum()))
@@ -248,7 +254,7 @@ class Lanes:
             tokens=tokens,
             flops=tuning_flops(tuner.parameters, tuner.trainable, tokens),
             step_flops=None if costs is None else costs[0] * lane.steps_run,
-            evaluation_flops=None if costs is None else costs[1] * len(lane.history) + costs[2] * finished,
+            evaluation_flops=None if costs is None else costs[1] * evaluations + costs[2] * finished,
             validation_history=tuple(lane.history),
             reason=lane.reason,
         )

@@ -77,9 +77,12 @@ class Plan:
             If a number is out of its range, a name unknown, or `micro_batch` does not divide `batch_size`.
         """
         _positive("learning rate", self.learning_rate)
-        for name in ("batch_size", "max_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        _positive("clip", self.clip)
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise InputError(f"weight_decay is {self.weight_decay:g}; it must be 0 or more, and finite.")
+        for name, least in (("batch_size", 1), ("max_epochs", 1), ("patience", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
@@ -121,7 +124,8 @@ class Search:
         on CPUs one, for there several at once took 1.1 to 1.3 times as long for each as one after the other.
     hopeless_after : int
         Evaluations after which a trial ends if its best validation loss so far is above the median of the best that
-        the other trials had after as many epochs (the median stopping rule of Golovin et al. 2017, Google Vizier).
+        the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of Golovin
+        et al. 2017, Google Vizier, which compares with running averages).
     retry : float
         If no trial gives a finite, falling loss, one more is made at the lowest rate times this.
     """
@@ -154,6 +158,9 @@ class Search:
                 _positive(name, value)
             if len(set(values)) < len(values):
                 raise InputError(f"{name}s {', '.join(f'{v:g}' for v in values)}: one is named twice; name each once.")
+        _positive("retry", self.retry)
+        if self.hopeless_after < 1 or (self.lanes is not None and self.lanes < 1):
+            raise InputError(f"hopeless_after {self.hopeless_after} and lanes {self.lanes} must be at least 1.")
         for size, _ in self.grid(plan):
             check_micro_batch(size, plan.micro_batch)
 

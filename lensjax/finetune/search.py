@@ -62,7 +62,7 @@ def tune(
 
     def attempt(rates: Sequence[float], batch_size: int, others: Sequence[Trial], so_far: int) -> None:
         def hopeless(epochs: float, best: float, beside: Sequence[float]) -> bool:
-            rivals = [*beside, *(t.best_after(epochs) for t in others if t.status == "finished")]
+            rivals = [*beside, *(t.best_after(epochs) for t in others if t.status != "diverged")]
             evaluations = epochs / max(1, -(-tuner.plan.min_steps_between // per_epoch))
             return evaluations >= search.hopeless_after and len(rivals) > 0 and best > statistics.median(rivals)
 

@@ -40,7 +40,7 @@ class Placement:
     @property
     def name(self) -> str:
         """The sharding as in `Plan`."""
-        return "none" if self.mesh is None else "full" if self.full else "data"
+        return "none" if self.devices == 1 else "full" if self.full else "data"
 
     def weights(self, tree: Any) -> Any:
         """Return a sharding for each array of a tree: split along its longest divisible axis if `full`, else whole."""
@@ -96,15 +96,17 @@ def place(
         If "data" or "full" is asked for, and the devices do not divide the batch.
     """
     found = list(jax.local_devices() if devices is None else devices)
-    if sharding == "none" or len(found) == 1:
+    if devices is None and (sharding == "none" or len(found) == 1):
         return Placement()
+    if sharding == "none":
+        found = found[:1]
     shared = math.gcd(*batch_sizes, len(found))
     if sharding != "auto" and shared < len(found):
         raise InputError(
             f"sharding {sharding}: {len(found)} devices do not divide {' and '.join(map(str, batch_sizes))} samples "
             f"evenly; choose a batch size (or micro-batch) that is a multiple of {len(found)}."
         )
-    if shared == 1:
+    if shared == 1 and devices is None:
         return Placement()
     mesh = Mesh(np.array(found[:shared]), (AXIS,), axis_types=(AxisType.Auto,))
     memory = (found[0].memory_stats() or {}).get("bytes_limit", math.inf)

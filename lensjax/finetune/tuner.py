@@ -26,12 +26,6 @@ Params = Any  # a pytree of weights
 UNCHUNKED = 2**62  # rows of logits at once, for counting
 
 
-def mean_loss(loss_sums: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batch: Batch) -> Any:
-    """Mean cross-entropy over all counted tokens of a batch, nats; scalar, 0 for a batch without any."""
-    sums, counts = loss_sums(params, batch)
-    return sums.sum() / jnp.maximum(counts.sum(), 1)
-
-
 def rate_factor(schedule: str, warmup: int, step: jax.Array, total: jax.Array) -> jax.Array:
     """Return the learning rate of a step as a share of the peak.
 
@@ -90,7 +84,7 @@ class FineTuner:
             model = add_lora(model, key=jax.random.key(0), **dataclasses.asdict(plan.lora))
         self.plan, self.buckets, self.pad_id = plan, tuple(buckets), pad_id
         self.parameters, self.trainable = parameter_counts(model)
-        at_once = [min(size, plan.micro_batch or size) for size in (*batch_sizes, plan.batch_size)]
+        at_once = sorted({min(size, plan.micro_batch or size) for size in batch_sizes or (plan.batch_size,)})
         self.placement = place(
             plan.sharding,
             at_once,
@@ -110,6 +104,7 @@ class FineTuner:
             counting = nnx.clone(model)
             counting.head_chunk = UNCHUNKED
         self._unchunked_sums = self._make_loss_sums(nnx.graphdef(counting))
+        self._costs: dict[tuple[str, tuple[int, ...]], float] = {}
         self._compile()
 
     def _make_loss_sums(self, graph: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -243,13 +238,20 @@ class FineTuner:
 
         Of the arithmetic alone: what the chunked head and micro-batches compute twice or in loops is counted once.
         """
+        key = ("step", batch["labels"].shape)
+        if key in self._costs:
+            return self._costs[key]
         lane = jax.eval_shape(self._start, self.initial)
         arguments = (lane, jnp.float32(0), self.frozen, batch, jax.random.key(0), jnp.int32(0), jnp.int32(1))
-        return xla_flops(lambda *given: self._update(*given, whole=True), *arguments)
+        self._costs[key] = xla_flops(lambda *given: self._update(*given, whole=True), *arguments)
+        return self._costs[key]
 
     def cost_of_evaluation(self, batch: Batch) -> float:
         """Floating-point operations of evaluating such a batch, as `cost_of_step`."""
-        return xla_flops(self._unchunked_sums, self.initial, self.frozen, batch)
+        key = ("evaluation", batch["labels"].shape)
+        if key not in self._costs:
+            self._costs[key] = xla_flops(self._unchunked_sums, self.initial, self.frozen, batch)
+        return self._costs[key]
 
     def _batches(self, encoded: Encoded, batch_size: int, rng: np.random.Generator | None = None) -> Iterable[Batch]:
         return batches(encoded, batch_size=batch_size, buckets=self.buckets, pad_id=self.pad_id, rng=rng)
@@ -379,7 +381,7 @@ class FineTuner:
         hopeless : callable, optional
             Told (epochs done, best validation loss of a lane, those of the other lanes), says whether to end the lane.
         count_flops : bool
-            Whether XLA's cost analysis is asked too, which takes a second or so for each batch shape.
+            Whether XLA's cost analysis is asked too, which takes a second or so for each batch shape, once.
         report : callable, optional
             Called with a `Progress` after every few steps.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from lensjax.errors import InputError
-from lensjax.runs import Run
+from lensjax.runs import TANGENTS, Run
 
 Kind = Literal["share", "flops", "seconds", "samples"]
 
@@ -23,6 +23,8 @@ UNITS: dict[str, tuple[Kind, float]] = {
     "h": ("seconds", 3600.0),
     "d": ("seconds", 86400.0),
 }
+SYNONYMS = {"flop": "flops", "sample": "samples", "sec": "s", "second": "s", "minute": "min", "hour": "h", "day": "d"}
+SYNONYMS |= {"seconds": "s", "minutes": "min", "hours": "h", "days": "d"}
 CAUTION = 1.25  # times as long as usual is what a run is given
 HELP = "0.05 or 5% (of fine-tuning all on all samples), 2e16 (FLOPs), 3h, 90min, or 20000samples"
 
@@ -52,7 +54,9 @@ class Budget:
         InputError
             If it is no number, has an unknown unit, or is not positive.
         """
-        matched = re.fullmatch(r"\s*([0-9.,_]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+        # A comma is for thousands only: a decimal one is not guessed at.
+        number = r"(?:[0-9_]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
+        matched = re.fullmatch(rf"\s*({number})\s*([A-Za-z%]*)\s*", text)
         try:
             value = float(matched[1].replace(",", "").replace("_", "")) if matched else float("nan")
         except ValueError:
@@ -60,7 +64,7 @@ class Budget:
         unit = matched[2].lower() if matched else ""
         if not unit:
             unit = "share" if value < 1 else "flops"
-        unit = {"flop": "flops", "sample": "samples", "hours": "h", "hour": "h"}.get(unit, unit)
+        unit = SYNONYMS.get(unit, unit)
         kind, factor = UNITS.get(unit, ("share", float("nan")))
         if math.isnan(factor) or not value > 0 or value == float("inf") or (kind == "share" and value * factor >= 1):
             raise InputError(f"{text} is no amount that can be spent; give it as {HELP}.")
@@ -144,18 +148,23 @@ class Ledger:
         Parameters
         ----------
         lines : sequence of Run
-            Everything in the journal. Trials are in the record of their run, once there is one.
+            Everything in the journal. Trials are in the record of their run once it is finished; those of a run that
+            failed are counted beside its record; those of one that was killed are not counted, for that run is made
+            again, and its price holds them.
         elapsed : float
-            Seconds of this session and the runs of earlier ones.
+            Seconds that the choice has taken in all sessions.
         """
         if self.budget is None:
             return
-        recorded = {run.key for run in lines if not run.part_of}
-        counted = [r for r in lines if r.part_of not in recorded and 0 < r.size < self.target]
+        finished = {run.key for run in lines if not run.part_of and run.test_loss is not None}
+        failed = {run.key for run in lines if not run.part_of} - finished
+        whole = {"", TANGENTS, *failed}
+        counted = [r for r in lines if r.part_of in whole and 0 < r.size < self.target]
+        runs = [r for r in counted if r.key in finished]
         if self.budget.kind == "seconds":
             self.spent = elapsed
-            work = sum(self.flops_per_sample.get(r.candidate, 0.0) * r.size for r in counted)
-            seconds = sum(r.seconds for r in counted)
+            work = sum(self.flops_per_sample.get(r.candidate, 0.0) * r.size for r in runs)
+            seconds = sum(r.seconds for r in runs)
             if work:
                 # What is usual, not the worst: a run that takes longer is ended in time.
                 self.prices = {n: CAUTION * own * seconds / work for n, own in self.flops_per_sample.items()}

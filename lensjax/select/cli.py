@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser. Options default to None, so that one given for the other mode can be refused."""
     p = _Parser(
         prog=f"python -m {PROGRAM}",
+        allow_abbrev=False,
         description="Choose which language model to fine-tune, from small fine-tuning runs or from measured losses.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -234,7 +235,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         arguments, place = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
         with contextlib.chdir(place):
-            return _select(given, arguments, out, err)
+            return _select(given, None, out, err)
     return _select(given, arguments, out, err)
 
 
@@ -266,7 +267,7 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
     return [*before, *now, *named, "--out", str(directory)], place
 
 
-def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
+def _select(given: argparse.Namespace, arguments: Sequence[str] | None, out: TextIO, err: TextIO) -> int:
     _check(given)
     from lensjax.report.figures import write_figures
     from lensjax.report.html import render_html
@@ -310,6 +311,11 @@ def _check(given: argparse.Namespace) -> None:
             _check_file(flag, file)
     if given.figures is not None and given.figures.exists() and not given.figures.is_dir():
         raise InputError(f"--figures {given.figures}: is a file; name a directory.")
+    adapted = any(model.endswith("+lora") for model in given.models or ())
+    for flag in ("lora_rank", "lora_alpha", "lora_dropout"):
+        if getattr(given, flag) is not None and not adapted:
+            name = "--" + flag.replace("_", "-")
+            raise InputError(f"{name}: no candidate has adapters; name one MODEL+lora, or remove {name}.")
     for rate in given.learning_rate or ():
         if not (rate > 0 and math.isfinite(rate)):
             raise InputError(f"--learning-rate is {rate:g}; it must be positive and finite.")
@@ -341,7 +347,10 @@ def _from_losses(given: argparse.Namespace) -> Selection:
     )
 
 
-def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
+def _live(given: argparse.Namespace, arguments: Sequence[str] | None, err: TextIO) -> Selection:
+    """Select by fine-tuning; `arguments` are what a later session is to be started with, None in a later session."""
+    import jax
+
     from lensjax.finetune import Plan, Search
     from lensjax.models import Lora
     from lensjax.report.progress import Console
@@ -363,7 +372,10 @@ def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> S
     # One value is the plan's, several are searched.
     rates, sizes = tuple(given.learning_rate or ()), tuple(given.batch_size or ())
     settings |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
-    settings |= {"batch_size": sizes[0]} if len(sizes) == 1 else {}
+    settings |= {"batch_size": max(sizes)} if sizes else {}
+    if not given.in_process:
+        # The devices are for the processes that train; this one only fits curves.
+        jax.config.update("jax_platforms", "cpu")
     plan = Plan(**settings)
     search = Search(rates if len(rates) > 1 else (), sizes if len(sizes) > 1 else ())
     adapters = {name: getattr(given, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
@@ -373,8 +385,9 @@ def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> S
     console = Console(err, quiet=given.quiet)
     directory = request.out or default_directory(prepared)
     live = LiveSelection(prepared, directory, console, isolate=not given.in_process)
-    command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
-    write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
+    if arguments is not None:
+        command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
+        write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
     return live.execute()
 
 

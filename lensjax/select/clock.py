@@ -1,8 +1,13 @@
-"""How long a selection will still take."""
+"""How long a selection has taken, in all its sessions, and will still take."""
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+
 from lensjax.report.progress import duration
+from lensjax.runs import write_atomically
 from lensjax.select.prepare import Prepared
 
 
@@ -38,3 +43,50 @@ class Clock:
             return "time left not known yet"
         left = max(sum(self.left.values()) - self.running, 0.0)
         return f"at most about {duration(left * self.seconds / self.done)} left"
+
+
+class Stopwatch:
+    """Seconds that a selection has taken, kept in a file: what a killed session took is not given again.
+
+    Parameters
+    ----------
+    path : Path
+        Written every `EVERY` seconds, and at each stop.
+    """
+
+    EVERY = 5.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.earlier = 0.0
+        if path.exists():
+            self.earlier = float(json.loads(path.read_text())["seconds"])
+        self.started: float | None = time.monotonic()
+        self.written = self.started
+
+    @property
+    def seconds(self) -> float:
+        """Of all sessions, pauses left out."""
+        return self.earlier + (0.0 if self.started is None else time.monotonic() - self.started)
+
+    def deadline(self, seconds: float) -> float:
+        """Return when so many seconds are over, on `time.monotonic`'s clock."""
+        return time.monotonic() + seconds - self.seconds
+
+    def keep(self) -> None:
+        """Write the time down, unless that was done just now."""
+        if time.monotonic() - self.written >= self.EVERY:
+            self._write()
+
+    def pause(self) -> None:
+        """Stop; the time until `go` does not count."""
+        self.earlier, self.started = self.seconds, None
+        self._write()
+
+    def go(self) -> None:
+        """Go on."""
+        self.started = time.monotonic()
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        write_atomically(self.path, json.dumps({"seconds": self.seconds}) + "\n")

@@ -20,7 +20,7 @@ from lensjax.report.progress import Console, duration
 from lensjax.report.selection import Selection
 from lensjax.runs import TANGENTS, Journal, Run, curves_of, key_of
 from lensjax.select.candidates import Candidate
-from lensjax.select.clock import Clock
+from lensjax.select.clock import Clock, Stopwatch
 from lensjax.select.from_losses import score_all
 from lensjax.select.look import kernel_residual, look_flops
 from lensjax.select.prepare import Prepared, sizes_needed
@@ -28,7 +28,7 @@ from lensjax.select.records import by_xla, common_facts, read_trial, run_key, ru
 from lensjax.select.workers import Assignment, Bench, Hooks, OutOfTimeError, RunFailedError, Trials, Worker
 from lensjax.selectors import propose, should_stop
 
-COMPILED, LOGS = "compiled", "logs"
+COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
 
 
 def default_directory(prepared: Prepared) -> Path:
@@ -75,12 +75,11 @@ class LiveSelection:
         self.failures: dict[str, str] = {}
         self.unverified: dict[str, str] = {}
         self.looks: dict[str, dict[str, Any]] = {}
-        self.runs: list[Run] = []
+        self.found: dict[tuple[str, int], Run] = {}
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
         self.bench: Bench | Worker | None = None
-        self.started = time.monotonic()
-        self.earlier = sum(run.seconds for run in self.journal.lines if not run.part_of)
+        self.stopwatch = Stopwatch(directory / STOPWATCH)
         for notice in [*self.journal.notices, *prepared.notes]:
             console.line(f"note: {notice}")
 
@@ -109,20 +108,21 @@ class LiveSelection:
                 self._race()
             else:
                 self._descend_all()
+            if prepared.request.tangents:
+                self._look_all(prepared.request.tangents)
             if prepared.request.verify:
                 for candidate in prepared.candidates:
                     self._verify(candidate)
-            if prepared.request.tangents:
-                self._look_all(prepared.request.tangents)
         finally:
-            self._leave()
             self.journal.close()
+            self.stopwatch.pause()
+            self._leave()
         # What was compiled is of use to a continued selection only.
         shutil.rmtree(self.directory / COMPILED, ignore_errors=True)
         return self._selection()
 
     def _settle(self) -> None:
-        self.ledger.settle(self.journal.lines, self.earlier + time.monotonic() - self.started)
+        self.ledger.settle(self.journal.lines, self.stopwatch.seconds)
 
     def _label(self, candidate: Candidate) -> str:
         number = self.prepared.candidates.index(candidate) + 1
@@ -135,14 +135,16 @@ class LiveSelection:
 
     def _verify(self, candidate: Candidate) -> None:
         """Fine-tune a candidate on all samples, unless that was done or it failed."""
-        done = any(r.candidate == candidate.name and r.size == self.prepared.target for r in self.runs)
+        done = (candidate.name, self.prepared.target) in self.found
         if done or candidate.name in self.failures or candidate.name in self.unverified:
             return
+        self.stopwatch.pause()
         try:
             self._measure(candidate, self.prepared.target, "to verify the choice", paid=False)
         except RunFailedError as error:
             self.unverified[candidate.name] = str(error)
             self.console.line(f"{candidate.name} could NOT BE VERIFIED: {error}")
+        self.stopwatch.go()
 
     def _look_all(self, samples: int) -> None:
         """Look at each candidate's kernel and curvature, as far as the budget goes; failures are only noted."""
@@ -202,7 +204,6 @@ class LiveSelection:
         """Let the candidates race: those that cannot win are not trained on the larger subsets."""
         prepared = self.prepared
         smallest, largest = prepared.sizes[0], prepared.sizes[-1]
-        tried: set[tuple[str, int]] = set()
         for candidate in prepared.candidates:
             for size in prepared.sizes[::-1]:
                 if self._known(candidate, size) is not None:
@@ -224,16 +225,16 @@ class LiveSelection:
                 # What is left no longer pays for what everyone needs: time has run out.
                 self.console.line("the budget is spent")
                 return
-            proposed = next((run for run in stage if (run.name, run.size) not in tried), None)
-            if proposed is None:
+            if not stage:
                 return
-            tried.add((proposed.name, proposed.size))
+            proposed = stage[0]
             candidate = next(c for c in left if c.name == proposed.name)
             if self._refused(candidate, proposed.size):
                 return
             try:
                 self._measure(candidate, proposed.size, proposed.reason)
-            except OutOfTimeError:
+            except OutOfTimeError as error:
+                self.console.line(f"{candidate.name}: {error}")
                 return
             except RunFailedError as error:
                 self._failed(candidate, error)
@@ -265,6 +266,12 @@ class LiveSelection:
                 self._descend(candidate, self.prepared.sizes[:1])
             self._settle()
         sizes = self._affordable()
+        needed = sizes_needed(self.prepared.request.method, self.prepared.request.gamma)
+        if len(sizes) < needed:
+            raise SelectionError(
+                f"the budget pays for {len(sizes)} subset size(s), method {self.prepared.request.method} needs {needed}. "
+                f"Finished runs are in {self.directory}; raise --budget and give the same command again."
+            )
         for candidate in self.prepared.candidates:
             if candidate.name not in self.failures:
                 self._descend(candidate, sizes)
@@ -306,7 +313,7 @@ class LiveSelection:
 
     def _curves(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> Curves:
         """Return what the race has measured, with a column for each size, also for those of no run yet."""
-        found = {(r.candidate, r.size): r.test_loss for r in self.runs if r.test_loss is not None}
+        found = {(r.candidate, r.size): r.test_loss for r in self.found.values() if r.test_loss is not None}
         losses = [[found.get((c.name, s), np.nan) * self._unit(c) for s in sizes] for c in candidates]
         return Curves(
             names=tuple(c.name for c in candidates),
@@ -329,7 +336,7 @@ class LiveSelection:
         if run is not None and run.test_loss is not None:
             self.clock.skip(candidate.name, size)
             self.console.line(f"{label}: {doing}: test loss {run.test_loss:.4f} (from the journal)")
-            self.runs.append(replace(run, candidate=candidate.name))
+            self.found[candidate.name, size] = replace(run, candidate=candidate.name)
             return run.test_loss
         self.console.line(f"{label}: next {doing}: {why}")
         self.console.status(f"{label}: {doing}, loading and compiling; {self.clock}")
@@ -340,6 +347,7 @@ class LiveSelection:
         def progress(at: Progress) -> None:
             nonlocal seen
             seen = at
+            self.stopwatch.keep()
             self.clock.progress(candidate.name, size, at.done)
             self.console.status(
                 f"{label}: {doing}, step {at.step} of at most {at.total_steps}, validation loss "
@@ -362,23 +370,25 @@ class LiveSelection:
         try:
             result = bench.run(size, known, Hooks(progress, trials), self._deadline() if paid else None)
         except RunFailedError as error:
-            # What it cost until then, in trials that were made and in the one that was under way.
-            flops = sum(t.flops for t in error.trials) + candidate.flops_per_token * seen.tokens
-            epochs = seen.step / seen.total_steps * request.plan.max_epochs
-            self.journal.append(
-                Run(
-                    key,
-                    candidate.name,
-                    size,
-                    None,
-                    tokens=sum(t.tokens for t in error.trials) + seen.tokens,
-                    flops=flops,
-                    seconds=time.monotonic() - begun,
-                    reason=str(error),
-                    facts=common_facts(self.prepared, candidate),
-                    samples=sum(t.samples for t in error.trials) + round(epochs * size),
-                )
+            # What no record of a trial says: the cost of the one under way, and of all where they have no records.
+            unsaid = () if searches else error.trials
+            per_sample = self.prepared.tokens[candidate.tokenizer].most_per_sample((size,)) if size else 1.0
+            failed = Run(
+                key,
+                candidate.name,
+                size,
+                None,
+                tokens=sum(t.tokens for t in unsaid) + seen.tokens,
+                flops=sum(t.flops for t in unsaid) + candidate.flops_per_token * seen.tokens,
+                seconds=time.monotonic() - begun,
+                reason=str(error),
+                facts=common_facts(self.prepared, candidate),
+                samples=sum(t.samples for t in unsaid) + round(seen.tokens / per_sample),
             )
+            before = self.journal.get(key)
+            # Trials that all failed are not made again, and to say so again would cost nothing.
+            if before is None or failed.flops or before.reason != failed.reason:
+                self.journal.append(failed)
             self._settle()
             raise
         run = run_record(self.prepared, candidate, size, result, why, time.monotonic() - begun)
@@ -394,7 +404,7 @@ class LiveSelection:
         self.console.line(
             f"{label}: {doing}: test loss {run.test_loss:.4f}{kept} ({duration(run.seconds)}); {self.clock}"
         )
-        self.runs.append(run)
+        self.found[candidate.name, size] = run
         return run.test_loss
 
     def _deadline(self) -> float | None:
@@ -402,7 +412,7 @@ class LiveSelection:
         budget = self.ledger.budget
         if budget is None or budget.kind != "seconds":
             return None
-        return self.started - self.earlier + budget.amount
+        return self.stopwatch.deadline(budget.amount)
 
     def _bench(self, candidate: Candidate) -> Bench | Worker:
         """Return where the candidate is trained; what was there of another candidate is freed."""
@@ -430,10 +440,11 @@ class LiveSelection:
 
     def _selection(self) -> Selection:
         prepared, request = self.prepared, self.prepared.request
-        trained = {r.candidate for r in self.runs if r.size or not sizes_needed(request.method, request.gamma)}
+        needed = 1 if request.method == "averaged" else sizes_needed(request.method, request.gamma)
         for candidate in prepared.candidates:
-            if candidate.name not in trained:
-                self.failures.setdefault(candidate.name, "the budget was spent before it was trained")
+            sizes = sum(1 for name, size in self.found if name == candidate.name and size in prepared.sizes)
+            if request.budget is not None and sizes < needed and candidate.name not in self.failures:
+                self.failures[candidate.name] = f"the budget was spent after {sizes} of the {needed} sizes it needs"
         ranked = [c for c in prepared.candidates if c.name not in self.failures]
         if len(ranked) < 2:
             reasons = "; ".join(f"{n}: {r}" for n, r in self.failures.items())
@@ -442,7 +453,7 @@ class LiveSelection:
                 f"{self.directory}; mend the cause and give the same command again."
             )
         names = [c.name for c in ranked]
-        runs = [r for r in self.runs if r.candidate in names]
+        runs = [r for r in self.found.values() if r.candidate in names]
         measured = curves_of(runs, names, {c.name: c.parameters for c in ranked}, prepared.task.name)
         units = np.array([self._unit(c) for c in ranked])
         measured = replace(measured, losses=measured.losses * units[:, None])
@@ -454,11 +465,12 @@ class LiveSelection:
             if run.size == prepared.sizes[-1]:
                 tokens = prepared.tokens[ranked[names.index(run.candidate)].tokenizer]
                 epochs.append(run.tokens / tokens.train.token_counts[: run.size].sum())
-        passes = float(np.mean(epochs)) if epochs else float(request.plan.max_epochs)
+        most = request.plan.max_epochs * (request.search.trials(request.plan) - 1)
+        passes = float(np.mean(epochs)) if epochs else float(most)
         full_tokens = np.array([prepared.tokens[c.tokenizer].mean for c in ranked]) * prepared.target * passes
         full_flops = full_tokens * np.array([c.flops_per_token for c in ranked])
         truth = None
-        how = f"estimated at {passes:.1f} epochs" + (", as for the largest subset" if epochs else ", the most allowed")
+        how = f"estimated at {passes:.1f} passes" + (", as for the largest subset" if epochs else ", the most allowed")
         if request.verify and np.isfinite(measured.at(prepared.target)).any():
             truth = measured.at(prepared.target)
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
@@ -484,7 +496,7 @@ class LiveSelection:
             loss_unit=request.loss_unit,
             facts={
                 "directory": str(self.directory),
-                "seconds": sum(r.seconds for r in self.runs),
+                "seconds": sum(r.seconds for r in self.found.values()),
                 "seed": request.seed,
                 "versions": versions(),
                 "task": prepared.task.fingerprint,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lensjax.finetune import Trial
+from lensjax.report.html import versions
 from lensjax.runs import Run, key_of
 from lensjax.select.candidates import Candidate
 from lensjax.select.prepare import Prepared
@@ -24,6 +25,9 @@ def common_facts(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
         "parameters": candidate.parameters,
         "lora": None if candidate.lora is None else asdict(candidate.lora),
         "fingerprint": candidate.fingerprint,
+        # Of a hub id: a snapshot, which names the commit.
+        "path": str(candidate.path),
+        "versions": versions(),
         "definition": prepared.definition,
     }
 

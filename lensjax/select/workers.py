@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -18,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from lensjax.select.look import look
 from lensjax.select.prepare import Tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
-QUIET_XLA = ("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA warns about its own names of CPU features at each cached program
 GRACE = 5.0  # seconds a process gets to end by itself
 
 Trials = tuple[Trial, ...]
@@ -175,21 +175,25 @@ class Bench:
                     on_progress=progress,
                     count_flops=True,
                 )
-        except (RunFailedError, KeyboardInterrupt):
+        except RunFailedError:
             raise
         except Exception as error:
             before = error.trials if isinstance(error, DivergedError) else tuple(made)
             raise RunFailedError(reason(error), before) from error
-        return Result(outcome, {**self._facts(), "peak_bytes": _peak(reset)})
+        return Result(outcome, {**self._facts(), **_peak(reset)})
 
     def look(self, samples: int, deadline: float | None = None) -> dict[str, Any]:
         """Measure the candidate's kernel and curvature on the first training samples; see `look.look`.
+
+        A deadline keeps it from starting; what has started is not ended.
 
         Raises
         ------
         RunFailedError
             If it could not be.
         """
+        if deadline is not None and time.monotonic() > deadline:
+            raise OutOfTimeError("the time is spent")
         reset = _reset_peak()
         own = self.assignment
         try:
@@ -199,7 +203,7 @@ class Bench:
             found = look(model, own.tokens.train.first(samples), self.tuner.pad_id, self.tuner.parameters)
         except Exception as error:
             raise RunFailedError(reason(error)) from error
-        return {**found, "peak_bytes": _peak(reset)}
+        return {**found, **_peak(reset)}
 
     def close(self) -> None:
         """Free what the candidate held."""
@@ -233,16 +237,28 @@ def _reset_peak() -> bool:
     return False
 
 
-def _peak(was_reset: bool) -> int:
-    """Return the peak memory of the present run: of the device, if it tells, else of the process; bytes."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
+def _peak(was_reset: bool) -> dict[str, Any]:
+    """Return the peak memory in bytes, and of what: of this run, or of its process since it began."""
+    found = {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("peak_bytes_in_use" in s for s in stats):
+        found["device_peak_bytes_of_process"] = max(int(s["peak_bytes_in_use"]) for s in stats)
     if was_reset:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        high = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if high:
+            return {**found, "peak_bytes": int(high[1]) * 1024, "peak_of": "run"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {**found, "peak_bytes": peak, "peak_of": "process"}
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let SIGINT wait for the end of a block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context() -> Any:
@@ -268,12 +284,19 @@ class Worker:
         self._connection: Any = None
 
     def _start(self) -> None:
-        os.environ.setdefault(*QUIET_XLA)
         context = _context()
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.assignment), daemon=True)
-        self._process.start()
-        theirs.close()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self.assignment), daemon=True)
+        try:
+            # An interrupt waits until the process exists, and its server, which lives on, never sees one.
+            with _interrupts_held():
+                process.start()
+                self._process, self._connection = process, ours
+        except OSError as error:
+            ours.close()
+            raise RunFailedError(f"its process could not be started: {reason(error)}") from error
+        finally:
+            theirs.close()
 
     def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
         """Run as `Bench.run`; at the deadline the process is killed.
@@ -300,14 +323,16 @@ class Worker:
 
     def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:
         try:
+            if self._process is not None and not self._process.is_alive():
+                self.close()
             if self._process is None:
                 self._start()
-            self._connection.send(question)
+            self._talk(functools.partial(self._connection.send, question), made)
             while True:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._connection.poll(left):
+                if not self._talk(functools.partial(self._connection.poll, left), made):
                     raise OutOfTimeError("the time is spent", tuple(made))
-                kind, *content = self._connection.recv()
+                kind, *content = self._talk(self._connection.recv, made)
                 if kind == "progress":
                     hooks.progress(content[0])
                 elif kind == "trials":
@@ -317,15 +342,18 @@ class Worker:
                     raise RunFailedError(*content)
                 else:
                     return content[0]
-        except (EOFError, ConnectionError) as error:
-            self._process.join(GRACE)
-            death = _death(self._process.exitcode, self.assignment.log)
-            self.close()
-            raise RunFailedError(death, tuple(made)) from error
-        except BaseException as error:
+        except BaseException:
             # After a failure nothing is known of the process's memory: the next run gets a fresh one.
             self.close()
-            raise error from None
+            raise
+
+    def _talk(self, act: Callable[[], Any], made: list[Trial]) -> Any:
+        """Say or hear something; what fails here is the process's end, and nothing of the caller's."""
+        try:
+            return act()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(GRACE)
+            raise RunFailedError(_death(self._process.exitcode, self.assignment.log), tuple(made)) from error
 
     def close(self) -> None:
         """End the process."""

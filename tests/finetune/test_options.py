@@ -165,9 +165,10 @@ def test_a_run_counts_what_it_trained_on_and_evaluated(setting):
 
 def test_a_loss_that_only_rises_is_divergence(setting):
     model, sets, buckets = setting
-    bench = FineTuner(model, dataclasses.replace(PLAN, learning_rate=100.0, clip=1e6, max_epochs=4), buckets, 0)
-    with pytest.raises(DivergedError, match="the loss rises"):
-        bench.run(*sets, seed=0)
+    for epochs in (1, 4):  # ended by patience, or before it ran out
+        plan = dataclasses.replace(PLAN, learning_rate=100.0, clip=1e6, max_epochs=epochs)
+        with pytest.raises(DivergedError, match="the loss rises"):
+            FineTuner(model, plan, buckets, 0).run(*sets, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,9 @@ def test_a_loss_that_only_rises_is_divergence(setting):
         ({"micro_batch": 0}, "micro-batch 0 does not divide"),
         ({"learning_rate": float("inf")}, "the learning rate is inf; it must be positive and finite"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"warmup": -5}, "warmup is -5; it must be at least 0"),
+        ({"clip": -1.0}, "the clip is -1; it must be positive"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; it must be 0 or more"),
     ],
 )
 def test_a_plan_that_cannot_be_meant_is_refused(setting, change, message):
@@ -193,6 +197,9 @@ def test_a_plan_that_cannot_be_meant_is_refused(setting, change, message):
     [
         (Search(learning_rates=(1e-3, -1.0)), "the learning rate is -1; it must be positive"),
         (Search(learning_rates=(1e-3, 1e-3)), "one is named twice"),
+        (Search(lanes=-1), "lanes -1 must be at least 1"),
+        (Search(hopeless_after=0), "hopeless_after 0 and"),
+        (Search(retry=-1.0), "the retry is -1; it must be positive"),
         (Search(batch_sizes=(8, 6)), "micro-batch 4 does not divide the batch size 6"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from lensjax.finetune import DivergedError, FineTuner, Plan, Search, tune
@@ -114,6 +115,25 @@ def test_a_trial_that_diverges_beside_others_is_recorded_and_never_chosen(settin
         assert [t.status for t in found.trials] == ["finished", "diverged"]
         assert found.learning_rate == 1e-2
         assert found.flops > found.trials[0].flops
+
+
+def test_on_an_accelerator_as_many_rates_are_trained_at_once_as_fit(bench, monkeypatch):
+    assert bench.lanes_that_fit(4) == 1
+
+    class Accelerator:
+        def __init__(self, memory):
+            self.memory = memory
+
+        def memory_stats(self):
+            return {"bytes_limit": self.memory}
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for lanes in (1, 2, 3, 9):
+        room = 2 * (4 * bench.parameters + 20 * bench.trainable * lanes) + 8
+        monkeypatch.setattr(jax, "local_devices", lambda room=room: [Accelerator(room)])
+        assert bench.lanes_that_fit(4) == min(lanes, 4)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(0)])
+    assert bench.lanes_that_fit(4) == 1
 
 
 def test_progress_covers_all_trials(bench, setting):

@@ -53,6 +53,10 @@ def test_devices_that_do_not_divide_the_batch_are_refused_or_left_idle():
         place("data", [12], trainable=10, frozen=0, devices=eight)
     with pytest.raises(InputError, match="8 devices do not divide 16 and 4 samples"):
         place("full", [16, 4], trainable=10, frozen=0, devices=eight)
-    assert place("none", [16], trainable=10, frozen=0, devices=eight).devices == 1
-    assert place("auto", [7], trainable=10, frozen=0, devices=eight).devices == 1
+    for sharding, batch in (("none", 16), ("auto", 7)):
+        found = place(sharding, [batch], trainable=10, frozen=0, devices=eight)
+        assert (found.devices, found.name) == (1, "none")
     assert place("auto", [16], trainable=10, frozen=0, devices=jax.devices()[:1]).devices == 1
+    # 16 bytes for a trained weight, 4 for a frozen one: whole on each device if that is at most half of its memory.
+    for trainable, frozen, name in ((31_000_000, 0, "data"), (32_000_000, 0, "full"), (10**6, 10**8, "data")):
+        assert place("auto", [16], trainable=trainable, frozen=frozen, devices=eight).name == name

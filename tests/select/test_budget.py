@@ -27,6 +27,9 @@ from lensjax.select.budget import Budget, Ledger
         ("3h", "seconds", 10800),
         ("90 min", "seconds", 5400),
         ("45s", "seconds", 45),
+        ("2 days", "seconds", 172800),
+        ("10 hours", "seconds", 36000),
+        ("1,500,000 samples", "samples", 1.5e6),
         ("20_000samples", "samples", 20000),
     ],
 )
@@ -36,7 +39,9 @@ def test_budgets_are_read_with_their_units(text, kind, amount):
     assert found.amount == pytest.approx(amount)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "0", "100%", "1e400", "5 parsecs", "many", "1.2.3", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "0", "100%", "1e400", "5 parsecs", "many", "1.2.3", "nan", "2,5h", "0,05", "1,0000 samples"]
+)
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(InputError, match=r"is no amount that can be spent; give it as 0\.05 or 5%"):
         Budget.parse(text)
@@ -60,12 +65,19 @@ def test_what_is_spent_follows_from_the_journal():
     lines = [
         run("x1", 10, 100.0, part_of="x"),  # in the record of its run
         run("x", 10, 300.0),
-        run("y1", 20, 50.0, part_of="y"),  # of a run that was killed
-        run("z", 20, 70.0, loss=None),  # failed, but paid for
+        run("y1", 20, 50.0, part_of="y"),  # of a run that was killed: it is made again, at its full price
+        run("z1", 20, 30.0, part_of="z"),  # of a run that failed
+        run("z", 20, 70.0, loss=None),
+        run("w1", 20, 5.0, part_of="w"),  # of a run that failed once, and then did not
+        run("w", 20, 2.0, loss=None),
+        run("w", 20, 9.0),
+        run("k", 8, 11.0, part_of="tangents"),
         run("v", 100, 1e6),  # for verification
         run("0", 0, 0.0),
     ]
-    for text, spent in (("1e9", 300 + 50 + 70), ("1e5 samples", 100 + 200 + 200), ("0.5", 10 * (10 + 20))):
+    flops = 300 + 30 + 70 + 2 + 9 + 11
+    samples = 10 * (10 + 20 + 20 + 20 + 20 + 8)
+    for text, spent in (("1e9", flops), ("1e5 samples", samples), ("0.5", 10 * (10 + 20 + 20 + 20))):
         account = ledger(text)
         account.settle(lines)
         assert account.spent == spent
@@ -111,14 +123,14 @@ def journal(directory):
 def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
     options, tmp_path, monkeypatch, scripted_run, method, unit
 ):
-    # Each run costs the most it may, two epochs of one trial (and no retry): the hardest case.
+    # Each run costs the most it may, two epochs of a trial and two of its retry: the hardest case.
     law = scripted_run(lambda name, size: {"tiny-8": 3.2, "tiny-16": 3.0}[name] * (1 + size) ** -0.1)
 
     def dear(bench, size, *rest):
         result = law(bench, size, *rest)
-        tokens = 2 * int(bench.assignment.tokens.train.token_counts[:size].sum())
+        tokens = 4 * int(bench.assignment.tokens.train.token_counts[:size].sum())
         weights = {"tiny-8": 17784, "tiny-16": 37104}[bench.assignment.name]
-        costs = {"samples": 2 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
+        costs = {"samples": 4 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
         return workers.Result(dataclasses.replace(result.outcome, **costs), {})
 
     monkeypatch.setattr(live.Bench, "run", dear)
@@ -181,11 +193,16 @@ def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
     )
     prepared = prepare.prepare(request)
     assignment = live.assign(prepared, prepared.candidates[0])
-    hooks = workers.Hooks(lambda _: None, lambda _: None)
+    heard = []
     for bench in (workers.Bench(assignment), workers.Worker(assignment)):
+        # In the middle of training: the time is over at the first sign of life.
+        hooks = workers.Hooks(heard.append, lambda _: None)
+        whole = bench.run(20, {}, hooks)
+        assert whole.outcome.steps_run > 0
         with pytest.raises(workers.OutOfTimeError, match="the time is spent"):
             bench.run(20, {}, hooks, deadline=0.0)
         bench.close()
+    assert heard
     assert not multiprocessing.active_children()
 
 

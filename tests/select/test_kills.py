@@ -1,11 +1,13 @@
 """Whole selections, killed at random moments and resumed."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +17,24 @@ from lensjax.runs import JOURNAL
 KILLS = 50
 
 
-def command(*arguments, log):
+def command(*arguments, log, cache):
     return subprocess.Popen(
         [sys.executable, "-m", "lensjax.select", *map(str, arguments)],
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LENSJAX_CACHE": str(cache)},
     )
+
+
+def survivors(mark):
+    """Return the processes that have the mark in their environment, this one and its own left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append(entry.name)
+    return found
 
 
 def journal(directory):
@@ -38,12 +51,12 @@ def test_a_selection_killed_fifty_times_ends_as_an_undisturbed_one(tiny_models, 
     options = ("--models", *models, "--task", tiny_task, *sizes, *training, "--quiet")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     with (tmp_path / "log").open("w") as log:
-        assert command(*options, "--out", whole, log=log).wait() == 0
+        assert command(*options, "--out", whole, log=log, cache=tmp_path).wait() == 0
         rng = np.random.default_rng(0)
-        kills = finished = 0
+        kills = finished = torn_runs = 0
         while kills < KILLS:
             resumed = (torn / "command.json").exists()
-            process = command(*(("--resume", torn) if resumed else (*options, "--out", torn)), log=log)
+            process = command(*(("--resume", torn) if resumed else (*options, "--out", torn)), log=log, cache=tmp_path)
             try:
                 # From imports to the middle of training: a start takes seconds, and so does a run.
                 status = process.wait(float(rng.uniform(0.5, 12.0)))
@@ -56,14 +69,20 @@ def test_a_selection_killed_fifty_times_ends_as_an_undisturbed_one(tiny_models, 
                 lines = path.read_bytes().rpartition(b"\n")[0].count(b"\n") + 1 if path.exists() else 0
                 assert lines >= finished
                 finished = lines
+                records = [json.loads(line) for line in path.read_text().splitlines()[:lines]] if lines else []
+                torn_runs += bool({r["part_of"] for r in records} - {r["key"] for r in records} - {""})
                 continue
             assert status == 0
             # It came to its end before all kills: a fresh one takes the rest.
             check(torn, whole)
             shutil.rmtree(torn)
             finished = 0
-        assert command("--resume", torn, log=log).wait() == 0
+        last = ("--resume", torn) if (torn / "command.json").exists() else (*options, "--out", torn)
+        assert command(*last, log=log, cache=tmp_path).wait() == 0
     check(torn, whole)
+    # Some kills fell between the trials of a run, and no process of a killed selection lives on.
+    assert torn_runs > 0
+    assert survivors(str(tmp_path)) == []
 
 
 def check(found, wanted):

@@ -382,5 +382,5 @@ def test_cost_of_everything_is_measured_by_verification_and_estimated_without(fi
     estimate = json.loads((tmp_path / "copy" / "selection.json").read_text())
     # Two epochs each, as at the largest subset.
     assert estimate["full_flops"] == pytest.approx(document["full_flops"], rel=0.05)
-    assert "estimated at 2.0 epochs" in estimate["cost_note"]
+    assert "estimated at 2.0 passes" in estimate["cost_note"]
     assert runs[0]["facts"]["device"] == jax.devices()[0].device_kind

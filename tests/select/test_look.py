@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lensjax import models, tangents
-from lensjax.finetune import FineTuner
+from lensjax.errors import SelectionError
+from lensjax.finetune import FineTuner, Trial
 from lensjax.models import Lora
 from lensjax.runs import JOURNAL
 from lensjax.select import cli, live, prepare
@@ -22,6 +23,25 @@ def options(tiny_models, tiny_task):
     sizes = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24)
     training = ("--max-epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--quiet", "--in-process")
     return ["--models", *tiny_models, "--task", tiny_task, *sizes, *training]
+
+
+@pytest.fixture
+def scripted_trials(monkeypatch):
+    """No training: the loss falls with the samples and the rate; absurd rates diverge."""
+
+    def trials(tuner, train, validation, test, *, rates, batch_size, **_):
+        found = []
+        for rate in rates:
+            fine = rate < 1e20
+            loss = (3.0 + len(str(tuner.parameters))) * (1 + len(train)) ** -0.1 - rate if fine else None
+            given = {"test_loss": loss, "validation_loss": loss, "steps": 1, "steps_run": 2, "steps_per_epoch": 1}
+            costs = {"samples": 2 * len(train), "tokens": 9 * len(train), "flops": 1.0 * len(train)}
+            rest = {"step_flops": 1.0, "evaluation_flops": 1.0, "validation_history": ((0, 9.0),), "reason": "scripted"}
+            status = "finished" if fine else "diverged"
+            found.append(Trial(learning_rate=rate, batch_size=batch_size, status=status, **given, **costs, **rest))
+        return tuple(found)
+
+    monkeypatch.setattr(FineTuner, "trials", trials)
 
 
 def journal(directory):
@@ -138,6 +158,37 @@ def test_several_rates_and_batch_sizes_are_searched_and_paid_for(options, comman
     assert again["key"] == runs[-1]["key"]
     assert again["test_loss"] == pytest.approx(runs[-1]["test_loss"], rel=1e-6)
     assert again["flops"] == runs[-1]["flops"]
+
+
+def test_with_a_budget_a_killed_search_goes_on_as_if_nothing_had_been(options, command, tmp_path, scripted_trials):
+    """What its trials cost is in its run's price: they must not leave too little for it."""
+    at = options.index("--learning-rate")
+    options[at + 1 : at + 2] = [0.001, 0.003, 0.01]
+    out = tmp_path / "out"
+    # 2 epochs x (3 trials and a retry) x (10 + 20 + 40) samples x 2 candidates, and not one more.
+    status, text = command(*options, "--method", "rectified", "--visible", 40, "--budget", "1120samples", "--out", out)
+    assert status == 0
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    for kept in range(0, len(lines), 3):
+        (out / JOURNAL).write_bytes(b"".join(lines[:kept]))
+        assert command("--resume", out) == (0, text)
+        again = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+        assert [json.loads(line)["key"] for line in again] == [json.loads(line)["key"] for line in lines]
+
+
+def test_a_search_that_diverged_is_not_paid_for_again(options, command, tmp_path, scripted_trials):
+    at = options.index("--learning-rate")
+    options[at + 1 : at + 2] = [1e29, 1e30]
+    third = tmp_path / "third"
+    shutil.copytree(options[1], third)
+    (third / "config.json").write_text(json.dumps(json.loads((third / "config.json").read_text()) | {"marked": 1}))
+    out = tmp_path / "out"
+    with pytest.raises(SelectionError, match="0 candidate"):
+        command(*options, "--out", out)
+    before = (out / JOURNAL).read_bytes()
+    with pytest.raises(SelectionError, match="0 candidate"):
+        command("--resume", out)
+    assert (out / JOURNAL).read_bytes() == before
 
 
 def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypatch, scripted_run):
