@@ -6,8 +6,8 @@
 Tokens per second of the training steps alone, AdamW with weight decay and clipping, no dropout. A run of `--short` and
 one of `--long` steps are timed, and the difference is that of the steps between them: what a run does once (copying
 weights, the first evaluation) is in both. Ours and the Trainer's take turns in one process (A B A B); the ratio is that
-of the medians. Beside it: seconds until the first step is done (making the model, tracing, compiling; imports of neither
-side), and those of a run of one step later on.
+of the medians. Beside it: seconds until the first step is done (making the model, tracing, compiling; no imports), and
+those of a run of one step later on.
 """
 
 import argparse

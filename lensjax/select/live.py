@@ -269,7 +269,7 @@ class LiveSelection:
         needed = sizes_needed(self.prepared.request.method, self.prepared.request.gamma)
         if len(sizes) < needed:
             raise SelectionError(
-                f"the budget pays for {len(sizes)} subset size(s), method {self.prepared.request.method} needs {needed}. "
+                f"the budget pays for {len(sizes)} size(s), --method {self.prepared.request.method} needs {needed}. "
                 f"Finished runs are in {self.directory}; raise --budget and give the same command again."
             )
         for candidate in self.prepared.candidates:
