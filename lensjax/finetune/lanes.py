@@ -146,7 +146,7 @@ class Lanes:
             return True
         lane.since_best += 1
         ends = last or lane.since_best >= self.tuner.plan.patience
-        if ends and lane.best_step == 0 and training > RISE * untouched:
+        if ends and lane.best_step == 0 and min(training, value) > RISE * untouched:
             self._end(
                 lane,
                 "diverged",
@@ -202,7 +202,7 @@ class Lanes:
                     self._end(lane, "diverged", f"the test loss is {lane.test_loss}", lane.steps_run)
 
     def _compact(self, lanes: list[Lane], state: Any, best: Params, sums: np.ndarray) -> tuple[Any, Params, Any]:
-        """Drop lanes that have ended, so that nothing is computed that is not counted; each width is compiled."""
+        """Drop lanes that have ended, so that they cost no more; each width is compiled."""
         going = [row for row, number in enumerate(self.rows) if not lanes[number].status]
         if self.single or len(going) == len(self.rows):
             return state, best, sums

@@ -71,6 +71,17 @@ class Budget:
         return cls(kind, value * factor)
 
 
+def paid(lines: Sequence[Run]) -> list[Run]:
+    """Return the records whose costs add up to what was spent, each cost once.
+
+    A finished run's record holds its trials; those of a run that failed stand beside its record; those of a run that
+    was killed are left out, for it is made again.
+    """
+    finished = {run.key for run in lines if not run.part_of and run.test_loss is not None}
+    failed = {run.key for run in lines if not run.part_of} - finished
+    return [run for run in lines if run.part_of in {"", TANGENTS, *failed}]
+
+
 class Ledger:
     """Keeps what is spent against a budget.
 
@@ -130,9 +141,12 @@ class Ledger:
         """Return what a run may cost at most; for seconds an estimate from the runs so far, 0 before the first."""
         return self.prices[name] * size
 
-    def refuses(self, name: str, size: int) -> str:
-        """Return why a run must not start; empty if it may."""
-        if self.budget is None:
+    def refuses(self, name: str, size: int, *, needed: bool = False) -> str:
+        """Return why a run must not start; empty if it may.
+
+        What is `needed` in any case may start while there is time left, for its price in time is an estimate only.
+        """
+        if self.budget is None or (needed and self.budget.kind == "seconds" and self.left > 0):
             return ""
         price, left = self.price(name, size), max(self.left, 0.0)
         if price <= left and left > 0:
@@ -148,26 +162,23 @@ class Ledger:
         Parameters
         ----------
         lines : sequence of Run
-            Everything in the journal. Trials are in the record of their run once it is finished; those of a run that
-            failed are counted beside its record; those of one that was killed are not counted, for that run is made
-            again, and its price holds them.
+            Everything in the journal; `paid` says what of it counts.
         elapsed : float
             Seconds that the choice has taken in all sessions.
         """
         if self.budget is None:
             return
-        finished = {run.key for run in lines if not run.part_of and run.test_loss is not None}
-        failed = {run.key for run in lines if not run.part_of} - finished
-        whole = {"", TANGENTS, *failed}
-        counted = [r for r in lines if r.part_of in whole and 0 < r.size < self.target]
-        runs = [r for r in counted if r.key in finished]
+        counted = [r for r in paid(lines) if 0 < r.size < self.target]
         if self.budget.kind == "seconds":
             self.spent = elapsed
-            work = sum(self.flops_per_sample.get(r.candidate, 0.0) * r.size for r in runs)
-            seconds = sum(r.seconds for r in runs)
-            if work:
-                # What is usual, not the worst: a run that takes longer is ended in time.
-                self.prices = {n: CAUTION * own * seconds / work for n, own in self.flops_per_sample.items()}
+            # The best seen, for small runs mostly load and compile; a run that takes longer is ended in time.
+            speeds = [
+                r.seconds / (self.flops_per_sample[r.candidate] * r.size)
+                for r in counted
+                if not r.part_of and r.test_loss is not None and r.candidate in self.flops_per_sample
+            ]
+            if speeds:
+                self.prices = {n: CAUTION * own * min(speeds) for n, own in self.flops_per_sample.items()}
         elif self.budget.kind == "share":
             self.spent = sum(self.prices.get(r.candidate, 0.0) * r.size for r in counted if not r.part_of)
         else:

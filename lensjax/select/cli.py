@@ -210,7 +210,7 @@ def _samples(text: str) -> int:
     return int(value)
 
 
-def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
+def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool = False) -> int:
     """Run the command.
 
     Parameters
@@ -219,6 +219,8 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         Without the program's name.
     out, err : text streams
         Result and progress.
+    own_process : bool
+        Whether this process is for this command alone: it then leaves accelerators to the processes that train.
 
     Returns
     -------
@@ -231,12 +233,25 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         Before any long work, if something given cannot be used.
     """
     given = parser().parse_args(arguments)
+    own_process = own_process and not given.in_process
     if given.resume is not None:
         arguments, place = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
         with contextlib.chdir(place):
-            return _select(given, None, out, err)
-    return _select(given, arguments, out, err)
+            return _select(given, _lasting(arguments), out, err, own_process=own_process)
+    return _select(given, arguments, out, err, own_process=own_process)
+
+
+def _lasting(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without those that name where this time's results go."""
+    kept, skip = [], False
+    for argument in arguments:
+        flag, has_value, _ = argument.partition("=")
+        if skip or flag in ("--json", "--html", "--figures", "--out"):
+            skip = not skip and not has_value
+            continue
+        kept.append(argument)
+    return kept
 
 
 def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
@@ -267,12 +282,16 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
     return [*before, *now, *named, "--out", str(directory)], place
 
 
-def _select(given: argparse.Namespace, arguments: Sequence[str] | None, out: TextIO, err: TextIO) -> int:
+def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool) -> int:
     _check(given)
     from lensjax.report.figures import write_figures
     from lensjax.report.html import render_html
     from lensjax.report.text import render
 
+    if own_process and given.losses is None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
     selection = _from_losses(given) if given.losses is not None else _live(given, arguments, err)
     text = render(selection)
     document = json.dumps(selection.as_dict(), indent=2, allow_nan=False) + "\n"
@@ -347,10 +366,8 @@ def _from_losses(given: argparse.Namespace) -> Selection:
     )
 
 
-def _live(given: argparse.Namespace, arguments: Sequence[str] | None, err: TextIO) -> Selection:
-    """Select by fine-tuning; `arguments` are what a later session is to be started with, None in a later session."""
-    import jax
-
+def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
+    """Select by fine-tuning; `arguments` are what a later session is to be started with."""
     from lensjax.finetune import Plan, Search
     from lensjax.models import Lora
     from lensjax.report.progress import Console
@@ -373,9 +390,6 @@ def _live(given: argparse.Namespace, arguments: Sequence[str] | None, err: TextI
     rates, sizes = tuple(given.learning_rate or ()), tuple(given.batch_size or ())
     settings |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
     settings |= {"batch_size": max(sizes)} if sizes else {}
-    if not given.in_process:
-        # The devices are for the processes that train; this one only fits curves.
-        jax.config.update("jax_platforms", "cpu")
     plan = Plan(**settings)
     search = Search(rates if len(rates) > 1 else (), sizes if len(sizes) > 1 else ())
     adapters = {name: getattr(given, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
@@ -385,16 +399,16 @@ def _live(given: argparse.Namespace, arguments: Sequence[str] | None, err: TextI
     console = Console(err, quiet=given.quiet)
     directory = request.out or default_directory(prepared)
     live = LiveSelection(prepared, directory, console, isolate=not given.in_process)
-    if arguments is not None:
-        command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
-        write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
+    command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
+    write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
     return live.execute()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with the process's streams; return its exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return run(sys.argv[1:] if arguments is None else arguments, sys.stdout, sys.stderr)
+        return run(given, sys.stdout, sys.stderr, own_process=arguments is None)
     except (InputError, UnsupportedBackendError) as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         return BAD_INPUT

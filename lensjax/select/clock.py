@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -51,15 +52,16 @@ class Stopwatch:
     Parameters
     ----------
     path : Path
-        Written every `EVERY` seconds, and at each stop.
+        Written every `EVERY` seconds, and at each stop, if it can be.
+    otherwise : float
+        Seconds taken so far, if the file does not say.
     """
 
     EVERY = 5.0
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.earlier = 0.0
-        if path.exists():
+    def __init__(self, path: Path, otherwise: float) -> None:
+        self.path, self.earlier = path, otherwise
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             self.earlier = float(json.loads(path.read_text())["seconds"])
         self.started: float | None = time.monotonic()
         self.written = self.started
@@ -89,4 +91,6 @@ class Stopwatch:
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        write_atomically(self.path, json.dumps({"seconds": self.seconds}) + "\n")
+        # A full disk must not cost what was computed.
+        with contextlib.suppress(OSError):
+            write_atomically(self.path, json.dumps({"seconds": self.seconds}) + "\n")

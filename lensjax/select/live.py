@@ -19,6 +19,7 @@ from lensjax.report.html import versions
 from lensjax.report.progress import Console, duration
 from lensjax.report.selection import Selection
 from lensjax.runs import TANGENTS, Journal, Run, curves_of, key_of
+from lensjax.select.budget import paid
 from lensjax.select.candidates import Candidate
 from lensjax.select.clock import Clock, Stopwatch
 from lensjax.select.from_losses import score_all
@@ -26,7 +27,7 @@ from lensjax.select.look import kernel_residual, look_flops
 from lensjax.select.prepare import Prepared, sizes_needed
 from lensjax.select.records import by_xla, common_facts, read_trial, run_key, run_record, trial_record
 from lensjax.select.workers import Assignment, Bench, Hooks, OutOfTimeError, RunFailedError, Trials, Worker
-from lensjax.selectors import propose, should_stop
+from lensjax.selectors import RACE, propose, should_stop
 
 COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
 
@@ -79,7 +80,7 @@ class LiveSelection:
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
         self.bench: Bench | Worker | None = None
-        self.stopwatch = Stopwatch(directory / STOPWATCH)
+        self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in paid(self.journal.lines)))
         for notice in [*self.journal.notices, *prepared.notes]:
             console.line(f"note: {notice}")
 
@@ -102,8 +103,8 @@ class LiveSelection:
             f"{', '.join(map(str, prepared.sizes))} samples, choosing for {prepared.target}; "
             f"results in {self.directory}"
         )
-        self._settle()
         try:
+            self._settle()
             if prepared.races:
                 self._race()
             else:
@@ -113,15 +114,20 @@ class LiveSelection:
             if prepared.request.verify:
                 for candidate in prepared.candidates:
                     self._verify(candidate)
-        finally:
-            self.journal.close()
-            self.stopwatch.pause()
             self._leave()
-        # What was compiled is of use to a continued selection only.
-        shutil.rmtree(self.directory / COMPILED, ignore_errors=True)
+            # What was compiled is of use to a continued selection only.
+            shutil.rmtree(self.directory / COMPILED, ignore_errors=True)
+        finally:
+            # The lock goes last: whoever comes next finds everything in its place.
+            try:
+                self.stopwatch.pause()
+                self._leave()
+            finally:
+                self.journal.close()
         return self._selection()
 
     def _settle(self) -> None:
+        self.stopwatch.keep()
         self.ledger.settle(self.journal.lines, self.stopwatch.seconds)
 
     def _label(self, candidate: Candidate) -> str:
@@ -166,7 +172,7 @@ class LiveSelection:
             self.console.status(label)
             begun = time.monotonic()
             try:
-                found = self._bench(candidate).look(samples, self._deadline())
+                found = self._bench(candidate).look(samples, self._deadline(), self.stopwatch.keep)
             except RunFailedError as error:
                 self.console.line(f"{label}: could not be measured: {error}")
                 continue
@@ -204,6 +210,7 @@ class LiveSelection:
         """Let the candidates race: those that cannot win are not trained on the larger subsets."""
         prepared = self.prepared
         smallest, largest = prepared.sizes[0], prepared.sizes[-1]
+        common, _ = RACE.sizes(prepared.target, smallest, largest)
         for candidate in prepared.candidates:
             for size in prepared.sizes[::-1]:
                 if self._known(candidate, size) is not None:
@@ -215,6 +222,9 @@ class LiveSelection:
             # Priced by what a run may cost at most, and asked again after each: the answer follows from the journal.
             curves = self._curves(left, prepared.sizes)
             prices = np.array([self.ledger.prices[c.name] for c in left])
+            if self._lacking(left, common):
+                # Estimates of time decide about nothing that everyone needs.
+                prices = prices * (self.ledger.budget is None or self.ledger.budget.kind != "seconds")
             curves = replace(curves, parameters=np.maximum(prices, 1e-300))
             measured = float((prices[:, None] * curves.sizes * np.isfinite(curves.losses)).sum())
             try:
@@ -222,14 +232,14 @@ class LiveSelection:
                     curves, prepared.target, self.ledger.left + measured, smallest=smallest, largest=largest
                 )
             except InputError:
-                # What is left no longer pays for what everyone needs: time has run out.
-                self.console.line("the budget is spent")
+                # After failures, what is left may not pay for what everyone needs.
+                self.console.line("what is left of the budget does not pay for the subsets that every candidate needs")
                 return
             if not stage:
                 return
             proposed = stage[0]
             candidate = next(c for c in left if c.name == proposed.name)
-            if self._refused(candidate, proposed.size):
+            if self._refused(candidate, proposed.size, needed=proposed.size in common):
                 return
             try:
                 self._measure(candidate, proposed.size, proposed.reason)
@@ -239,19 +249,36 @@ class LiveSelection:
             except RunFailedError as error:
                 self._failed(candidate, error)
 
-    def _refused(self, candidate: Candidate, size: int) -> bool:
+    def _lacking(self, candidates: list[Candidate], sizes: tuple[int, ...]) -> bool:
+        return any((c.name, size) not in self.found for c in candidates for size in sizes)
+
+    def _refused(self, candidate: Candidate, size: int, *, needed: bool) -> bool:
         """Say whether the budget forbids a run that is not in the journal yet."""
-        refusal = "" if self._known(candidate, size) is not None else self.ledger.refuses(candidate.name, size)
+        known = self._known(candidate, size) is not None
+        refusal = "" if known else self.ledger.refuses(candidate.name, size, needed=needed)
         if refusal:
             self.console.line(f"{candidate.name} is not trained: {refusal}")
         return bool(refusal)
 
     def _affordable(self) -> tuple[int, ...]:
-        """Return the sizes that the budget pays for, if every candidate is trained on all of them; descending."""
-        prepared, total, found = self.prepared, 0.0, []
+        """Return the sizes that the budget pays for, if every candidate is trained on all of them; descending.
+
+        Prices in FLOPs and samples do not change, and a resumed selection must come to the same answer: all runs count,
+        against all of the budget. Prices in seconds do: those still to be made count, against what is left.
+        """
+        prepared, total = self.prepared, 0.0
+        found: list[int] = []
+        timed = self.ledger.budget is not None and self.ledger.budget.kind == "seconds"
+        needed = sizes_needed(prepared.request.method, prepared.request.gamma)
         for size in prepared.sizes:
-            total += sum(self.ledger.price(c.name, size) for c in prepared.candidates)
-            if self.ledger.budget is not None and total > self.ledger.amount:
+            left = [c for c in prepared.candidates if not (timed and self._known(c, size) is not None)]
+            total += sum(self.ledger.price(c.name, size) for c in left)
+            free = timed and (not left or len(found) < needed)
+            if (
+                not free
+                and self.ledger.budget is not None
+                and total > (self.ledger.left if timed else self.ledger.amount)
+            ):
                 self.console.line(f"subsets of {size} samples and more may cost more than --budget and are left out")
                 break
             found.append(size)
@@ -270,7 +297,8 @@ class LiveSelection:
         if len(sizes) < needed:
             raise SelectionError(
                 f"the budget pays for {len(sizes)} size(s), --method {self.prepared.request.method} needs {needed}. "
-                f"Finished runs are in {self.directory}; raise --budget and give the same command again."
+                f"{''.join(f'{n} failed: {r}. ' for n, r in self.failures.items())}Finished runs are in "
+                f"{self.directory}; raise --budget and give the same command again."
             )
         for candidate in self.prepared.candidates:
             if candidate.name not in self.failures:
@@ -291,12 +319,13 @@ class LiveSelection:
         request = self.prepared.request
         sizes = {"zero_shot": (), "model_size": (), "subtuning": sizes[:1]}.get(request.method, sizes)
         stops = request.method in ("lens", "ats")
+        needed = sizes_needed(request.method, request.gamma)
         why = "the largest affordable, then downwards until the line ends" if stops else "the method needs all"
         try:
             self._measure(candidate, 0, "the model as it is")
             losses: list[float] = []
             for size in sizes:
-                if self._refused(candidate, size):
+                if self._refused(candidate, size, needed=size in self.prepared.sizes[:needed]):
                     break
                 losses.append(self._measure(candidate, size, why))
                 if not stops:
@@ -308,6 +337,9 @@ class LiveSelection:
                     break
         except OutOfTimeError as error:
             self.console.line(f"{candidate.name}: {error}")
+            for size in (0, *sizes):
+                if self._known(candidate, size) is not None:
+                    self._measure(candidate, size, "")
         except RunFailedError as error:
             self._failed(candidate, error)
 
@@ -368,7 +400,8 @@ class LiveSelection:
             known[trial.learning_rate, trial.batch_size] = trial
         bench = self._bench(candidate)
         try:
-            result = bench.run(size, known, Hooks(progress, trials), self._deadline() if paid else None)
+            hooks = Hooks(progress, trials, self.stopwatch.keep)
+            result = bench.run(size, known, hooks, self._deadline() if paid else None)
         except RunFailedError as error:
             # What no record of a trial says: the cost of the one under way, and of all where they have no records.
             unsaid = () if searches else error.trials
@@ -443,7 +476,8 @@ class LiveSelection:
         needed = 1 if request.method == "averaged" else sizes_needed(request.method, request.gamma)
         for candidate in prepared.candidates:
             sizes = sum(1 for name, size in self.found if name == candidate.name and size in prepared.sizes)
-            if request.budget is not None and sizes < needed and candidate.name not in self.failures:
+            nothing = not any(name == candidate.name for name, _ in self.found)
+            if request.budget is not None and (sizes < needed or nothing) and candidate.name not in self.failures:
                 self.failures[candidate.name] = f"the budget was spent after {sizes} of the {needed} sizes it needs"
         ranked = [c for c in prepared.candidates if c.name not in self.failures]
         if len(ranked) < 2:
@@ -475,7 +509,8 @@ class LiveSelection:
             truth = measured.at(prepared.target)
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
             how = "as measured"
-        spent = [r for r in self.journal.lines if not r.part_of]
+        finished = {r.key for r in self.journal.lines if r.test_loss is not None and not r.part_of}
+        spent = [r for r in paid(self.journal.lines) if r.part_of != TANGENTS]
         looking = sum(seen["flops"] for seen in self.looks.values())
         frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
         scores, refused = score_all(curves, prepared.target, request.method, gamma=request.gamma, tau=request.tau)
@@ -487,7 +522,7 @@ class LiveSelection:
             refused=refused,
             flops=flops[:, : len(curves.sizes)],
             full_flops=full_flops,
-            lost_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.test_loss is None),
+            lost_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.key not in finished),
             cost_note=f"6 N per token trained on{frozen}, all epochs and trials; the whole {how}{by_xla(runs)}"
             + (f"; kernels and Hessian traces took {looking:.3g} more" if looking else ""),
             truth=truth,

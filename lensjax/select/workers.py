@@ -8,6 +8,7 @@ import faulthandler
 import functools
 import hashlib
 import importlib.metadata
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,15 @@ from lensjax.select.look import look
 from lensjax.select.prepare import Tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
+TICK = 5.0  # seconds between two signs of waiting
 GRACE = 5.0  # seconds a process gets to end by itself
 
 Trials = tuple[Trial, ...]
+Tick = Callable[[], None]
+
+
+def _nothing() -> None:
+    """Hear a tick and do nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +115,7 @@ class Hooks:
 
     progress: Callable[[Progress], None]
     trials: Callable[[Trials], None]
+    tick: Tick = _nothing
 
 
 class Bench:
@@ -182,7 +191,9 @@ class Bench:
             raise RunFailedError(reason(error), before) from error
         return Result(outcome, {**self._facts(), **_peak(reset)})
 
-    def look(self, samples: int, deadline: float | None = None) -> dict[str, Any]:
+    def look(
+        self, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Measure the candidate's kernel and curvature on the first training samples; see `look.look`.
 
         A deadline keeps it from starting; what has started is not ended.
@@ -253,12 +264,22 @@ def _peak(was_reset: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let SIGINT wait for the end of a block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Let SIGINT wait for the end of a block, and keep it from processes that start there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    resource_tracker.ensure_running()  # it would unblock the signal
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    # The mask is what a new process inherits; here, other threads may still receive the signal.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _context() -> Any:
@@ -292,7 +313,7 @@ class Worker:
             with _interrupts_held():
                 process.start()
                 self._process, self._connection = process, ours
-        except OSError as error:
+        except (OSError, EOFError) as error:
             ours.close()
             raise RunFailedError(f"its process could not be started: {reason(error)}") from error
         finally:
@@ -310,7 +331,9 @@ class Worker:
         result: Result = self._ask(("run", size, dict(known)), hooks, made, deadline)
         return result
 
-    def look(self, samples: int, deadline: float | None = None) -> dict[str, Any]:
+    def look(
+        self, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Look as `Bench.look`; at the deadline the process is killed.
 
         Raises
@@ -318,7 +341,8 @@ class Worker:
         RunFailedError
             If it gave nothing, or its process died.
         """
-        found: dict[str, Any] = self._ask(("look", samples), Hooks(lambda _: None, lambda _: None), [], deadline)
+        hooks = Hooks(lambda _: None, lambda _: None, tick)
+        found: dict[str, Any] = self._ask(("look", samples), hooks, [], deadline)
         return found
 
     def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:
@@ -329,9 +353,12 @@ class Worker:
                 self._start()
             self._talk(functools.partial(self._connection.send, question), made)
             while True:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._talk(functools.partial(self._connection.poll, left), made):
-                    raise OutOfTimeError("the time is spent", tuple(made))
+                left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._talk(functools.partial(self._connection.poll, min(left, TICK)), made):
+                    if left <= TICK:
+                        raise OutOfTimeError("the time is spent", tuple(made))
+                    hooks.tick()
+                    continue
                 kind, *content = self._talk(self._connection.recv, made)
                 if kind == "progress":
                     hooks.progress(content[0])
@@ -351,7 +378,7 @@ class Worker:
         """Say or hear something; what fails here is the process's end, and nothing of the caller's."""
         try:
             return act()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             self._process.join(GRACE)
             raise RunFailedError(_death(self._process.exitcode, self.assignment.log), tuple(made)) from error
 
@@ -378,6 +405,7 @@ def serve(connection: multiprocessing.connection.Connection, assignment: Assignm
     """Make the runs that are asked for over a connection; the body of a worker's process."""
     # An interrupt is for the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if assignment.log is not None:
         assignment.log.parent.mkdir(parents=True, exist_ok=True)
         with assignment.log.open("a") as log:

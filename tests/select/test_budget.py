@@ -9,11 +9,11 @@ import signal
 
 import pytest
 
-from lensjax.errors import InputError
+from lensjax.errors import InputError, SelectionError
 from lensjax.finetune import Progress
 from lensjax.report.progress import Console
 from lensjax.runs import JOURNAL, Run
-from lensjax.select import cli, live, prepare, workers
+from lensjax.select import cli, clock, live, prepare, workers
 from lensjax.select.budget import Budget, Ledger
 
 
@@ -81,9 +81,9 @@ def test_what_is_spent_follows_from_the_journal():
         account = ledger(text)
         account.settle(lines)
         assert account.spent == spent
-    clock = ledger("1h")
-    clock.settle(lines, elapsed=123.0)
-    assert clock.spent == 123.0
+    timed = ledger("1h")
+    timed.settle(lines, elapsed=123.0)
+    assert timed.spent == 123.0
 
 
 def test_prices_are_the_most_that_a_run_may_cost():
@@ -91,10 +91,16 @@ def test_prices_are_the_most_that_a_run_may_cost():
     assert ledger("1e9 samples").price("b", 20) == 5 * 20
     assert ledger("0.5").price("b", 20) == 30 * 20
     assert ledger("0.5").amount == 0.5 * (10 + 30) * 100
-    clock = ledger("1h")
-    assert clock.price("a", 10) == 0
-    clock.settle([run("x", 10, 300.0)])
-    assert clock.price("b", 10) == pytest.approx(1.25 * 180 * 10 * 2.0 / (60 * 10))
+    timed = ledger("1h")
+    assert timed.price("a", 10) == 0
+    timed.settle([run("x", 10, 300.0)])
+    # The second run is slower for its size: it had to be compiled.
+    timed.settle([run("x", 10, 300.0), run("y", 5, 150.0)], elapsed=4.0)
+    assert timed.price("b", 10) == pytest.approx(1.25 * 180 * 10 * 2.0 / (60 * 10))
+    assert timed.refuses("b", 10**6)
+    assert timed.refuses("b", 10**6, needed=True) == ""
+    timed.settle([], elapsed=3600.0)
+    assert timed.refuses("b", 1, needed=True)
 
 
 def test_a_run_that_might_exceed_the_budget_is_refused_in_words():
@@ -187,6 +193,68 @@ def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, mon
     assert sum(r["seconds"] for r in journal(out)) <= 20
 
 
+@pytest.mark.parametrize("method", ["averaged", "rectified"])
+def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it_is(
+    options, tmp_path, monkeypatch, scripted_run, method
+):
+    """Small runs mostly load and compile: their price for each sample must not forbid the ones that all need."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
+
+    def slow(bench, size, known, hooks, deadline):
+        seconds = 2.0 + size / 20
+        if now[0] + seconds > deadline:
+            now[0] = deadline
+            raise live.OutOfTimeError("the time is spent")
+        now[0] += seconds
+        return law(bench, size, known, hooks)
+
+    monkeypatch.setattr(live.Bench, "run", slow)
+    visible = () if method == "averaged" else ("--visible", 80)
+    for seconds in (16, 25, 50):
+        out = tmp_path / f"{seconds}"
+        arguments = (*options, *visible, "--method", method, "--budget", f"{seconds}s", "--quiet", "--out", out)
+        now[0] = 0.0
+        if method == "rectified" and seconds == 16:
+            with pytest.raises(SelectionError, match="the budget was spent after"):
+                cli.run([str(a) for a in arguments], io.StringIO(), io.StringIO())
+            continue
+        first, again = io.StringIO(), io.StringIO()
+        assert cli.run([str(a) for a in arguments], first, io.StringIO()) == 0
+        assert now[0] <= seconds
+        before = len(journal(out))
+        now[0] = 1000.0
+        assert cli.run(["--resume", str(out)], again, io.StringIO()) == 0
+        if len(journal(out)) == before:
+            assert again.getvalue() == first.getvalue()
+        assert now[0] - 1000.0 <= seconds
+
+
+def test_the_stopwatch_counts_all_sessions_and_forgives_a_bad_file(tmp_path, monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    path = tmp_path / "stopwatch.json"
+    watch = clock.Stopwatch(path, 0.0)
+    now[0] = 13.0
+    watch.pause()
+    now[0] = 100.0
+    assert watch.seconds == 3
+    watch.go()
+    now[0] = 107.0
+    assert watch.deadline(12.0) == 109.0
+    watch.keep()  # and then it is killed
+    later = clock.Stopwatch(path, 0.0)
+    assert later.seconds == 10
+    path.write_text("")
+    assert clock.Stopwatch(path, 4.0).seconds == 4
+    path.unlink()
+    path.mkdir()
+    damaged = clock.Stopwatch(path, 5.0)
+    damaged.pause()
+    assert damaged.seconds == 5
+
+
 def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
     request = prepare.Request(
         models=tuple(map(str, tiny_models)), task=tiny_task, smallest=10, visible=20, validation=20, test=20
@@ -232,6 +300,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
     found = selection.execute()
     assert console.killed == 1
     assert list(found.failures) == ["tiny-8"]
+    assert found.lost_flops > 0
     assert "its process was killed by SIGKILL, as the system does when memory runs out" in found.failures["tiny-8"]
     assert set(found.curves.names) == {"tiny-16", "tiny-8+lora"}
     assert not multiprocessing.active_children()

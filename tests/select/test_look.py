@@ -1,5 +1,6 @@
 """A candidate's kernel and curvature in a selection, search and resuming: what one command can be asked for."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -179,9 +180,6 @@ def test_with_a_budget_a_killed_search_goes_on_as_if_nothing_had_been(options, c
 def test_a_search_that_diverged_is_not_paid_for_again(options, command, tmp_path, scripted_trials):
     at = options.index("--learning-rate")
     options[at + 1 : at + 2] = [1e29, 1e30]
-    third = tmp_path / "third"
-    shutil.copytree(options[1], third)
-    (third / "config.json").write_text(json.dumps(json.loads((third / "config.json").read_text()) | {"marked": 1}))
     out = tmp_path / "out"
     with pytest.raises(SelectionError, match="0 candidate"):
         command(*options, "--out", out)
@@ -244,3 +242,25 @@ def test_a_tokenizer_reads_a_task_once(tiny_models, tiny_task, monkeypatch, tmp_
     for a, b in zip((*first.train.ids, *first.test.ids), (*second.train.ids, *second.test.ids), strict=True):
         np.testing.assert_array_equal(a, b)
     assert Lora() == one.request.lora
+
+
+def test_what_a_failed_search_cost_is_reported_as_lost(options, command, tmp_path, scripted_trials, tiny_models):
+    at = options.index("--learning-rate")
+    options[at + 1 : at + 2] = [0.001, 0.01]
+    options[1:1] = [f"{tiny_models[0]}+lora"]
+    whole = FineTuner.trials
+
+    def failing(tuner, *data, **given):
+        found = whole(tuner, *data, **given)
+        if tuner.plan.lora is None:
+            return found
+        return tuple(dataclasses.replace(t, status="diverged", test_loss=None, validation_loss=None) for t in found)
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuner, "trials", failing)
+        status, _ = command(*options, "--out", out)
+    assert status == 1
+    lost = [r["flops"] for r in journal(out) if r["part_of"] and "+lora" in r["candidate"]]
+    assert len(lost) == 3  # two rates and the retry, at the first size
+    assert json.loads((out / "selection.json").read_text())["lost_flops"] == sum(lost) > 0
