@@ -46,6 +46,8 @@ def main() -> None:
     models = [given.gguf, f"{given.gguf}+lora", *demo]
     task = data.path("demo", "wordnet_definitions.jsonl")
     command = ["--models", *models, "--task", task, *OPTIONS, "--out", given.out]
+    # A failed candidate gives status 1 and a result; without a result there is nothing to write.
+    (given.out / "selection.json").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-m", "lensjax.select", *map(str, command)], check=False)
     runs = [json.loads(line) for line in (given.out / JOURNAL).read_text().splitlines()]
     selection = json.loads((given.out / "selection.json").read_text())

@@ -46,7 +46,8 @@ def journal(directory):
 def test_a_selection_killed_fifty_times_ends_as_an_undisturbed_one(tiny_models, tiny_task, tmp_path):
     """SIGKILL to the command itself; its workers see that it is gone. Two rates: trials are interrupted too."""
     sizes = ("--smallest", 5, "--visible", 40, "--validation", 20, "--test", 20, "--max-length", 24)
-    training = ("--max-epochs", 3, "--batch-size", 8, "--learning-rate", 0.001, 0.01)
+    # Long enough for kills to fall between the trials of a run.
+    training = ("--max-epochs", 30, "--patience", 30, "--batch-size", 1, "--learning-rate", 0.0001, 0.001)
     models = (*tiny_models, *(f"{m}+lora" for m in tiny_models))
     options = ("--models", *models, "--task", tiny_task, *sizes, *training, "--quiet")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
