@@ -54,7 +54,7 @@ def main() -> None:
     write_result(
         "real_selection",
         {
-            "command": [str(c).replace(str(Path.home()), "~") for c in command],
+            "command": [Path(c).name if "/" in str(c) else c for c in command],
             "exit_status": done.returncode,
             "text": (given.out / "selection.txt").read_text(),
             "selection": {k: selection[k] for k in ("methods", "cost", "target", "sizes") if k in selection},
