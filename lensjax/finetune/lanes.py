@@ -219,17 +219,11 @@ class Lanes:
         """Return XLA's counts: of an average step, of one pass over validation, and over the test set."""
         tuner = self.tuner
         step = sum(tuner.cost_of_step(self.examples[shape]) * count for shape, count in self.shapes.items())
-        known: dict[tuple[int, ...], float] = {}
-        passes = []
-        for part in (validation, test):
-            found = 0.0
-            for batch in tuner._batches(part, self.batch_size):
-                shape = batch["labels"].shape
-                if shape not in known:
-                    known[shape] = tuner.cost_of_evaluation(batch)
-                found += known[shape]
-            passes.append(found)
-        return step / max(sum(self.shapes.values()), 1), passes[0], passes[1]
+        validating, testing = (
+            sum(tuner.cost_of_evaluation(batch) for batch in tuner._batches(part, self.batch_size))
+            for part in (validation, test)
+        )
+        return step / max(sum(self.shapes.values()), 1), validating, testing
 
     def _trial(
         self, lane: Lane, first: bool, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None

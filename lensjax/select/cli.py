@@ -299,14 +299,15 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
     out.write(text + "\n")
     out.flush()
     directory = selection.facts.get("directory")
+    page = render_html(selection) if directory is not None or given.html is not None else ""
     if directory is not None:
         write_atomically(Path(directory) / "selection.txt", text + "\n")
         write_atomically(Path(directory) / "selection.json", document)
-        write_atomically(Path(directory) / REPORT, render_html(selection))
+        write_atomically(Path(directory) / REPORT, page)
     if given.json is not None:
         write_atomically(given.json, document)
     if given.html is not None:
-        write_atomically(given.html, render_html(selection))
+        write_atomically(given.html, page)
     if given.figures is not None:
         write_figures(selection, given.figures)
     return FAILED if selection.failures or selection.unverified else 0

@@ -7,7 +7,6 @@ import dataclasses
 import faulthandler
 import functools
 import hashlib
-import importlib.metadata
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -33,7 +32,6 @@ from lensjax.finetune.search import Point
 from lensjax.select.look import look
 from lensjax.select.prepare import Tokens
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 TICK = 5.0  # seconds between two signs of waiting
 GRACE = 5.0  # seconds a process gets to end by itself
 
@@ -84,7 +82,7 @@ class Result:
     ----------
     outcome : Outcome
     facts : mapping
-        Devices, precision, sharding, peak memory in bytes, versions.
+        Devices, precision, sharding, peak memory in bytes.
     """
 
     outcome: Outcome
@@ -229,8 +227,6 @@ class Bench:
             "devices": placement.devices,
             "sharding": placement.name,
             "precision": self.tuner.dtype.name,
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
 
 
