@@ -4,7 +4,7 @@ For each data set the race in `CHOICES` that does best on the other two, pools i
 it stand the default race, and what the selector reaches when the same budget buys one doubling sequence of sizes for
 every candidate.
 
-Run: python benchmarks/allocation.py        (about 2 minutes)
+Run: python benchmarks/allocation.py        (about 5 minutes)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STAGES = (
     ((128, 0.3), (32, 0.5), (8, 1.0)),
 )
 CHOICES = [Race(e, s) for e, s in itertools.product(EVERYONE, STAGES)]
-POOLS_TO_CHOOSE, POOLS = 10, 50
+POOLS_TO_CHOOSE, POOLS = 50, 200
 
 
 def replay(table: Curves, race: Race, budget: float = BUDGET) -> tuple[float, float, int]:

@@ -7,8 +7,8 @@ The laws are
 
 with the level a integrated out, which makes everything invariant to the scale of the losses: e is the share of the
 loss that no amount of data removes, D0 the size at which the power phase begins. Candidates of one table see the same
-data, so their D0 and beta are spread around a common centre; what centre is likely, the losses of all candidates
-together say, before any truth is known.
+data, so their D0 and beta are spread around a common centre; what centre and spread are likely and how large e tends
+to be, the losses of all candidates together say, before any truth is known.
 
 The candidate with the lowest predicted loss is the one whose luck was greatest: differences between extrapolations are
 larger than differences between the losses they will meet. So where all are extrapolated equally far, the choice is made
@@ -38,7 +38,9 @@ ONSETS = np.geomspace(30, 1e7, 16)
 EXPONENTS = np.geomspace(0.03, 1.6, 14)
 ONSET_CENTRES = 100 * np.exp(np.arange(11.0))
 EXPONENT_CENTRES = np.array([0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0])
-DRAWS = 4000
+FLOOR_PRIORS = ((0.35, 0.5), (0.5, 0.5), (0.5, 1.0))  # Beta distributions of e
+EXPONENT_WIDTHS = np.array([0.2, 0.3])
+DRAWS, BLOCKS = 4000, 32
 PAD = 8  # columns are padded to a multiple of this, so that one compiled program serves many tables
 
 
@@ -46,9 +48,9 @@ PAD = 8  # columns are padded to a multiple of this, so that one compiled progra
 class Settings:
     """Constants of the average.
 
-    `exponent_width`, `floor_prior` and `restraint` are what benchmarks/default_selector.py finds, with all three
-    published tables and without any one of them; `stretch` is close to it. By the same rule `fade` would be 0.4: 0.5
-    gives more RelAcc. These and the other constants, which no rule chose, were set while looking at all three.
+    `restraint` is what benchmarks/default_selector.py finds, with all three published tables and without any one of
+    them; `stretch` is what it finds with all three. The others, which no rule chose, were set while looking at all
+    three (benchmarks/LOG.md).
 
     Attributes
     ----------
@@ -57,13 +59,12 @@ class Settings:
     drift : float
         The same of the law's drift from the largest size to half of it: why recent points weigh more.
     fade : float
-        Factor by which the drift's precision falls with each halving of the size.
+        Factor by which the precision of the drift's steps falls with each halving of the size; at 0.5 the drift's
+        variance is `drift`^2 (largest / size - 1).
     freedom : float
         Degrees of freedom of the scale that each curve has of its own (Student-t); 1: a jump is forgiven.
-    floor_prior : (float, float)
-        Beta distribution of e.
-    onset_width, exponent_width : float
-        Spread of log D0 and log beta over the candidates of one table.
+    onset_width : float
+        Spread of log D0 over the candidates of one table.
     caution : float
         The predicted loss is the power mean of this order over the predictive distribution. Above 1 it leans to what
         is feared: of two candidates with the same median the better known one wins.
@@ -76,21 +77,19 @@ class Settings:
         being the best.
     stretch : (float, float)
         Factors by which the predictive distribution is stretched below and above its median, in log loss, so that
-        truths fall outside of its 90 % interval as often as they should, on either side.
+        truths of a table that was not seen fall outside of its 90 % interval as rarely as they should, on either side.
     """
 
     noise: float = 0.003
     drift: float = 0.015
     fade: float = 0.5
     freedom: float = 1.0
-    floor_prior: tuple[float, float] = (0.5, 1.0)
     onset_width: float = 1.0
-    exponent_width: float = 0.3
     caution: float = 6.0
     ats_share: float = 0.15
     restraint: float = 0.3
     spread: float = 0.03
-    stretch: tuple[float, float] = (1.35, 0.75)
+    stretch: tuple[float, float] = (1.5, 0.9)
 
 
 SETTINGS = Settings()
@@ -103,19 +102,43 @@ def laws() -> np.ndarray:
 
 
 @functools.cache
-def hyper_priors(settings: Settings) -> np.ndarray:
-    """Return the probability of each law under each centre of D0 and beta, float64 (H, G), rows adding to 1."""
+def hyper_priors(settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the hyper-priors of e (F, E), of D0 (O, D) and of beta (X, B), float64, rows adding to 1.
+
+    Under a hyper-prior of the table, one row of each, e, D0 and beta are independent.
+    """
     edges = np.concatenate([[0], (FLOORS[1:] + FLOORS[:-1]) / 2, [1]])
     with jax.enable_x64(True):
-        floor = np.diff(np.asarray(jax.scipy.special.betainc(*settings.floor_prior, jnp.asarray(edges))))
-    onset, exponent = np.log(ONSETS), np.log(EXPONENTS)
-    rows = []
-    for d, b in itertools.product(np.log(ONSET_CENTRES), np.log(EXPONENT_CENTRES)):
-        by_onset = np.exp(-0.5 * ((onset - d) / settings.onset_width) ** 2)
-        by_exponent = np.exp(-0.5 * ((exponent - b) / settings.exponent_width) ** 2)
-        row = floor[:, None, None] * by_onset[:, None] * by_exponent
-        rows.append((row / row.sum()).ravel())
-    return np.array(rows)
+        floor = np.stack(
+            [np.diff(np.asarray(jax.scipy.special.betainc(a, b, jnp.asarray(edges)))) for a, b in FLOOR_PRIORS]
+        )
+
+    def bells(values: np.ndarray, centres: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        away = (np.log(values) - np.log(centres)[:, None]) / widths.reshape(-1, 1, 1)
+        found = np.exp(-0.5 * away**2).reshape(-1, len(values))
+        return np.asarray(found / found.sum(axis=1, keepdims=True))
+
+    return (
+        floor / floor.sum(axis=1, keepdims=True),
+        bells(ONSETS, ONSET_CENTRES, np.array([settings.onset_width])),
+        bells(EXPONENTS, EXPONENT_CENTRES, EXPONENT_WIDTHS),
+    )
+
+
+def posterior(likelihood: Any, priors: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """Likelihoods (M, G), each row up to a factor -> weights of the laws (M, G), probabilities of hyper-priors (H,).
+
+    H is every combination of the hyper-priors' rows. Arrays of NumPy or JAX.
+    """
+    xp = jnp if isinstance(likelihood, jax.Array) else np
+    grid = likelihood.reshape(len(likelihood), *(p.shape[1] for p in priors))
+    evidence = xp.einsum("medb,fe,od,xb->mfox", grid, *priors, optimize=True)
+    log_evidence = xp.log(evidence).sum(axis=0)
+    centres = xp.exp(log_evidence - log_evidence.max())
+    centres = centres / centres.sum()
+    prior = xp.einsum("mfox,fe,od,xb->medb", centres / evidence, *priors, optimize=True)
+    weights = likelihood * prior.reshape(likelihood.shape)
+    return weights / weights.sum(axis=1, keepdims=True), centres.ravel()
 
 
 def shape(grid: Any, sizes: Any) -> Any:
@@ -132,7 +155,7 @@ def _posterior(
     sizes: jax.Array,
     target: jax.Array,
     grid: jax.Array,
-    priors: jax.Array,
+    priors: tuple[jax.Array, jax.Array, jax.Array],
     constants: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Log losses (M, S) where `known`, at `sizes` (S,) -> see `Forecast`; also the posterior (M, G) of the laws."""
@@ -145,10 +168,11 @@ def _posterior(
     walk = jnp.where(both, jnp.minimum(walked[:, :, None], walked[:, None, :]), 0.0)
     covariance = walk + jnp.eye(len(sizes)) * jnp.where(known, noise**2, 1.0)[:, :, None]
     factor = jnp.linalg.cholesky(covariance)
+    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.broadcast_to(jnp.eye(len(sizes)), factor.shape), lower=True)
 
     def whiten(columns: jax.Array) -> jax.Array:
         """(M, S, K) -> (M, S, K)."""
-        return jax.scipy.linalg.solve_triangular(factor, columns, lower=True)
+        return jnp.matmul(inverse, columns, precision="highest")
 
     ones = whiten(known[:, :, None].astype(y.dtype))
     residual = jnp.where(known[:, :, None], y[:, :, None] - shape(grid, sizes).T, 0.0)
@@ -158,12 +182,8 @@ def _posterior(
     chi = ((residual - ones * level[:, None]) ** 2).sum(axis=1)
     count = known.sum(axis=1, keepdims=True)
     likelihood = -0.5 * (freedom + count - 1) * jnp.log1p(chi / freedom)
-    highest = likelihood.max(axis=1, keepdims=True)
-    likelihood = jnp.exp(likelihood - highest)
-    evidence = likelihood @ priors.T
-    centres = jax.nn.softmax((jnp.log(evidence) + highest).sum(axis=0))
-    weights = likelihood * ((centres / evidence) @ priors)
-    weights = weights / weights.sum(axis=1, keepdims=True)
+    likelihood = jnp.exp(likelihood - likelihood.max(axis=1, keepdims=True))
+    weights, centres = posterior(likelihood, priors)
     prediction = level + shape(grid, target[None])[:, 0]
     return weights, prediction, centres, likelihood
 
@@ -182,7 +202,7 @@ class Forecast:
     log_loss : float64 array (M, G)
         Log loss each law predicts.
     centres : float64 array (H,)
-        Probability of each hyper-prior, given all candidates.
+        Probability of each hyper-prior (`hyper_priors`, the rows of beta running fastest), given all candidates.
     likelihood : float64 array (M, G)
         Of each law, up to a factor per candidate.
     ats : float64 array (M,)
@@ -257,16 +277,12 @@ class Forecast:
 
     def rows(self, which: np.ndarray) -> Forecast:
         """Return the forecast for some of the candidates, by position, as if there were no others."""
-        likelihood, priors = self.likelihood[which], hyper_priors(self.settings)
-        evidence = likelihood @ priors.T
-        log_centres = np.log(evidence).sum(axis=0)
-        centres = np.exp(log_centres - log_centres.max())
-        centres /= centres.sum()
-        weights = likelihood * ((centres / evidence) @ priors)
+        likelihood = self.likelihood[which]
+        weights, centres = posterior(likelihood, hyper_priors(self.settings))
         return dataclasses.replace(
             self,
             largest=self.largest[which],
-            weights=weights / weights.sum(axis=1, keepdims=True),
+            weights=weights,
             log_loss=self.log_loss[which],
             centres=centres,
             likelihood=likelihood,
@@ -310,21 +326,24 @@ class Forecast:
     def draws(self, number: int = DRAWS, seed: int = 0) -> np.ndarray:
         """Draw log losses of all candidates together (number, M).
 
-        Candidates share the centre of D0 and beta, and whether AtS is right: their errors have a common part.
+        Candidates share the hyper-prior, and whether AtS is right: their errors have a common part.
         """
         rng = np.random.default_rng(seed)
-        priors = hyper_priors(self.settings)
-        counts = rng.multinomial(number, self.centres)
+        floor, onset, exponent = hyper_priors(self.settings)
+        # Hyper-priors at equal steps of their cumulative probability, each for a block of draws: few of them are as
+        # good as many at random.
+        steps = (np.arange(BLOCKS) + 0.5) / BLOCKS
+        chosen = np.searchsorted(np.cumsum(self.centres), steps * self.centres.sum())
         found = np.empty((number, len(self.weights)))
-        start = 0
-        for centre in np.flatnonzero(counts):
-            stop = start + counts[centre]
-            cumulative = np.cumsum(self.likelihood * priors[centre], axis=1)
-            positions = rng.random((counts[centre], len(self.weights))) * cumulative[:, -1]
-            for row in range(len(self.weights)):
-                law = np.searchsorted(cumulative[row], positions[:, row], side="right")
-                found[start:stop, row] = self.log_loss[row, np.minimum(law, cumulative.shape[1] - 1)]
-            start = stop
+        rows, end = np.arange(len(self.weights)), self.weights.shape[1] * np.arange(1, len(self.weights) + 1)
+        for centre, block in zip(chosen, np.array_split(np.arange(number), BLOCKS), strict=True):
+            f, o, x = np.unravel_index(centre, (len(floor), len(onset), len(exponent)))
+            prior = floor[f][:, None, None] * onset[o][:, None] * exponent[x]
+            cumulative = np.cumsum(self.likelihood * prior.ravel(), axis=1)
+            # One sorted array for all candidates: the k-th takes the values from k to k + 1.
+            cumulative = cumulative / cumulative[:, -1:] + rows[:, None]
+            law = np.searchsorted(cumulative.ravel(), rng.random((len(block), len(rows))) + rows, side="right")
+            found[block] = self.log_loss.ravel()[np.minimum(law, end - 1)]
         right = rng.random((number, 1)) < self.settings.ats_share
         return self._stretched(found + np.where(right, self.shift, 0.0))
 
@@ -368,7 +387,7 @@ def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Fo
             jnp.asarray(np.pad(sizes, (0, padding), constant_values=1.0)),
             jnp.asarray(float(target)),
             jnp.asarray(laws()),
-            jnp.asarray(hyper_priors(settings)),
+            tuple(jnp.asarray(prior) for prior in hyper_priors(settings)),
             jnp.asarray(constants, jnp.float64),
         )
         weights, log_loss, centres, likelihood = (np.asarray(value) for value in found)

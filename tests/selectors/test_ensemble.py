@@ -35,11 +35,7 @@ def reference(table, target, s):
     """The whole average in plain loops, each law and each centre by itself; nothing shared with the code."""
     floors, onsets, exponents = module.FLOORS, module.ONSETS, module.EXPONENTS
     edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(floors)), 1.0]
-    masses = [
-        scipy.special.betainc(*s.floor_prior, high) - scipy.special.betainc(*s.floor_prior, low)
-        for low, high in itertools.pairwise(edges)
-    ]
-    grid = [(e, d, b, mass) for e, mass in zip(floors, masses, strict=True) for d in onsets for b in exponents]
+    grid = [(e, d, b) for e in floors for d in onsets for b in exponents]
     likelihood = np.empty((len(table), len(grid)))
     predicted = np.empty((len(table), len(grid)))
     for row in range(len(table)):
@@ -52,26 +48,32 @@ def reference(table, target, s):
         covariance = np.array([[min(a, b) for a in walked] for b in walked]) + s.noise**2 * np.eye(n)
         precision = np.linalg.inv(covariance)
         one = np.ones(n)
-        for at, (e, d0, b, _) in enumerate(grid):
+        for at, (e, d0, b) in enumerate(grid):
             r = np.array([math.log(y) - math.log(e + (1 - e) / (1 + (d / d0) ** b)) for d, y in known])
             level = one @ precision @ r / (one @ precision @ one)
             chi = (r - level) @ precision @ (r - level)
             likelihood[row, at] = (1 + chi / s.freedom) ** (-(s.freedom + n - 1) / 2)
             predicted[row, at] = level + math.log(e + (1 - e) / (1 + (target / d0) ** b))
     priors, evidence = [], []
-    for dc in module.ONSET_CENTRES:
-        for bc in module.EXPONENT_CENTRES:
-            p = np.array(
-                [
-                    mass
-                    * math.exp(-0.5 * (math.log(d / dc) / s.onset_width) ** 2)
-                    * math.exp(-0.5 * (math.log(b / bc) / s.exponent_width) ** 2)
-                    for _, d, b, mass in grid
-                ]
-            )
-            p /= p.sum()
-            priors.append(p)
-            evidence.append(sum(math.log(float(likelihood[row] @ p)) for row in range(len(table))))
+    hyper = itertools.product(
+        module.FLOOR_PRIORS, module.ONSET_CENTRES, module.EXPONENT_WIDTHS, module.EXPONENT_CENTRES
+    )
+    for floor, dc, width, bc in hyper:
+        masses = {
+            e: scipy.special.betainc(*floor, high) - scipy.special.betainc(*floor, low)
+            for e, (low, high) in zip(floors, itertools.pairwise(edges), strict=True)
+        }
+        p = np.array(
+            [
+                masses[e]
+                * math.exp(-0.5 * (math.log(d / dc) / s.onset_width) ** 2)
+                * math.exp(-0.5 * (math.log(b / bc) / width) ** 2)
+                for e, d, b in grid
+            ]
+        )
+        p /= p.sum()
+        priors.append(p)
+        evidence.append(sum(math.log(float(likelihood[row] @ p)) for row in range(len(table))))
     evidence = np.array(evidence)
     centres = np.exp(evidence - evidence.max())
     centres /= centres.sum()
@@ -102,9 +104,11 @@ def small_grid():
         patch.setattr(module, "EXPONENT_CENTRES", np.array([0.2, 0.5]))
         module.laws.cache_clear()
         module.hyper_priors.cache_clear()
-        yield
-    module.laws.cache_clear()
-    module.hyper_priors.cache_clear()
+        try:
+            yield
+        finally:
+            module.laws.cache_clear()
+            module.hyper_priors.cache_clear()
 
 
 def compared_grid():
@@ -255,10 +259,12 @@ def test_intervals_hold_on_curves_drawn_from_the_prior():
     rng = np.random.default_rng(0)
     plain = Settings(ats_share=0, stretch=(1, 1))
     priors, grid, sizes = module.hyper_priors(plain), module.laws(), 200.0 * 2 ** np.arange(8)
+    assert all(np.allclose(prior.sum(axis=1), 1) for prior in priors)
     inside = []
     for _ in range(25):
-        centre = rng.integers(len(priors))
-        laws = grid[rng.choice(len(grid), 30, p=priors[centre])]
+        # Laws are ordered by e, D0 and beta, the last running fastest.
+        e, onset, beta = (rng.choice(p.shape[1], 30, p=p[rng.integers(len(p))]) for p in priors)
+        laws = grid[(e * len(module.ONSETS) + onset) * len(module.EXPONENTS) + beta]
         # Student-t with one degree of freedom for each curve's scale, drift from the last size backwards.
         scale = 1 / np.abs(rng.standard_normal((30, 1)))
         age = np.log2(sizes[-1] / sizes)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.optimize
+import scipy.special
 
 from lensjax import data
 from lensjax.errors import InputError
@@ -124,6 +125,38 @@ def test_truncated_law_is_where_the_likelihood_is_largest():
         best = scipy.optimize.minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14})
         assert found.e_tpl_alpha[0] == pytest.approx(best.x[0], rel=1e-4, abs=1e-4)
         assert found.e_tpl_lambda[0] == pytest.approx(math.exp(best.x[1]), rel=1e-4)
+
+
+def test_truncated_law_of_a_narrow_bump():
+    """Its exponent is far below 0, and the law's mass far beyond what a decay at that rate alone would need."""
+    values = np.array([1, 1.9, 2.0, 2.05])
+    found = fit_tails([values])
+    tail = values[1:] / values[1]
+    assert (found.xmin[0], found.tail[0]) == (values[1], len(tail))
+
+    def loss(v):
+        alpha, c = v[0], math.exp(v[1])
+        # The normaliser in closed form: an upper incomplete gamma function.
+        shape = 1 - alpha
+        total = scipy.special.gammaln(shape) + math.log(scipy.special.gammaincc(shape, c)) - shape * v[1]
+        return alpha * np.log(tail).mean() + c * tail.mean() + total
+
+    start = [-300, math.log(350)]
+    options = {"xatol": 1e-5, "fatol": 1e-11, "maxiter": 2000}
+    best = scipy.optimize.minimize(loss, start, method="Nelder-Mead", options=options)
+    assert best.success
+    assert best.x[0] < -300
+    assert found.e_tpl_alpha[0] == pytest.approx(best.x[0], rel=1e-4)
+    assert found.e_tpl_lambda[0] * values[1] == pytest.approx(math.exp(best.x[1]), rel=1e-4)
+
+
+def test_a_tail_has_three_numbers_at_least():
+    """The last two would be nearest to a power law: 0.37 away from theirs, 0.44 the last three, 0.49 all four."""
+    values = np.array([5, 9.9, 10, 10.001])
+    found = fit_tails([values])
+    assert (found.xmin[0], found.tail[0]) == (9.9, 3)
+    exponent = 3 / np.log(values[1:] / values[1]).sum()
+    assert found.distance[0] == pytest.approx(1 - (10 / 9.9) ** -exponent - 1 / 3, rel=1e-9)
 
 
 def test_start_of_the_tail_is_that_of_plain_loops():
