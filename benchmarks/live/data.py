@@ -38,8 +38,8 @@ class Source:
         documents = read_texts(self.work, name, "train")
         return documents[::2] if name == "novels" else documents
 
-    def task(self, name: str) -> Path:
-        """Return the file of a task's samples (input, target), made if it is not there."""
+    def task(self, name: str, fits: Callable[[str], bool]) -> Path:
+        """Return the file of a task's samples (input, target), made if it is not there of those whose input fits."""
         path = self.work / "tasks" / f"{name}.jsonl"
         if not path.exists():
             makers: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
@@ -49,7 +49,7 @@ class Source:
             }
             maker = makers["definitions"] if self.smoke else makers[name]
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [json.dumps({"input": a, "target": b}) for a, b in list(maker())[:LINES]]
+            rows = [json.dumps({"input": a, "target": b}) for a, b in maker() if fits(a)][:LINES]
             path.write_text("\n".join(rows) + "\n")
         return path
 

@@ -5,8 +5,9 @@
     python benchmarks/live/make.py --smoke         # everything at toy scale, seconds each, into a folder of its own
 
 Each row of results/live/runs.jsonl is a finished measurement; the file only grows and can be committed at any time.
-Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, LogME, kernels and traces), "run" (one fine-tuning run; a
-quarter of them are made with seed 1 besides). results/live/TASK.csv is the table that `--losses` reads.
+Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, LogME, kernels and traces), "run" (one fine-tuning run,
+with kernels and traces at the weights kept; a quarter of them are made with seed 1 besides, without these). What is
+measured of kernels: look.py. results/live/TASK.csv is the table that `--losses` reads.
 """
 
 from __future__ import annotations
@@ -28,19 +29,18 @@ import optax
 from candidates import CANDIDATES, LENGTH, Candidate
 from data import TASKS, Source
 from flax import nnx
+from look import look
 from make_data import DEMO, END_OF_TEXT
 
-from lensjax.finetune import DivergedError, FineTuner, Plan
+from lensjax.finetune import DivergedError, FineTuner, Plan, Search, Weights, tune
 from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained
 from lensjax.selectors import log_me, nlp_metrics
-from lensjax.tangents import hessian_trace, model_loss, ntk
 from lensjax.tasks import Encoded, batches, bucket_lengths, encode, load_task
 
 SIZES = (100, 200, 400, 800, 1_600, 3_200)
 SEED = 2025
 BATCH = 16
-OUTPUTS = ("loss", "gold_probability")
-EXAMPLES = 16  # of a kernel and a trace
+EXAMPLES = 32  # of a kernel and a trace
 POSITIONS = 4_000  # of LogME
 PLAN = Plan(learning_rate=1e-3, batch_size=32, max_epochs=12, patience=2)
 RESULTS = Path(__file__).parents[1] / "results" / "live"
@@ -159,25 +159,6 @@ def features(model: Any, encoded: Encoded, buckets: tuple[int, ...], pad_id: int
     return np.concatenate(found)[:POSITIONS], np.concatenate(tokens)[:POSITIONS]
 
 
-def tangents(model: Any, encoded: Encoded, buckets: tuple[int, ...], pad_id: int) -> dict[str, Any]:
-    """Spectra of the kernel in each output choice, with the residuals that F(t) needs, and Hessian traces."""
-    batch = next(batches(encoded.first(EXAMPLES), batch_size=EXAMPLES, buckets=buckets[-1:], pad_id=pad_id))
-    found: dict[str, Any] = {}
-    for output in OUTPUTS:
-        kernel = np.asarray(ntk(model, batch, output=output), np.float64)
-        scale = np.sqrt(np.diagonal(kernel))
-        cosine = kernel / np.outer(scale, scale)
-        found[f"ntk_{output}"] = {
-            "eigenvalues": np.linalg.eigvalsh(kernel).tolist(),
-            "mean_cosine": float((cosine.sum() - len(cosine)) / (len(cosine) * (len(cosine) - 1))),
-        }
-    loss, params = model_loss(model)
-    for matrix in ("hessian", "gauss_newton"):
-        trace = hessian_trace(loss, params, batch, key=jax.random.key(0), probes=8, matrix=matrix)
-        found[f"trace_{matrix}"] = {"total": float(trace.trace), "standard_error": float(trace.standard_error)}
-    return found
-
-
 def work(scale: Scale, source: Source, rows: Rows, models: Path) -> Iterator[None]:
     """Make whatever is missing; yields between two measurements, so that the caller can stop."""
     tokenizer_path = source.work / "tokenizer"
@@ -223,7 +204,11 @@ def fine_tune(
     offset: int,
 ) -> Iterator[None]:
     """Make all measurements of one candidate on one task."""
-    task = load_task(source.task(name), validation=scale.validation, test=scale.test, seed=0)
+
+    def fits(text: str) -> bool:
+        return len(tokenizer(text, verbose=False)["input_ids"]) <= LENGTH * 3 // 4  # the rest is for the target
+
+    task = load_task(source.task(name, fits), validation=scale.validation, test=scale.test, seed=0)
     separate = getattr(model.config, "is_encoder_decoder", False)
 
     def encoded(examples: Any) -> Encoded:
@@ -242,26 +227,42 @@ def fine_tune(
             made.append(FineTuner(model, plan, buckets, pad_id))
         return made[0]
 
+    # Padded to one length, so that what is compiled serves all tasks.
+    few = train.first(min(EXAMPLES, len(train)))
+    batch = next(batches(few, batch_size=EXAMPLES, buckets=(LENGTH,), pad_id=pad_id))
+    seen: list[Any] = []
+
+    def before() -> Any:
+        if not seen:
+            seen.append(look(model, batch))
+        return seen[0]
+
     if not rows.done(kind="zero", **here):
         outcome = tuner().zero_shot(test)
         score = log_me(*features(model, train, buckets, pad_id))
-        rows.add(
-            {"kind": "zero", **here, "test_loss": outcome.test_loss, "log_me": score}
-            | tangents(model, train, buckets, pad_id)
-        )
+        rows.add({"kind": "zero", **here, "test_loss": outcome.test_loss, "log_me": score} | before()[0])
         yield
     for index, size in enumerate(scale.sizes):
         # A quarter of the runs twice, spread over candidates, tasks and sizes.
         for seed in (0, 1) if (offset + index) % 4 == 0 else (0,):
             if rows.done(kind="run", **here, size=size, seed=seed):
                 continue
+            kept: list[Any] = []
+
+            def keep(found: Weights, kept: list[Any] = kept) -> None:
+                if found.finished:
+                    kept[:] = [jax.tree.map(jnp.copy, found.params)]
+
+            parts = (train.first(size), validation, test)
             try:
-                outcome = tuner().run(train.first(size), validation, test, seed=seed)
+                outcome = tune(tuner(), *parts, search=Search(), seed=seed, on_weights=keep)
                 keys = ("test_loss", "validation_loss", "steps", "steps_run", "tokens", "flops", "seconds", "reason")
-                row = {key: getattr(outcome, key) for key in keys}
+                row = {key: getattr(outcome, key) for key in (*keys, "learning_rate")}
+                if seed == 0:
+                    row |= look(tuner().model(kept[0]), batch, before()[1])[0]
             except DivergedError as error:
                 row = {"test_loss": None, "reason": str(error)}
-            rows.add({"kind": "run", **here, "size": size, "seed": seed, "learning_rate": plan.learning_rate, **row})
+            rows.add({"kind": "run", **here, "size": size, "seed": seed, **row})
             yield
 
 
