@@ -1,9 +1,10 @@
 """Time and memory of the empirical NTK of GPT-2, in units of one plain `value_and_grad` of the summed loss.
 
-In one process and interleaved (A B C, A B C, ...): the plain gradient, `lensjax.tangents.ntk`, and materialised
-`vmap(grad)`. Peak memory: of one process each, that makes the model, compiles and runs once. Peers run as they are
-installed, in processes of their own (an option names their Python): torch.func on the GPT-2 of transformers, beside
-one torch gradient, and neural-tangents on a GPT-2 in plain JAX of the same shapes, beside its own gradient.
+In one process and interleaved (A B C, A B C, ...): the gradient of our model, that of a GPT-2 of the same shapes in
+JAX as it is usually written, `lensjax.tangents.ntk`, and materialised `vmap(grad)`. Peak memory: of one process each,
+that makes the model, compiles and runs once. Peers run as they are installed, in processes of their own (an option
+names their Python): torch.func on the GPT-2 of transformers, beside one torch gradient, and neural-tangents on the
+GPT-2 in plain JAX, beside its own gradient.
 
 The case smollm2-128 takes the real weights of SmolLM2-135M from a GGUF file (--gguf). Growth is seconds per pair of
 examples, in blocks that stay within a fixed memory, for more and more examples.
@@ -112,6 +113,9 @@ def lensjax_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
             ntk(model, batch, output=output, memory=SMOLLM2_BYTES)
         )
         return runs
+    plain, plain_params, ids = plain_gpt2(case)
+    plain_gradient = jax.jit(jax.value_and_grad(lambda p: plain(p, ids).sum()))
+    runs["plain jax gradient"] = lambda: jax.block_until_ready(plain_gradient(plain_params))
     f, params = ntk_outputs(model, output)
     runs["ntk"] = lambda: jax.block_until_ready(ntk(f, params, batch, method="transform"))
     runs["jacobian"] = lambda: jax.block_until_ready(ntk(f, params, batch, method="jacobian"))
@@ -153,11 +157,10 @@ def torch_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
     return {"torch gradient": gradient, "torch.func": kernel}
 
 
-def neural_tangents_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
-    """Return one gradient of a GPT-2 in plain JAX, and its kernel by neural-tangents (in its old JAX)."""
+def plain_gpt2(case: str) -> tuple[Callable[..., Any], Any, Any]:
+    """Return the outputs (parameters, ids) of a GPT-2 in plain JAX as it is usually written, parameters, and ids."""
     import jax
     import jax.numpy as jnp
-    import neural_tangents as nt
     import numpy as np
 
     shapes, n, output = CASES[case]
@@ -203,6 +206,15 @@ def neural_tangents_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
             return logits.mean(1) @ signs
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], 2).sum((1, 2))[:, None]
 
+    return outputs, params, ids
+
+
+def neural_tangents_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
+    """Return one gradient of a GPT-2 in plain JAX, and its kernel by neural-tangents (in its old JAX)."""
+    import jax
+    import neural_tangents as nt
+
+    outputs, params, ids = plain_gpt2(case)
     gradient = jax.jit(jax.value_and_grad(lambda p: outputs(p, ids).sum()))
     runs: dict[str, Run] = {"jax 0.4 gradient": lambda: jax.block_until_ready(gradient(params))}
     for method in ("JACOBIAN_CONTRACTION", "STRUCTURED_DERIVATIVES"):
