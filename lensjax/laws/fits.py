@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.laws.coordinates import FORMS
 from lensjax.laws.laws import LAWS, kernel_residual, phase_transition
+from lensjax.notebook import table
 
 
 def concrete(value: Any) -> np.ndarray | None:
@@ -281,6 +283,14 @@ class Fits:
         if known is None or known.ndim != 1:
             return f"Fits(law={self.law!r})"
         return f"Fits(law={self.law!r}, {len(self)} curves, {int(known.sum())} converged)"
+
+    def _repr_html_(self) -> str:
+        """Show the fits in a notebook."""
+        if concrete(self.found["converged"]) is None or self.found["objective"].ndim != 1:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        params = {name: np.asarray(values) for name, values in self.params.items()}
+        rows = ((m, *(float(values[m]) for values in params.values()), status) for m, status in enumerate(self.status))
+        return table(repr(self), ["curve", *params, "status"], rows)
 
 
 @functools.lru_cache(maxsize=32)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lensjax.curves import Curves
 from lensjax.errors import InputError
+from lensjax.notebook import listed, table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +79,22 @@ class Scores:
         if not np.isfinite(self.score).any():
             raise InputError(f"{self.method}: no candidate could be scored: {'; '.join(sorted(set(self.status)))}.")
         return self.names[self.order[0]]
+
+    def __repr__(self) -> str:
+        order = [self.names[row] for row in self.order if np.isfinite(self.score[row])]
+        return f"Scores({self.method}, {len(self.names)} candidates, best first: {listed(order)})"
+
+    def _repr_html_(self) -> str:
+        """Show the ranking in a notebook."""
+        header, columns = ["candidate", "predicted loss"], [self.predicted_loss]
+        if self.interval is not None:
+            header += ["from", "to"]
+            columns += [self.interval[:, 0], self.interval[:, 1]]
+        if self.best_probability is not None:
+            header.append("P(best)")
+            columns.append(self.best_probability)
+        rows = ((self.names[row], *(float(c[row]) for c in columns), self.status[row]) for row in self.order)
+        return table(repr(self), [*header, "status"], rows)
 
 
 class Selector(Protocol):

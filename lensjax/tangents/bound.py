@@ -12,6 +12,7 @@ import numpy as np
 
 from lensjax.errors import InputError
 from lensjax.laws import fit
+from lensjax.notebook import table
 from lensjax.tangents.hessian import same_structure
 from lensjax.tangents.problem import ByLayer, layer_name, leaf_names
 
@@ -72,6 +73,14 @@ class Bound:
     train_loss: float
     n: int
     test_loss: float | None
+
+    def _repr_html_(self) -> str:
+        """Show the bound and its terms in a notebook."""
+        words = f"Bound {self.value:.4g} = {self.empirical:.4g} + {self.complexity:.4g} (n = {self.n}, {self.form})"
+        if self.test_loss is not None:
+            words += f"; test loss {self.test_loss:.4g}"
+        rows = ((name, term.distance, term.form, term.value) for name, term in self.layers.items())
+        return table(words, ["layer", "distance", "form", "value"], rows)
 
     @property
     def violated(self) -> bool | None:

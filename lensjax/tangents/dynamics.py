@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.laws.fits import concrete
 
 Time = Any
 """A number or an array of any shape (...)."""
@@ -73,6 +74,13 @@ class KernelDynamics:
     projections: jax.Array
     shape: tuple[int, ...]
     negative: Negative
+
+    def __repr__(self) -> str:
+        known = concrete(self.eigenvalues)
+        if known is None or known.ndim != 1:
+            return f"KernelDynamics(outputs {self.shape})"
+        words = f"outputs {self.shape}, eigenvalues {known[0]:.3g} to {known[-1]:.3g}"
+        return f"KernelDynamics({words}, {self.negative.count} negative)"
 
     def residual_norm(self, t: Time, learning_rate: Any = 1.0, *, discrete: bool = False) -> jax.Array:
         """Return F(Theta, t) = |r_t|^2, eq. 9.

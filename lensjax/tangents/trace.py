@@ -14,6 +14,7 @@ from lensjax_kernels import random_signs_like
 from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
+from lensjax.notebook import table
 from lensjax.tangents.hessian import (
     Batches,
     CurvatureOperator,
@@ -65,6 +66,17 @@ class TraceEstimate:
     weight: float
     method: str
     matrix: str
+
+    def __repr__(self) -> str:
+        return (
+            f"TraceEstimate({self.matrix} trace {self.trace:.4g} +- {self.standard_error:.2g}, {len(self.by_layer)} "
+            f"blocks, {self.probes} probes, {self.method})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the blocks' traces in a notebook."""
+        rows = ((name, value, self.standard_errors[name]) for name, value in self.by_layer.items())
+        return table(repr(self), ["block", "trace", "standard error"], rows)
 
 
 def hessian_trace(
