@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from lensjax import data
 from lensjax.errors import InputError
+from lensjax.hints import decode, did_you_mean, nearby, number_hint, ungrouped, wrong_delimiter
+from lensjax.notebook import listed, table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,21 +98,29 @@ class Curves:
             families=None if self.families is None else tuple(self.families[i] for i in which),
         )
 
+    def __repr__(self) -> str:
+        sizes = f"{self.sizes[0]:g} to {self.sizes[-1]:g} samples" if len(self.sizes) else "no sizes"
+        return f"Curves({len(self.names)} candidates: {listed(self.names)}; {sizes}; {self.source})"
+
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        head = "".join(f"<th>{size:,.0f}</th>" for size in self.sizes)
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th>"
-            + "".join(f"<td>{'' if np.isnan(loss) else f'{loss:.4f}'}</td>" for loss in losses)
-            + "</tr>"
-            for name, losses in zip(self.names, self.losses, strict=True)
-        )
-        return f"<table><tr><th>{html.escape(self.source)}</th>{head}</tr>{rows}</table>"
+        rows = ((name, *map(float, losses)) for name, losses in zip(self.names, self.losses, strict=True))
+        return table(self.source, ["candidate", *(f"{size:,.0f}" for size in self.sizes)], rows)
 
 
 NAME_COLUMNS = ("config name", "model", "name", "candidate")
 PARAMETER_COLUMNS = ("parameters", "params", "size")
 FAMILY_COLUMNS = ("family",)
+SIZE_LIKE = re.compile(r"\d.*|zero.?shot|(n|d|size|samples?|train|loss)[ _=-]*\d[\d_,.]*[km]?", re.IGNORECASE)
+"""Names of columns that are meant as numbers of samples; those that are numbers are read."""
+OTHERS = {
+    ".xlsx": "export the sheet as CSV in UTF-8",
+    ".xls": "export the sheet as CSV in UTF-8",
+    ".ods": "export the sheet as CSV in UTF-8",
+    ".json": "write its losses as CSV",
+    ".parquet": "save it as CSV",
+}
+"""What to do with tables of other kinds."""
 SAMPLE_COLUMNS = ("samples", "n_samples", "train_samples", "d")
 
 
@@ -146,9 +156,13 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
         name = text.removeprefix("published:")
         if name not in data.PUBLISHED:
             known = ", ".join(f"published:{n}" for n in data.PUBLISHED)
-            raise InputError(f"{text}: no such published table. There are: {known}.")
+            raise InputError(f"{text}: no such published table. There are: {known}.{_published_like(name)}")
         return _read_csv(data.path("published", f"{name}.csv"), text)
     return _read_csv(Path(text), text)
+
+
+def _published_like(name: str) -> str:
+    return did_you_mean(name, data.PUBLISHED).replace("mean ", "mean published:")
 
 
 def _read_csv(path: Path, source: str) -> Curves:
@@ -157,25 +171,44 @@ def _read_csv(path: Path, source: str) -> Curves:
     if not path.exists():
         raise InputError(
             f"{source}: no such file. Give a CSV file of losses or one of "
-            f"{', '.join(f'published:{n}' for n in data.PUBLISHED)}."
+            f"{', '.join(f'published:{n}' for n in data.PUBLISHED)}.{nearby(path) or _published_like(path.name)}"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        lines = [(reader.line_num, line) for line in reader if any(c.strip() for c in line)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{source}: not a readable CSV file ({error}); save it as UTF-8 text.") from error
+    lines = _lines(path, source)
     if not lines:
         raise InputError(f"{source}: the file is empty; it needs a header and at least two models.")
     header, rows = [c.strip() for c in lines[0][1]], lines[1:]
     for number, row in rows:
         if len(row) != len(header):
-            raise InputError(f"{source}, row {number}: {len(row)} cells, but the header has {len(header)} columns.")
+            raise InputError(
+                f"{source}, row {number}: {len(row)} cells, but the header has {len(header)} columns. Leave a cell "
+                "empty, not out, where nothing was measured."
+            )
     lower = [c.lower() for c in header]
     if "loss" in lower and _sample_column(lower) is not None:
         return _from_long(source, lower, rows)
     return _from_wide(source, header, [row for _, row in rows])
+
+
+def _lines(path: Path, source: str) -> list[tuple[int, list[str]]]:
+    """Return the number of each line that is not empty, and its cells."""
+    if path.suffix in OTHERS:
+        raise InputError(f"{source}: {OTHERS[path.suffix]}; a table of losses is a CSV file (.csv, or .tsv with tabs).")
+    try:
+        text = decode(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{source}: not a readable CSV file: {error}.") from error
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    separated = wrong_delimiter(text)
+    if separated and delimiter == ",":
+        raise InputError(
+            f"{source}: {separated} separate its columns ({text.lstrip().splitlines()[0][:60]!r}); save it with commas "
+            "between columns and points in numbers."
+        )
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [(reader.line_num, line) for line in reader if any(c.strip() for c in line)]
+    except csv.Error as error:
+        raise InputError(f"{source}: not a readable CSV file ({error}); save it again.") from error
 
 
 def _sample_column(lower: list[str]) -> int | None:
@@ -191,7 +224,7 @@ def _column(header: list[str], candidates: tuple[str, ...]) -> int | None:
 def _size(text: str) -> float | None:
     """Return the number of samples that a text names (1600, 1,600, 1_600 or 1.6e3), or None if it names none."""
     try:
-        return float(text.replace("_", "").replace(",", ""))
+        return float(ungrouped(text))
     except ValueError:
         return None
 
@@ -206,6 +239,7 @@ def _number(text: str, what: str, unit: str) -> float:
     except ValueError:
         raise InputError(
             f"{what} is {text!r}, not a number. Use {unit}; leave the cell empty if it was not measured."
+            f"{number_hint(text)}"
         ) from None
     if not (np.isfinite(value) and value > 0):
         raise InputError(
@@ -216,21 +250,24 @@ def _number(text: str, what: str, unit: str) -> float:
 
 def _whole(value: float, what: str) -> float:
     if not np.isfinite(value) or value < 0 or value != int(value):
-        raise InputError(f"{what} is {value:g}; a number of training samples is a whole number, 0 or more.")
+        hint = " Does the first line name the columns?" if value > 0 and np.isfinite(value) else ""
+        raise InputError(f"{what} is {value:g}; a number of training samples is a whole number, 0 or more.{hint}")
     return value
 
 
 def _from_wide(source: str, header: list[str], rows: list[list[str]]) -> Curves:
     sized = [(i, _size(c)) for i, c in enumerate(header)]
+    unclear = next((c for i, c in enumerate(header) if sized[i][1] is None and SIZE_LIKE.fullmatch(c)), None)
+    if unclear is not None:
+        number = "0" if "shot" in unclear.lower() else "the number alone, e.g. 1600"
+        raise InputError(f"{source}: column {unclear!r} is not a number of samples; write {number}.")
     columns = [(i, _whole(s, f"{source}: column {header[i]!r}")) for i, s in sized if s is not None]
     if not columns:
         raise InputError(
             f"{source}: no size column. Name columns after the number of training samples (0, 200, 400, ...), or use "
             f"the columns model, samples, loss. Found: {', '.join(header)}."
+            + (" If its columns are models, turn it: a row for each model." if _sample_column(header) == 0 else "")
         )
-    unclear = next((c for i, c in enumerate(header) if sized[i][1] is None and c[:1].isdigit()), None)
-    if unclear is not None:
-        raise InputError(f"{source}: column {unclear!r} is not a number of samples; write the number alone, e.g. 1600.")
     sizes = [s for _, s in columns]
     repeated = [s for s, count in Counter(sizes).items() if count > 1]
     if repeated:
@@ -282,7 +319,8 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
             raise InputError(f"{where}: the model has no name; fill the column {header[name_at]!r}.")
         size = _size(row[sample_at])
         if size is None:
-            raise InputError(f"{where}: samples is {row[sample_at]!r}, not a number of training samples.")
+            hint = number_hint(row[sample_at])
+            raise InputError(f"{where}: samples is {row[sample_at]!r}, not a number of training samples.{hint}")
         curve = points.setdefault(name, {})
         if _whole(size, f"{where}: samples") in curve:
             raise InputError(f"{where}: {name} at {size:g} samples is there twice; keep one row (or their mean).")

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from lensjax.errors import InputError, SelectionError
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
 TANGENTS = "tangents"
+KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 PARTIAL = ".part"  # ends the name of a file that is being written
 
 
@@ -117,7 +119,8 @@ class Journal:
                 differs = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
                 raise InputError(
                     f"--out {self.directory}: holds another run ({', '.join(differs)} differ). Name a new directory, "
-                    "or repeat the options of that run to continue it."
+                    "or repeat the options of that run to continue it. "
+                    f"It has {'; '.join(_differences(found, wanted))}."
                 )
         elif self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
             raise InputError(f"--out {self.directory}: is not empty and holds no lensjax run. Name a new directory.")
@@ -126,7 +129,9 @@ class Journal:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(wanted, indent=2) + "\n")
             except OSError as error:
-                raise InputError(f"--out {self.directory}: cannot be written ({error.strerror}).") from error
+                raise InputError(
+                    f"--out {self.directory}: cannot be written ({error.strerror}). Name another directory."
+                ) from error
 
     def _lock(self) -> None:
         """Keep other processes out for as long as this one lives; the system drops the lock when it dies."""
@@ -208,18 +213,38 @@ class Journal:
         self._lines.append(run)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: str = "") -> list[str]:
+    """Say what another specification has instead of what is wanted."""
+    said = []
+    for name in sorted({*found, *wanted}):
+        there, here, label = found.get(name), wanted.get(name), f"{before}{name}"
+        if isinstance(there, dict) and isinstance(here, dict):
+            said += _differences(there, here, f"{name.removesuffix('s')} ")
+        elif there == here:
+            continue
+        elif name not in found:
+            said.append(f"no {label}")
+        elif name not in wanted:
+            said.append(f"{label} too")
+        elif isinstance(there, str) and KEY.fullmatch(there):
+            said.append(f"another {label}")
+        else:
+            said.append(f"{label} {json.dumps(there)}, not {json.dumps(here)}")
+    return said
+
+
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Replace a file's content so that a crash leaves either the old or the new one.
 
     What is no regular file (a device, a pipe) is written to, not replaced; a link is followed.
     """
-    path = path.resolve()
+    path, content = path.resolve(), text.encode() if isinstance(text, str) else text
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,7 +1,7 @@
 """Fine-tuning runs, jit-compiled: plan, search over learning rates and batch sizes, sharding, cost."""
 
 from lensjax.finetune.cost import tuning_flops
-from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Search, Trial
+from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Search, Trial, Weights
 from lensjax.finetune.search import tune
 from lensjax.finetune.tuner import FineTuner
 
@@ -13,6 +13,7 @@ __all__ = [
     "Progress",
     "Search",
     "Trial",
+    "Weights",
     "tune",
     "tuning_flops",
 ]

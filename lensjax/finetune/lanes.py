@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.finetune.cost import tuning_flops
-from lensjax.finetune.plan import DivergedError, Progress, Trial
+from lensjax.finetune.plan import DivergedError, Progress, Trial, Weights
 from lensjax.tasks import Batch, Encoded
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Lanes:
         hopeless: Callable[[float, float, Sequence[float]], bool] | None,
         count_flops: bool,
         report: Callable[[Progress], None] | None,
+        on_weights: Callable[[Weights], None] | None,
     ) -> tuple[Trial, ...]:
         """Train all lanes to their ends; arguments and result as in `FineTuner.trials`."""
         tuner, plan = self.tuner, self.tuner.plan
@@ -111,9 +112,11 @@ class Lanes:
                 numbers = float(values[row]), float(training[row]), steps, untouched
                 better[row] = self._judge(lanes[number], *numbers, last=epoch == plan.max_epochs)
             best = self._keep(best, state["params"], better)
+            self._tell(on_weights, lanes, best, [lanes[self.rows[row]] for row in np.flatnonzero(better)])
             ended = self._stop(lanes, steps, epoch, hopeless)
             if ended:
                 self._test(lanes, ended, best, test)
+                self._tell(on_weights, lanes, best, [lane for lane in ended if lane.status == "finished"])
             if report:
                 report(self._progress(lanes, steps, total, epoch, per_epoch_tokens / per_epoch))
             if all(lane.status for lane in lanes):
@@ -191,6 +194,19 @@ class Lanes:
         if not better.any():
             return best
         return self.tuner._copy(params) if self.single else self.tuner._keep_lanes(best, params, jnp.array(better))
+
+    def _tell(
+        self, listener: Callable[[Weights], None] | None, lanes: list[Lane], best: Params, told: list[Lane]
+    ) -> None:
+        """Tell of the best weights of some lanes so far."""
+        if listener is None:
+            return
+        for row, number in enumerate(self.rows):
+            lane = lanes[number]
+            if any(lane is t for t in told):
+                params = best if self.single else jax.tree.map(lambda x, row=row: x[row], best)
+                finished = lane.status == "finished"
+                listener(Weights(lane.rate, self.batch_size, lane.best_step, lane.best, params, finished))
 
     def _test(self, lanes: list[Lane], ended: list[Lane], best: Params, test: Encoded) -> None:
         values = self.tuner._losses(best, test, self.batch_size, None if self.single else len(self.rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from lensjax.errors import InputError
 from lensjax.models import Lora
@@ -312,3 +313,29 @@ class Progress:
     validation_loss: float
     done: float = 0.0
     tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The best weights of a trial so far: passed to the caller whenever there are better ones, and at its end.
+
+    Attributes
+    ----------
+    learning_rate, batch_size : float, int
+        Of the trial.
+    step : int
+        After which the trial had them; 0: the untouched ones.
+    validation_loss : float
+        Nats.
+    params : pytree of arrays
+        As in `FineTuner.initial`, see `FineTuner.model`; to be used before the call returns.
+    finished : bool
+        Whether the trial has finished, and these are its weights; one that diverges never does.
+    """
+
+    learning_rate: float
+    batch_size: int
+    step: int
+    validation_loss: float
+    params: Any
+    finished: bool

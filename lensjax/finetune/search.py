@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from lensjax.finetune.plan import DivergedError, Outcome, Progress, Search, Trial
+from lensjax.finetune.plan import DivergedError, Outcome, Progress, Search, Trial, Weights
 from lensjax.finetune.tuner import FineTuner
 from lensjax.tasks import Encoded
 
@@ -25,6 +25,7 @@ def tune(
     known: Mapping[Point, Trial] | None = None,
     on_trials: Callable[[tuple[Trial, ...]], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_weights: Callable[[Weights], None] | None = None,
     count_flops: bool = False,
 ) -> Outcome:
     """Fine-tune with each learning rate and batch size of a search, and keep the best by validation loss.
@@ -41,6 +42,8 @@ def tune(
         Called with the trials that were just made.
     on_progress : callable, optional
         Called with a `Progress` after every few steps.
+    on_weights : callable, optional
+        Called with `Weights` whenever a trial has better ones than it had, and with its best at its end.
     count_flops : bool
         See `FineTuner.trials`.
 
@@ -82,6 +85,7 @@ def tune(
             hopeless=hopeless,
             count_flops=count_flops,
             report=report,
+            on_weights=on_weights,
         )
         if on_trials is not None:
             on_trials(found)

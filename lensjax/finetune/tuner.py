@@ -16,7 +16,7 @@ from flax import nnx
 
 from lensjax.finetune.cost import xla_flops
 from lensjax.finetune.lanes import Lanes
-from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Trial
+from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Trial, Weights
 from lensjax.finetune.sharding import place
 from lensjax.models import LanguageModel
 from lensjax.models.lora import add_lora, parameter_counts, with_dropout
@@ -98,6 +98,7 @@ class FineTuner:
         self.optimiser = optax.chain(
             optax.clip_by_global_norm(plan.clip), optax.scale_by_adam(), optax.add_decayed_weights(plan.weight_decay)
         )
+        self._graph = graph
         self._loss_sums = self._make_loss_sums(graph)
         counting = model
         if isinstance(model, LanguageModel):
@@ -280,6 +281,10 @@ class FineTuner:
             raise DivergedError(f"the loss is {value}")
         return value
 
+    def model(self, params: Params) -> Any:
+        """Return the model, with its adapters if it has some, that has these weights; frozen ones as computed with."""
+        return nnx.merge(self._graph, params, self.frozen)
+
     def zero_shot(self, test: Encoded) -> Outcome:
         """Evaluate the model as it is."""
         start = time.perf_counter()
@@ -367,6 +372,7 @@ class FineTuner:
         hopeless: Callable[[float, float, Sequence[float]], bool] | None = None,
         count_flops: bool = False,
         report: Callable[[Progress], None] | None = None,
+        on_weights: Callable[[Weights], None] | None = None,
     ) -> tuple[Trial, ...]:
         """Fine-tune from the initial weights at one or several learning rates at once.
 
@@ -384,6 +390,8 @@ class FineTuner:
             Whether XLA's cost analysis is asked too, which takes a second or so for each batch shape, once.
         report : callable, optional
             Called with a `Progress` after every few steps.
+        on_weights : callable, optional
+            Called with `Weights` whenever a lane has better ones, and with its best at its end.
 
         Returns
         -------
@@ -391,7 +399,7 @@ class FineTuner:
             In the order of `rates`; one that diverged says so in its status.
         """
         lanes = Lanes(self, tuple(rates), batch_size or self.plan.batch_size)
-        return lanes.run(train, validation, test, seed, hopeless, count_flops, report)
+        return lanes.run(train, validation, test, seed, hopeless, count_flops, report, on_weights)
 
 
 def _dtype(precision: str) -> Any:

@@ -67,9 +67,17 @@ def read(source: str | os.PathLike[str], **options: Any) -> Curves:
     if path.suffix == ".jsonl" and path.is_file():
         return read_journal(path, **options)
     if path.suffix == ".csv" and path.is_file():
-        header = [c.lower() for c in table_of(path)[0]]
+        header = _header(path)
         if any(c.startswith("metrics.") for c in header) or "run id" in header:
             return read_mlflow(path, **options)
         if is_chart(header) or {"name", "state"} <= set(header):
             return read_wandb(path, **options)
     return read_losses(source)
+
+
+def _header(path: Path) -> list[str]:
+    """Return the columns of a table of runs in lower case; none of a file that is no such table."""
+    try:
+        return [c.lower() for c in table_of(path)[0]]
+    except InputError:
+        return []  # what is wrong with it, the reader of tables of losses says

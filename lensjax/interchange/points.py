@@ -11,6 +11,7 @@ import numpy as np
 
 from lensjax.curves import Curves
 from lensjax.errors import InputError
+from lensjax.hints import ungrouped
 
 Repeats = Literal["refuse", "mean", "lowest"]
 Which = Literal["lowest", "last"]
@@ -69,7 +70,7 @@ def size_of(text: str, where: str) -> float:
     text = text.strip()
     factor = {"k": 1e3, "M": 1e6}.get(text[-1:], 1.0)
     try:
-        value = float((text if factor == 1.0 else text[:-1]).replace("_", "").replace(",", "")) * factor
+        value = float(ungrouped(text if factor == 1.0 else text[:-1])) * factor
     except ValueError:
         value = np.nan
     if not (np.isfinite(value) and value >= 0 and value == int(value)):

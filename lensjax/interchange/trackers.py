@@ -12,6 +12,7 @@ import numpy as np
 
 from lensjax.curves import Curves
 from lensjax.errors import InputError
+from lensjax.hints import decode, nearby
 from lensjax.interchange.points import (
     Point,
     Repeats,
@@ -159,18 +160,24 @@ def _metric_line(file: Path, number: int, line: str) -> tuple[tuple[float, float
 def table_of(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return header and rows, each with where it stands."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file. Name a CSV file of runs.")
+        raise InputError(f"{path}: no such file. Name a CSV file of runs.{nearby(path)}")
     try:
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        text = decode(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable CSV file: {error}.") from None
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""))
         lines = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise InputError(f"{path}: not a readable CSV file ({short(error)}); export it again.") from None
     if len(lines) < 2:
         raise InputError(f"{path}: no runs in it; it needs a header and a row for each run or step.")
     header = [c.strip() for c in lines[0][1]]
     for number, row in lines[1:]:
         if len(row) != len(header):
-            raise InputError(f"{path}, row {number}: {len(row)} cells, but the header has {len(header)} columns.")
+            raise InputError(
+                f"{path}, row {number}: {len(row)} cells, but the header has {len(header)} columns. Export it again."
+            )
     return header, [(f"{path}, row {number}", row) for number, row in lines[1:]]
 
 

@@ -18,15 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lensjax.errors import InputError
+from lensjax.hints import LFS, POINTER
 from lensjax.models.base import LanguageModel, Seq2SeqConfig
 from lensjax.models.execution import is_stacked, unstack_layers
 from lensjax.models.gguf import GGUFFile, GGUFTensors, gguf_config, gguf_tokenizer, load_gguf
-from lensjax.models.hub import TOKENIZER_ANY, resolve, without_advice
+from lensjax.models.hub import TOKENIZER_ANY, Listing, resolve, without_advice
 from lensjax.models.lora import adapters
-from lensjax.models.registry import ModelConfig, family
+from lensjax.models.registry import ModelConfig, Table, family
 from lensjax.models.weights import Tensors, assemble, family_of, match, parameter_shapes
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model*.msgpack")
+FLOATS = ("F16", "BF16", "F32", "F64")
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -69,14 +72,33 @@ def load_config(
         return gguf_config(GGUFFile.open(name_or_path))
     file = resolve(name_or_path, revision=revision, weights=False) / "config.json"
     if not file.is_file():
-        raise InputError(f"{os.fspath(name_or_path)}: has no config.json; name a directory in Hugging Face format.")
+        raise InputError(f"{os.fspath(name_or_path)}: has no config.json; {_instead(file.parent)}.")
     try:
         raw = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: is not valid JSON ({error}).") from error
+        raise InputError(f"{file}: is not valid JSON ({error}); download it again.") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{file}: must hold a JSON object, found {type(raw).__name__}.")
+        raise InputError(f"{file}: must hold a JSON object, found {type(raw).__name__}; download it again.")
     return _config(raw, os.fspath(name_or_path))
+
+
+def _instead(directory: Path) -> str:
+    """Say what to name instead of a directory without a config.json."""
+    if (directory / ADAPTER).is_file():
+        try:
+            base = f" {json.loads((directory / ADAPTER).read_text('utf-8'))['base_model_name_or_path']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            base = ""
+        return (
+            f"it holds adapters ({ADAPTER}), not a model: name their base model{base}, or merge them into it with "
+            "peft's merge_and_unload() and name what that saves"
+        )
+    inner = [file.parent for pattern in ("*", "snapshots/*") for file in directory.glob(f"{pattern}/config.json")]
+    if not inner:
+        return "name a directory in Hugging Face format"
+    # Of a Trainer's checkpoints, the one furthest on.
+    last = max(inner, key=lambda place: ([int(n) for n in re.findall(r"\d+", place.name)][-1:], place.name))
+    return f"name {last}, which has one"
 
 
 def _config(raw: dict[str, Any], source: str) -> ModelConfig:
@@ -88,6 +110,13 @@ def _config(raw: dict[str, Any], source: str) -> ModelConfig:
         )
     if not isinstance(raw.get("model_type"), str):
         raise InputError(f'{source}: config.json has no model_type; add it, for instance "model_type": "gpt2".')
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise InputError(
+            f"{source}: its weights are quantised ({method or 'quantization_config in config.json'}), which cannot be "
+            "fine-tuned as they are; name the model they were made from, or a GGUF file."
+        )
     return family(raw["model_type"], source).config.from_dict(raw, source)
 
 
@@ -140,12 +169,19 @@ class SafeTensors(Tensors):
     def __init__(self, directory: Path, config: ModelConfig, source: str):
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, str] = {}
+        self.source = source
         for file in self._find(directory, config, source):
             try:
                 with safe_open(file, "np") as handle:
-                    found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+                    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                    found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                    self.kinds |= {name: part.get_dtype() for name, part in slices.items()}
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{file}: cannot be read as safetensors ({error}); download it again.") from error
+                with file.open("rb") as stream:
+                    pointer = stream.read(len(LFS)) == LFS
+                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
+                raise InputError(f"{file}: cannot be read as safetensors{reason}.") from error
             for name, shape in found.items():
                 if name in self.files:
                     raise InputError(f"{source}: tensor {name} is in two shards, {self.files[name]} and {file}.")
@@ -156,6 +192,20 @@ class SafeTensors(Tensors):
         # Opened anew each time: the file is mapped, and what was read of it counts as memory until it is closed.
         with safe_open(self.files[name], "np") as handle:
             return handle.get_slice(name)[start:stop] if self.shapes[name] else handle.get_tensor(name)
+
+    def check_kinds(self, table: Table) -> None:
+        """Refuse weights that are no floating-point numbers as models are trained in; `match` comes first.
+
+        Raises
+        ------
+        InputError
+        """
+        for name, kind in self.kinds.items():
+            if kind not in FLOATS and not table.is_ignored(table.short(name)):
+                raise InputError(
+                    f"{self.source}: {name} is stored as {kind}, so its weights are quantised; name the model they "
+                    "were made from, or a GGUF file."
+                )
 
     @staticmethod
     def _find(directory: Path, config: ModelConfig, source: str) -> list[Path]:
@@ -169,7 +219,9 @@ class SafeTensors(Tensors):
                 raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
-                raise InputError(f"{source}: shards named in {index.name} are missing: {', '.join(missing)}.")
+                raise InputError(
+                    f"{source}: shards named in {index.name} are missing: {', '.join(missing)}; download them again."
+                )
             return [directory / name for name in names]
         pickled = sorted(file.name for pattern in PICKLED for file in directory.glob(pattern))
         if pickled:
@@ -184,6 +236,41 @@ class SafeTensors(Tensors):
         )
 
 
+class HubTensors(SafeTensors):
+    """The tensors of a model on the hub by name and shape: the headers of its weight files are fetched, nothing else.
+
+    Parameters
+    ----------
+    listing : Listing
+    config : ModelConfig
+        Decides what the way to convert other files is.
+
+    Raises
+    ------
+    InputError
+        If the model has no such files, or their headers cannot be had.
+    """
+
+    def __init__(self, listing: Listing, config: ModelConfig):
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        try:
+            found = huggingface_hub.get_safetensors_metadata(listing.name, revision=listing.revision)
+        except errors.NotASafetensorsRepoError:
+            SafeTensors._find(resolve(listing.name, revision=listing.revision, weights=False), config, listing.name)
+            raise  # not reached: what the hub has no weights of, no directory of its other files has
+        except Exception as error:
+            raise InputError(
+                f"{listing.name}: the headers of its weight files could not be had from the Hugging Face hub "
+                f"({(str(error) or type(error).__name__).splitlines()[0]}). Try again, or download the model."
+            ) from error
+        headers = {name: info for file in found.files_metadata.values() for name, info in file.tensors.items()}
+        self.files, self.source = {}, listing.name
+        self.shapes = {name: tuple(info.shape) for name, info in headers.items()}
+        self.kinds = {name: info.dtype for name, info in headers.items()}
+
+
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, revision: str | None = None
 ) -> LanguageModel:
@@ -193,11 +280,21 @@ def load_model(
     config = load_config(name_or_path, revision=revision)
     source = os.fspath(name_or_path)
     tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+    tensors.check_kinds(family_of(config).table(config))
     return assemble(config, tensors, dtype, source)
 
 
-def check_checkpoint(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+def check_checkpoint(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, listing: Listing | None = None
+) -> ModelConfig:
     """Check that a model can be loaded, from its configuration and the headers of its weight files alone.
+
+    Parameters
+    ----------
+    name_or_path, revision
+        As in `from_pretrained`.
+    listing : Listing, optional
+        Of a model on the hub: its weights are then not fetched, but the headers of their files are.
 
     Returns
     -------
@@ -215,8 +312,14 @@ def check_checkpoint(name_or_path: str | os.PathLike[str], *, revision: str | No
         tensors: Tensors = GGUFTensors(file, config)
     else:
         config = load_config(name_or_path, revision=revision)
-        tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
-    match(family_of(config).table(config), parameter_shapes(config), tensors, source)
+        if listing is None:
+            tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+        else:
+            tensors = HubTensors(listing, config)
+    table = family_of(config).table(config)
+    match(table, parameter_shapes(config), tensors, source)
+    if isinstance(tensors, SafeTensors):
+        tensors.check_kinds(table)
     return config
 
 

@@ -19,6 +19,9 @@ from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel
 from lensjax.models.registry import Family, ModelConfig, Table, family
 
+MOST = 20
+"""Problems of a checkpoint that are listed."""
+
 SLAB = 1 << 20
 """Elements read at once."""
 
@@ -30,12 +33,13 @@ class Tensors:
     ----------
     shapes : mapping, name -> shape
         Of every tensor there is.
-    described_by : str
-        Where the configuration stands, for messages.
+    described_by, remedy : str
+        Where the configuration stands, and what to do if the tensors do not fit it, for messages.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     described_by: ClassVar[str] = "config.json"
+    remedy: ClassVar[str] = "Use the config.json that these weights were saved with, or download both again."
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return entries `start` to `stop` of the tensor's first axis, of any dtype; a scalar whole."""
@@ -184,8 +188,9 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors,
             )
     problems += [f"unused: {names[name]}" for name in names if name not in used and not table.is_ignored(name)]
     if problems:
+        listed = problems if len(problems) <= MOST else [*problems[:MOST], f"and {len(problems) - MOST} more"]
         raise InputError(
             f"{source}: the checkpoint does not fit its {tensors.described_by}, {len(problems)} "
-            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(problems)
+            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(listed) + f"\n{tensors.remedy}"
         )
     return names

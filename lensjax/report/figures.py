@@ -1,16 +1,22 @@
-"""Figures of a selection as SVG: the curve of each candidate, the ranking, the cost, kernels and traces."""
+"""Figures of a selection as SVG: the curve of each candidate, the ranking, the cost, kernels and traces.
+
+The same as PNG is in `lensjax.report.png`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lensjax.errors import InputError
+from lensjax.hints import did_you_mean
 from lensjax.report.paths import Paths, paths
 from lensjax.report.selection import Selection
 from lensjax.report.svg import Scale, compact, document, escaped, line, shortened, spread
@@ -24,6 +30,12 @@ HEADING = 22  # pixels for the name over a figure that stands alone
 ZERO_SHOT = 30  # pixels for the point at 0 samples, which a logarithmic axis has no place for
 CLOSE = 26  # pixels between two labels below which the target's stands alone
 CLIP = 3.0  # an interval that ends further above the highest loss than this factor is cut off
+
+
+FORMATS = ("svg", "png")
+
+Costs = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
+"""Label of a bar, and what it is made of: class and FLOPs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +91,14 @@ def curve(selection: Selection, row: int, found: Paths, axes: Frame, *, name: st
         )
     body += _prediction(selection, row, axes)
     title = f"Loss curve of {curves.names[row]}"
-    height = HEIGHT
-    if alone:
-        height += HEADING
-        text = f'<text class="strong" x="{WIDTH / 2}" y="16" text-anchor="middle">'
-        text += f"{escaped(shortened(curves.names[row], 48))}</text>"
-        body = [text, f'<g transform="translate(0 {HEADING})">', *body, "</g>"]
+    height, body = _headed(body, curves.names[row]) if alone else (HEIGHT, body)
     return document(WIDTH, height, title, describe(selection, row), body, name=name, alone=alone)
+
+
+def _headed(body: list[str], heading: str, height: int = HEIGHT) -> tuple[int, list[str]]:
+    """Return height and elements of a figure with a name over it, as it stands alone."""
+    text = f'<text class="strong" x="{WIDTH / 2}" y="16" text-anchor="middle">{escaped(shortened(heading, 48))}</text>'
+    return height + HEADING, [text, f'<g transform="translate(0 {HEADING})">', *body, "</g>"]
 
 
 def _axes(axes: Frame) -> list[str]:
@@ -127,15 +140,13 @@ def _expected(selection: Selection, row: int, found: Paths, axes: Frame) -> list
         edge += [(axes.x(s), axes.y(v)) for s, v in zip(found.sizes[::-1], low[::-1], strict=True)]
         body.append(f'<path class="band" d="{line(edge)}Z"/>')
     if np.isfinite(found.losses[row]).all() and len(found.sizes) > 1:
-        used = selection.curves.sizes[selection.main.used[row]]
-        last = used[-1] if len(used) else 0.0
         points = [(axes.x(s), axes.y(v)) for s, v in zip(found.sizes, found.losses[row], strict=True)]
-        split = int(np.searchsorted(found.sizes, last, side="right"))
+        split = fitted(selection, row, found)
         if split > 1:
             body.append(f'<path class="fit" d="{line(points[:split])}"/>')
         if split < len(points):
             body.append(f'<path class="forecast" d="{line(points[max(split - 1, 0) :])}"/>')
-    transition = _transition(selection.main, row)
+    transition = transition_of(selection.main, row)
     if np.isfinite(transition) and axes.x.inside(transition):
         x = axes.x(transition)
         near_end = x > (axes.x.start + axes.x.stop) / 2
@@ -165,7 +176,14 @@ def _prediction(selection: Selection, row: int, axes: Frame) -> list[str]:
     return body
 
 
-def _transition(scores: Scores, row: int) -> float:
+def fitted(selection: Selection, row: int, found: Paths) -> int:
+    """Return how many points of a candidate's curve are fitted, up to the largest size used; others are forecast."""
+    used = selection.curves.sizes[selection.main.used[row]]
+    return int(np.searchsorted(found.sizes, used[-1] if len(used) else 0.0, side="right"))
+
+
+def transition_of(scores: Scores, row: int) -> float:
+    """Return the number of samples at which a candidate's power phase begins; NaN if the method knows none."""
     values = scores.details.get("transition")
     return float("nan") if values is None else float(values[row])
 
@@ -187,8 +205,8 @@ def describe(selection: Selection, row: int) -> str:
         text += "."
     if selection.truth is not None and np.isfinite(selection.truth[row]):
         text += f" Measured there: {number(selection.truth[row], 4)}."
-    if np.isfinite(_transition(scores, row)):
-        text += f" The power phase begins at about {samples(_transition(scores, row))} samples."
+    if np.isfinite(transition_of(scores, row)):
+        text += f" The power phase begins at about {samples(transition_of(scores, row))} samples."
     return text
 
 
@@ -259,18 +277,12 @@ def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
 
 def cost(selection: Selection, *, name: str, alone: bool = False) -> str:
     """Draw what was spent, and what fine-tuning the winner will cost, beside fine-tuning everything; "" if unknown."""
-    spent = selection.spent(selection.main) + selection.lost_flops
-    full = float(selection.full_flops.sum())
-    winner = float(selection.full_flops[selection.main.order[0]])
-    if not np.isfinite([spent, full, winner]).all() or full <= 0:
+    rows = costs(selection)
+    if not rows:
         return ""
     width, height, left, right = WIDTH, 92, 104, 62
-    rows = (
-        ("this choice", [("bar mark", spent)]),
-        ("and the winner", [("bar mark", spent), ("bar", winner)]),
-        ("all candidates", [("bar", full)]),
-    )
-    longest = max(full, spent + winner)
+    full = rows[-1][1][0][1]
+    longest = max(sum(value for _, value in parts) for _, parts in rows)
     body, words = [], []
     for place, (label, parts) in enumerate(rows):
         y, x = 6 + 30 * place, float(left)
@@ -285,10 +297,38 @@ def cost(selection: Selection, *, name: str, alone: bool = False) -> str:
     return document(width, height, "Cost", "; ".join(words) + ".", body, name=name, alone=alone)
 
 
-def spectrum(values: ArrayLike | None, *, name: str, alone: bool = False) -> str:
-    """Draw the eigenvalues of a kernel by rank, both axes logarithmic; "" if none is above 0."""
+def costs(selection: Selection) -> Costs:
+    """Return the cost of the choice, of it and fine-tuning the winner, of fine-tuning everything; () if unknown."""
+    spent = selection.spent(selection.main) + selection.lost_flops
+    full = float(selection.full_flops.sum())
+    winner = float(selection.full_flops[selection.main.order[0]])
+    if not np.isfinite([spent, full, winner]).all() or full <= 0:
+        return ()
+    return (
+        ("this choice", (("bar mark", spent),)),
+        ("and the winner", (("bar mark", spent), ("bar", winner))),
+        ("all candidates", (("bar", full),)),
+    )
+
+
+def eigenvalues(values: ArrayLike | None) -> tuple[np.ndarray, int]:
+    """Return those of a kernel's eigenvalues that are above 0, descending, and how many others there are."""
     values = np.sort(np.asarray([] if values is None else values, np.float64).ravel())[::-1]
     kept = values[np.isfinite(values) & (values > 0)]
+    return kept, len(values) - len(kept)
+
+
+def layers(by_layer: Mapping[str, Any]) -> dict[str, float]:
+    """Return the traces by layer that are finite."""
+    return {str(layer): float(value) for layer, value in by_layer.items() if np.isfinite(float(value))}
+
+
+def spectrum(values: ArrayLike | None, *, name: str, of: str = "") -> str:
+    """Draw the eigenvalues of a kernel by rank, both axes logarithmic; "" if none is above 0.
+
+    With the name `of` a candidate the figure stands alone.
+    """
+    kept, dropped = eigenvalues(values)
     if not len(kept):
         return ""
     left, bottom = LEFT + 8, HEIGHT - BOTTOM
@@ -305,15 +345,16 @@ def spectrum(values: ArrayLike | None, *, name: str, alone: bool = False) -> str
     body.append(f'<path class="fit" d="{line(points)}"/>')
     body += [f'<circle class="paid" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in points]
     body.append(f'<text x="{(left + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">rank of the eigenvalue</text>')
-    dropped = len(values) - len(kept)
     words = f"{len(kept)} eigenvalues from {kept[0]:.3g} down to {kept[-1]:.3g}"
     words += f"; {dropped} that are not above 0 are left out." if dropped else "."
-    return document(WIDTH, HEIGHT, "Kernel spectrum", words, body, name=name, alone=alone)
+    title = f"Kernel spectrum of {of}" if of else "Kernel spectrum"
+    height, body = _headed(body, f"{of}: kernel spectrum") if of else (HEIGHT, body)
+    return document(WIDTH, height, title, words, body, name=name, alone=bool(of))
 
 
-def traces(by_layer: Mapping[str, Any], *, name: str, alone: bool = False) -> str:
-    """Draw the trace of each layer as a bar; "" if there is none."""
-    found = {str(layer): float(value) for layer, value in by_layer.items() if np.isfinite(float(value))}
+def traces(by_layer: Mapping[str, Any], *, name: str, of: str = "") -> str:
+    """Draw the trace of each layer as a bar; "" if there is none. `of`: see `spectrum`."""
+    found = layers(by_layer)
     if not found:
         return ""
     step, left = 18, 150
@@ -328,37 +369,97 @@ def traces(by_layer: Mapping[str, Any], *, name: str, alone: bool = False) -> st
         body.append(f'<rect class="{css}" x="{left}" y="{y + 2}" width="{max(length, 1):.1f}" height="{step - 5}"/>')
         body.append(f'<text x="{left + max(length, 1) + 6:.1f}" y="{y + 12}">{value:.3g}</text>')
     words = "; ".join(f"{layer} {value:.3g}" for layer, value in found.items())
-    return document(WIDTH, height, "Trace by layer", words, body, name=name, alone=alone)
+    title = f"Hessian trace of {of} by layer" if of else "Trace by layer"
+    height, body = _headed(body, f"{of}: Hessian trace by layer", height) if of else (height, body)
+    return document(WIDTH, height, title, words, body, name=name, alone=bool(of))
 
 
-def write_figures(selection: Selection, directory: Path) -> list[Path]:
-    """Write the figures as SVG files: the ranking, the cost, and the curve of each candidate.
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse formats that cannot be written here, before any long work.
+
+    Raises
+    ------
+    InputError
+        If there is no such format, or one needs a library that is not installed.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(
+                f"--figure-format {name}: no such format; choose {' or '.join(FORMATS)}.{did_you_mean(name, FORMATS)}"
+            )
+    if "png" in formats and importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            "--figure-format png: needs matplotlib, which is not installed: pip install 'lensjax[figures]', or choose "
+            "svg."
+        )
+
+
+def stems(selection: Selection) -> dict[int, str]:
+    """Return what the names of each candidate's files end with, best first: its number and name."""
+    found = {}
+    for row in map(int, selection.main.order):
+        safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", selection.curves.names[row])[:60].strip("-.") or "candidate"
+        found[row] = f"{row + 1:02}-{safe}"
+    return found
+
+
+def looks(selection: Selection) -> dict[int, Mapping[str, Any]]:
+    """Return what was measured of each candidate's kernel and curvature, best candidate first."""
+    known = selection.facts.get("tangents")
+    known = known if isinstance(known, Mapping) else {}
+    names = selection.curves.names
+    return {row: known[names[row]] for row in map(int, selection.main.order) if names[row] in known}
+
+
+def write_figures(selection: Selection, directory: Path, formats: Sequence[str] = ("svg",)) -> list[Path]:
+    """Write the figures: the ranking, the cost, and for each candidate its curve, kernel spectrum and traces.
 
     Parameters
     ----------
     selection : Selection
     directory : Path
         Made if it does not exist; files of the same names are replaced.
+    formats : sequence of {"svg", "png"}
+        PNG, at 200 dots per inch, needs matplotlib.
 
     Returns
     -------
     list of Path
-        ``ranking.svg``, ``cost.svg`` (unless the cost is unknown), and ``curve-NUMBER-NAME.svg``, the best first;
-        the numbers are the candidates' own, so that a later ranking leaves no file behind.
+        In each format ``ranking``, ``cost`` (unless the cost is unknown), and ``curve-NUMBER-NAME``, the best first;
+        where there are tangents ``spectrum-NUMBER-NAME`` and ``traces-NUMBER-NAME``. The numbers are the candidates'
+        own, so that a later ranking leaves no file behind.
+
+    Raises
+    ------
+    InputError
+        See `check_formats`.
     """
+    check_formats(formats)
     directory.mkdir(parents=True, exist_ok=True)
-    scores = selection.main
-    found = paths(selection, scores)
-    axes = frame(selection, found)
-    files = {"ranking.svg": ranking(selection, name="ranking"), "cost.svg": cost(selection, name="cost", alone=True)}
-    for row in scores.order:
-        place = int(row) + 1
-        safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", selection.curves.names[row])[:60].strip("-.") or "candidate"
-        drawn = curve(selection, int(row), found, axes, name=f"curve-{place}", alone=True)
-        files[f"curve-{place:02}-{safe}.svg"] = drawn
     written = []
-    for file, content in files.items():
-        if content:
-            write_atomically(directory / file, content + "\n")
-            written.append(directory / file)
+    for name in dict.fromkeys(formats):
+        for stem, content in (_svg(selection) if name == "svg" else _png(selection)).items():
+            write_atomically(directory / f"{stem}.{name}", content)
+            written.append(directory / f"{stem}.{name}")
     return written
+
+
+def _png(selection: Selection) -> dict[str, bytes]:
+    from lensjax.report.png import drawn
+
+    return drawn(selection)
+
+
+def _svg(selection: Selection) -> dict[str, str]:
+    found = paths(selection, selection.main)
+    axes = frame(selection, found)
+    files = {"ranking": ranking(selection, name="ranking"), "cost": cost(selection, name="cost", alone=True)}
+    ends = stems(selection)
+    for row, end in ends.items():
+        files[f"curve-{end}"] = curve(selection, row, found, axes, name=f"curve-{row + 1}", alone=True)
+    for row, seen in looks(selection).items():
+        values, by_layer = seen.get("kernel_spectrum"), seen.get("trace_by_layer") or {}
+        of = selection.curves.names[row]
+        files[f"spectrum-{ends[row]}"] = spectrum(values, name=f"spectrum-{row + 1}", of=of)
+        files[f"traces-{ends[row]}"] = traces(by_layer, name=f"traces-{row + 1}", of=of)
+    return {stem: f"{content}\n" for stem, content in files.items() if content}

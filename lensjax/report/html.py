@@ -44,11 +44,11 @@ def render_html(selection: Selection) -> str:
     Parameters
     ----------
     selection : Selection
-        Of its `facts`, all optional, these are shown: `next_command` (str: fine-tunes the winner), `command` (str: made
-        this selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package
-        -> version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory`
-        (str), and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer ->
-        number}, either of which may be missing.
+        Of its `facts`, all optional, these are shown: `next_command` (str: fine-tunes the winner), `next_note` (str:
+        what to know of that command), `command` (str: made this selection), `task` (str: fingerprint of the data),
+        `seed`, `seconds` (float), `versions` (mapping package -> version; default: those of this process), `notes`
+        (list of str), `specification` (mapping), `directory` (str), and `tangents`: mapping candidate ->
+        {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer -> number}, either of which may be missing.
 
     Returns
     -------
@@ -306,10 +306,14 @@ def _cost(selection: Selection) -> str:
 
 
 def _next(selection: Selection) -> str:
-    command = selection.facts.get("next_command")
+    command, note = (selection.facts.get(name) for name in ("next_command", "next_note"))
     parts = ['<section aria-labelledby="next">', '<h2 id="next">Fine-tune the winner</h2>']
     if command:
-        parts += [_paragraph("This command does it:"), f"<pre><code>{escaped(command)}</code></pre>"]
+        parts += [
+            _paragraph(f"This command does it and saves the model. {escaped(note or '')}".strip()),
+            # One click selects it whole.
+            f'<pre style="user-select: all"><code>{escaped(command)}</code></pre>',
+        ]
     else:
         parts.append(
             _paragraph(

@@ -75,6 +75,10 @@ class Scale:
         """Return up to `most` round values on the scale, more than one where there is room for them."""
         decades = math.log10(self.high / self.low)
         if decades >= 1.5:
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            between = [m * 10.0**e for e in exponents for m in (1, 2, 5) if self.inside(m * 10.0**e)]
+            if len(between) <= most:
+                return between
             step = max(1, math.ceil(decades / most))
             first = math.ceil(math.log10(self.low) - 1e-9)
             return [10.0**e for e in range(first, math.floor(math.log10(self.high) + 1e-9) + 1, step)][:most]

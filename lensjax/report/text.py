@@ -185,9 +185,20 @@ def judgement(selection: Selection) -> str:
     return f"{text}; the best candidate was {truly}."
 
 
+def next_step(selection: Selection) -> str:
+    """Say how to fine-tune the winner: the command on a line of its own, or a sentence where none is known."""
+    command, note = (selection.facts.get(name) for name in ("next_command", "next_note"))
+    if command:
+        return f"Next, this fine-tunes it and saves the model{f'. {note}' if note else ':'}\n{command}"
+    return (
+        f"Next: fine-tune {selection.best} on all {samples(selection.target)} samples with the trainer and the "
+        "settings that the losses were measured with; only then does the forecast hold."
+    )
+
+
 def render(selection: Selection) -> str:
     """Return the whole selection as text, the answer first."""
-    parts = [answer(selection), certainty(selection), cost(selection), judgement(selection)]
+    parts = [answer(selection), certainty(selection), cost(selection), judgement(selection), next_step(selection)]
     parts = [*filter(None, parts), "", ranking(selection, selection.main)]
     if len(selection.scores) > 1:
         parts += ["", "All methods:", comparison(selection)]

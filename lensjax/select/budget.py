@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from lensjax.errors import InputError
+from lensjax.hints import did_you_mean
 from lensjax.runs import TANGENTS, Run
 
 Kind = Literal["share", "flops", "seconds", "samples"]
@@ -24,7 +25,8 @@ UNITS: dict[str, tuple[Kind, float]] = {
     "d": ("seconds", 86400.0),
 }
 SYNONYMS = {"flop": "flops", "sample": "samples", "sec": "s", "second": "s", "minute": "min", "hour": "h", "day": "d"}
-SYNONYMS |= {"seconds": "s", "minutes": "min", "hours": "h", "days": "d"}
+SYNONYMS |= {"seconds": "s", "minutes": "min", "hours": "h", "days": "d", "percent": "%"}
+LEAST_FLOPS = 1e4  # a bare number below is no amount of FLOPs that anyone means
 CAUTION = 1.25  # times as long as usual is what a run is given
 HELP = "0.05 or 5% (of fine-tuning all on all samples), 2e16 (FLOPs), 3h, 90min, or 20000samples"
 
@@ -61,14 +63,26 @@ class Budget:
             value = float(matched[1].replace(",", "").replace("_", "")) if matched else float("nan")
         except ValueError:
             value = float("nan")
-        unit = matched[2].lower() if matched else ""
-        if not unit:
-            unit = "share" if value < 1 else "flops"
-        unit = SYNONYMS.get(unit, unit)
+        written = matched[2].lower() if matched else ""
+        unit = SYNONYMS.get(written, written) or ("share" if value < 1 else "flops")
         kind, factor = UNITS.get(unit, ("share", float("nan")))
-        if math.isnan(factor) or not value > 0 or value == float("inf") or (kind == "share" and value * factor >= 1):
-            raise InputError(f"{text} is no amount that can be spent; give it as {HELP}.")
+        wrong = ""
+        if matched is None or math.isnan(value):
+            wrong = " The decimal sign is a point." if re.search(r"\d,\d", text) else ""
+        elif math.isnan(factor):
+            wrong = f" {matched[2]!r} is no unit.{did_you_mean(written, (*UNITS, *SYNONYMS))}"
+        elif kind == "share" and value * factor >= 1:
+            wrong = " A share is below 100 %."
+        elif not written and 1 <= value < LEAST_FLOPS:
+            wrong = f" {value:g} FLOPs buy nothing: name the unit."
+        if wrong or not value > 0 or value == float("inf") or math.isnan(factor):
+            raise InputError(f"{text} is no amount that can be spent; give it as {HELP}.{wrong}")
         return cls(kind, value * factor)
+
+    def __str__(self) -> str:
+        """Return what `parse` reads as this budget."""
+        unit = {"share": "", "flops": "flops", "seconds": "s", "samples": "samples"}[self.kind]
+        return f"{self.amount!r}".removesuffix(".0") + unit
 
 
 def paid(lines: Sequence[Run]) -> list[Run]:

@@ -10,204 +10,33 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
 from lensjax.runs import write_atomically
-from lensjax.select import budget
+from lensjax.select.config import print_config, read_config
+from lensjax.select.options import (
+    FIGURE_FORMATS,
+    LIVE_ONLY,
+    LORA_OPTIONS,
+    LOSSES_ONLY,
+    METHODS,
+    PROGRAM,
+    TASK_OPTIONS,
+    lora_of,
+    parser,
+    plan_of,
+)
 
 if TYPE_CHECKING:
     from lensjax.report.selection import Selection
+    from lensjax.select.prepare import Request
 
-PROGRAM = "lensjax.select"
-EXAMPLES = """\
-examples:
-  python -m lensjax.select
-      the demo: small models, real text, minutes on a laptop
-  python -m lensjax.select --losses published:flan --visible 204800 --method all
-      rank 30 language models from published losses
-  python -m lensjax.select --losses table.csv --target 1000000
-      rank from losses you already have
-  python -m lensjax.select --task my.jsonl --input-field question --target-field answer \\
-          --models ./gpt2 ./my-checkpoint --out runs/mine
-      fine-tune two models on subsets of your data and choose one
-  The same command again, or --resume DIR, continues an interrupted selection.
-
-exit status: 0 chosen; 1 a candidate failed, or the selection could not be finished; 2 the input cannot be used;
-130 interrupted
-"""
-
-COMMAND, REPORT = "command.json", "report.html"
-SCHEDULES, PRECISIONS, SHARDINGS = (
-    ("constant", "linear", "cosine"),
-    ("auto", "float32", "bfloat16"),
-    ("auto", "none", "data", "full"),
-)
+SCRIPT = "lensjax-select"
+COMMAND, CONFIG, REPORT = "command.json", "config.toml", "report.html"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-LOSSES_ONLY = ("tokens_per_sample",)
-LIVE_ONLY = (
-    *("task", "input_field", "target_field", "models", "out", "smallest", "seed", "validation", "test", "max_length"),
-    *("learning_rate", "batch_size", "max_epochs", "verify", "budget"),
-    *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
-    *("schedule", "dropout", "micro_batch", "precision", "sharding", "weight_decay", "patience", "in_process"),
-    "tangents",
-    *("loss_unit", "lora_rank", "lora_alpha", "lora_dropout"),
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise InputError(f"{message}. See python -m lensjax.select --help.")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Build the parser. Options default to None, so that one given for the other mode can be refused."""
-    p = _Parser(
-        prog=f"python -m {PROGRAM}",
-        allow_abbrev=False,
-        description="Choose which language model to fine-tune, from small fine-tuning runs or from measured losses.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    both = p.add_argument_group("the choice")
-    both.add_argument("--target", type=_samples, metavar="N", help="training samples the chosen model will be tuned on")
-    both.add_argument("--visible", type=_samples, metavar="N", help="largest subset the choice may be based on")
-    both.add_argument(
-        "--method", default="averaged", metavar="NAME", help="averaged (default), lens, ats, rectified, ..., all"
-    )
-    both.add_argument("--gamma", type=int, default=3, help="Algorithm 1: points that make a line (default 3)")
-    both.add_argument("--tau", type=float, default=5.0, help="Algorithm 1: deviation that ends it (default 5)")
-    both.add_argument("--html", type=Path, metavar="FILE", help="write the report there, one HTML file")
-    both.add_argument("--figures", type=Path, metavar="DIR", help="write the figures there, as SVG")
-    both.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")
-    both.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    table = p.add_argument_group("from losses measured already")
-    table.add_argument(
-        "--losses", metavar="TABLE", help="CSV file, or published:flan, published:gigaword, published:wmt19"
-    )
-    table.add_argument(
-        "--tokens-per-sample", type=float, metavar="X", help="for the cost (default 1: the paper's 6 N D)"
-    )
-    live = p.add_argument_group("by fine-tuning")
-    live.add_argument(
-        "--task",
-        metavar="DATA",
-        help="a file of samples (.jsonl, .csv, .parquet, .txt), a data set of the hub (owner/name), or one of flan, "
-        "wikitext, gigaword, wmt19 (default: WordNet definitions)",
-    )
-    live.add_argument("--input-field", metavar="NAME", help="field the model reads (default input)")
-    live.add_argument("--target-field", metavar="NAME", help="field it is to produce (default target)")
-    live.add_argument("--text-field", metavar="NAME", help="instead of both: language modelling on this field")
-    live.add_argument(
-        "--template", metavar="TEXT", help="prompt with {input} in it (default '{input}:'), or chat: the model's own"
-    )
-    live.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set")
-    live.add_argument("--split", metavar="NAME", help="split of a data set to train on (default train)")
-    live.add_argument("--validation-split", metavar="NAME", help="its split for early stopping (default: set aside)")
-    live.add_argument("--test-split", metavar="NAME", help="its split for the test loss (default: set aside)")
-    live.add_argument("--revision", metavar="NAME", help="branch or commit of a data set")
-    live.add_argument("--limit", type=_samples, metavar="N", help="read at most N training samples of a data set")
-    live.add_argument(
-        "--models",
-        nargs="+",
-        metavar="MODEL",
-        help="directories, GGUF files or Hugging Face ids (default: demo models); "
-        "MODEL+lora is fine-tuned by low-rank adapters",
-    )
-    live.add_argument("--lora-rank", type=_samples, metavar="N", help="of the adapters (default 8)")
-    live.add_argument("--lora-alpha", type=float, metavar="X", help="their scale is alpha / rank (default 16)")
-    live.add_argument("--lora-dropout", type=float, metavar="X", help="on their inputs (default 0)")
-    live.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/TASK-...)")
-    live.add_argument(
-        "--smallest", type=_samples, metavar="N", help="smallest subset (default 200, demo task 50); sizes double"
-    )
-    live.add_argument("--resume", type=Path, metavar="DIR", help="continue the selection in that run directory")
-    live.add_argument(
-        "--budget",
-        type=_budget,
-        metavar="X",
-        help=f"what the choice may cost, never exceeded: {budget.HELP.replace('%', '%%')}. Candidates race, and only "
-        "those that may win are trained on larger subsets; with another --method, the largest subset is what is paid "
-        "for",
-    )
-    live.add_argument("--validation", type=_samples, metavar="N", help="samples for early stopping (default 300)")
-    live.add_argument("--test", type=_samples, metavar="N", help="samples for the test loss (default 500)")
-    live.add_argument("--seed", type=_seed, help="of the split and the order of samples (default 0)")
-    live.add_argument("--max-length", type=_samples, metavar="N", help="tokens kept of a sample (default 128)")
-    live.add_argument(
-        "--loss-unit", choices=("token", "byte"), help="compare losses per token (default, as the paper) or per byte"
-    )
-    live.add_argument(
-        "--learning-rate",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="of AdamW (default 0.0003, demo models 0.002); of several, each run takes the one with the lowest "
-        "validation loss, and all are paid for",
-    )
-    live.add_argument(
-        "--batch-size",
-        type=_samples,
-        nargs="+",
-        metavar="N",
-        help="samples per step (default 32); several: searched",
-    )
-    live.add_argument("--max-epochs", type=_samples, metavar="N", help="passes over a subset at most (default 10)")
-    live.add_argument("--patience", type=_samples, metavar="N", help="evaluations without progress (default 2)")
-    live.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate after its warm-up (default constant)")
-    live.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default 0.01)")
-    live.add_argument("--dropout", action="store_true", default=None, help="turn the models' own dropout on")
-    live.add_argument(
-        "--micro-batch", type=_samples, metavar="N", help="samples in memory at once; gradients are accumulated"
-    )
-    live.add_argument(
-        "--precision", choices=PRECISIONS, help="of the computation (default auto: bfloat16 on GPUs, float32 on CPUs)"
-    )
-    live.add_argument(
-        "--sharding",
-        choices=SHARDINGS,
-        help="over several devices: samples (data), weights too (full), or none (default auto: what fits)",
-    )
-    live.add_argument(
-        "--in-process",
-        action="store_true",
-        default=None,
-        help="fine-tune in this process, not in one for each candidate: a crash then ends everything",
-    )
-    live.add_argument(
-        "--tangents",
-        type=_samples,
-        metavar="N",
-        help="measure the candidates' neural tangent kernels and Hessian traces too, on N samples",
-    )
-    live.add_argument("--verify", action="store_true", default=None, help="tune all on --target samples too, and judge")
-    return p
-
-
-def _seed(text: str) -> int:
-    """Read a seed."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
-    return int(text)
-
-
-def _budget(text: str) -> budget.Budget:
-    """Read a budget."""
-    try:
-        return budget.Budget.parse(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _samples(text: str) -> int:
-    """Read a whole number of samples; 1e6 and 1_000_000 are fine."""
-    try:
-        value = float(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not value.is_integer() or value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(value)
+TALK = ("--quiet", "--verbose")
+DESTINATIONS = ("--json", "--html", "--figures", "--figure-format", "--out")
 
 
 def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool = False) -> int:
@@ -233,25 +62,57 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool
         Before any long work, if something given cannot be used.
     """
     given = parser().parse_args(arguments)
+    if given.completion is not None:
+        out.write(completion(given.completion))
+        return 0
+    if given.config is not None:
+        now = _without(arguments, ("--config",))
+        arguments = [*_yielding(read_config(given.config), now), *now]
+        given = parser().parse_args(arguments)
     own_process = own_process and not given.in_process
     if given.resume is not None:
         arguments, place = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
         with contextlib.chdir(place):
-            return _select(given, _lasting(arguments), out, err, own_process=own_process)
+            return _select(given, _without(arguments, DESTINATIONS), out, err, own_process=own_process)
     return _select(given, arguments, out, err, own_process=own_process)
 
 
-def _lasting(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments without those that name where this time's results go."""
+def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return the arguments without these options and their values."""
     kept, skip = [], False
     for argument in arguments:
-        flag, has_value, _ = argument.partition("=")
-        if skip or flag in ("--json", "--html", "--figures", "--out"):
-            skip = not skip and not has_value
-            continue
-        kept.append(argument)
+        if argument.startswith("--"):
+            skip = argument.partition("=")[0] in flags
+        if not skip:
+            kept.append(argument)
     return kept
+
+
+def _yielding(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """Return earlier arguments without those that the ones given now exclude instead of overriding them."""
+    return _without(before, TALK) if any(flag in now for flag in TALK) else list(before)
+
+
+def completion(shell: str) -> str:
+    """Return a script that makes a shell complete the options of ``lensjax-select``.
+
+    Parameters
+    ----------
+    shell : str
+        One of `lensjax.select.options.SHELLS`.
+    """
+    import shtab
+
+    p = parser()
+    p.prog = SCRIPT
+    files = {"config", "losses", "html", "json", "task", "models"}
+    for action in p._actions:
+        if action.dest in files or action.type is Path:
+            action.complete = shtab.FILE if action.dest in files else shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif action.dest == "method":
+            action.choices = METHODS
+    return shtab.complete(p, shell=shell)
 
 
 def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
@@ -273,21 +134,29 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
         ) from None
     if not place.is_dir():
         raise InputError(f"--resume {directory}: was started in {place}, which is no directory now; make it again.")
-    now = list(arguments)
-    at = next(i for i, a in enumerate(now) if a == "--resume" or a.startswith("--resume="))
-    del now[at : at + (1 if "=" in now[at] else 2)]
+    for flag, value in (("--out", given.out), ("--losses", given.losses)):
+        if value is not None and Path(value).absolute() != directory:
+            raise InputError(
+                f"{flag} {value}: --resume {directory} continues the selection there; remove {flag} or --resume."
+            )
+    now = _without(arguments, ("--resume",))
     # A path given now is meant from here, not from where the selection was started.
     files = {"--json": given.json, "--html": given.html, "--figures": given.figures}
     named = [part for flag, file in files.items() if file is not None for part in (flag, str(file.absolute()))]
-    return [*before, *now, *named, "--out", str(directory)], place
+    return [*_yielding(before, now), *now, *named, "--out", str(directory)], place
 
 
 def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool) -> int:
+    if given.print_config:
+        out.write(print_config(given))
+        return 0
     _check(given)
     from lensjax.report.figures import write_figures
     from lensjax.report.html import render_html
     from lensjax.report.text import render
 
+    if given.dry_run:
+        return _dry_run(given, out)
     if own_process and given.losses is None:
         import jax
 
@@ -309,14 +178,30 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
     if given.html is not None:
         write_atomically(given.html, page)
     if given.figures is not None:
-        write_figures(selection, given.figures)
+        write_figures(selection, given.figures, given.figure_format or FIGURE_FORMATS[:1])
     return FAILED if selection.failures or selection.unverified else 0
+
+
+def _dry_run(given: argparse.Namespace, out: TextIO) -> int:
+    from lensjax.select.forecast import forecast
+
+    request = _request(given)
+    found = forecast(request, request.out)
+    out.write(found.render() + "\n")
+    if given.json is not None:
+        write_atomically(given.json, json.dumps(found.as_dict(), indent=2, allow_nan=False) + "\n")
+    return 0 if found.fits else FAILED
 
 
 def _check(given: argparse.Namespace) -> None:
     """Refuse options that contradict each other or name what cannot be written, before anything is read."""
-    from lensjax.selectors import check_rule, get_selector
+    from lensjax.report.figures import check_formats
+    from lensjax.selectors import DEFAULT, GAMMA, TAU, check_rule, get_selector
 
+    # What was given for both ways of choosing has one default.
+    for name, default in (("method", DEFAULT), ("gamma", GAMMA), ("tau", TAU)):
+        if getattr(given, name) is None:
+            setattr(given, name, default)
     if given.method != "all":
         get_selector(given.method)
     check_rule(given.gamma, given.tau)
@@ -329,10 +214,17 @@ def _check(given: argparse.Namespace) -> None:
     for flag, file in (("--json", given.json), ("--html", given.html)):
         if file is not None:
             _check_file(flag, file)
-    if given.figures is not None and given.figures.exists() and not given.figures.is_dir():
-        raise InputError(f"--figures {given.figures}: is a file; name a directory.")
+    if given.json is not None and given.html is not None and given.json.absolute() == given.html.absolute():
+        raise InputError(f"--json and --html are both {given.json}; name two files.")
+    for place in () if given.figures is None else (given.figures, *given.figures.parents):
+        if place.is_file():
+            what = "is a file" if place == given.figures else f"{place} is a file"
+            raise InputError(f"--figures {given.figures}: {what}; name a directory.")
+    if given.figure_format is not None and given.figures is None:
+        raise InputError("--figure-format: no figures are asked for; add --figures DIR, or remove --figure-format.")
+    check_formats(given.figure_format or ())
     adapted = any(model.endswith("+lora") for model in given.models or ())
-    for flag in ("lora_rank", "lora_alpha", "lora_dropout"):
+    for flag in LORA_OPTIONS:
         if getattr(given, flag) is not None and not adapted:
             name = "--" + flag.replace("_", "-")
             raise InputError(f"{name}: no candidate has adapters; name one MODEL+lora, or remove {name}.")
@@ -367,41 +259,36 @@ def _from_losses(given: argparse.Namespace) -> Selection:
     )
 
 
-def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
-    """Select by fine-tuning; `arguments` are what a later session is to be started with."""
-    from lensjax.finetune import Plan, Search
-    from lensjax.models import Lora
-    from lensjax.report.progress import Console
-    from lensjax.select.live import LiveSelection, default_directory
-    from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
+def _request(given: argparse.Namespace) -> Request:
+    from lensjax.select.prepare import Request
 
-    plan_names = (
-        *("max_epochs", "patience", "schedule", "weight_decay", "dropout", "micro_batch", "precision", "sharding"),
-    )
     names = (
-        *("task", "input_field", "target_field", "out", "smallest", "seed", "validation", "test", "max_length"),
-        *("visible", "target", "method", "gamma", "tau", "verify", "budget"),
-        *("text_field", "template", "dataset_config", "split", "validation_split", "test_split", "revision", "limit"),
+        *TASK_OPTIONS,
+        *("out", "smallest", "visible", "target", "method", "gamma", "tau", "verify", "budget"),
         *("loss_unit", "tangents"),
     )
     chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
-    settings: dict[str, Any] = {} if given.models else {"learning_rate": DEMO_LEARNING_RATE}
-    settings |= {n: getattr(given, n) for n in plan_names if getattr(given, n) is not None}
-    # One value is the plan's, several are searched.
-    rates, sizes = tuple(given.learning_rate or ()), tuple(given.batch_size or ())
-    settings |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
-    settings |= {"batch_size": max(sizes)} if sizes else {}
-    plan = Plan(**settings)
-    search = Search(rates if len(rates) > 1 else (), sizes if len(sizes) > 1 else ())
-    adapters = {name: getattr(given, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-    lora = Lora(**{name: value for name, value in adapters.items() if value is not None})
-    request = Request(models=tuple(given.models or ()), plan=plan, search=search, lora=lora, **chosen)
+    plan, search = plan_of(given, demo=not given.models)
+    return Request(models=tuple(given.models or ()), plan=plan, search=search, lora=lora_of(given), **chosen)
+
+
+def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
+    """Select by fine-tuning; `arguments` are what a later session is to be started with."""
+    from lensjax.report.progress import Console
+    from lensjax.select.live import LiveSelection, default_directory
+    from lensjax.select.prepare import prepare
+
+    request = _request(given)
+    console = Console(err, quiet=given.quiet, verbose=given.verbose)
+    settings = print_config(given, lasting=True)
+    if given.verbose:
+        console.line(settings)
     prepared = prepare(request)
-    console = Console(err, quiet=given.quiet)
     directory = request.out or default_directory(prepared)
     live = LiveSelection(prepared, directory, console, isolate=not given.in_process)
     command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
     write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
+    write_atomically(directory / CONFIG, settings)
     return live.execute()
 
 

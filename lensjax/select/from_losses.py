@@ -69,6 +69,23 @@ def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -
     return largest, target
 
 
+def check_falling(curves: Curves) -> None:
+    """Refuse curves that all rise with the number of samples: they are not losses but accuracies or the like.
+
+    Raises
+    ------
+    InputError
+    """
+    known = [row[np.isfinite(row)] for row in curves.losses]
+    ends = [(row[0], row[-1]) for row in known if len(row) > 1]
+    if len(ends) > 1 and all(last > first for first, last in ends):
+        raise InputError(
+            f"{curves.source}: the losses of all {len(ends)} models rise with the number of samples (the first from "
+            f"{ends[0][0]:g} to {ends[0][1]:g}); are they accuracies? Give test losses: mean cross-entropy, nats per "
+            "token."
+        )
+
+
 def _listed(sizes: np.ndarray) -> str:
     return ", ".join(f"{s:g}" for s in sizes)
 
@@ -138,6 +155,7 @@ def select_from_losses(
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)
+    check_falling(curves)
     seen = curves.visible(largest)
     truth = curves.at(target)
     scores, refused = score_all(seen, target, method, gamma=gamma, tau=tau)

@@ -18,6 +18,7 @@ from lensjax.select.candidates import Candidate, find_candidates
 from lensjax.selectors import DEFAULT, RACE, check_rule
 from lensjax.tasks import Encoded, Example, Task, bucket_lengths, cached, encode, load_task
 from lensjax.tasks.cache import key_of as encoding_key
+from lensjax.tasks.metadata import Outline, outline
 
 DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
@@ -150,7 +151,10 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A request that was checked as a whole: nothing in it fails for a reason that could have been known before."""
+    """A request that was checked as a whole: nothing in it fails for a reason that could have been known before.
+
+    With an `outlined` task, `task` and `tokens` are stand-ins of the same sizes.
+    """
 
     request: Request
     task: Task
@@ -160,6 +164,7 @@ class Prepared:
     target: int
     max_length: int
     notes: tuple[str, ...]
+    outlined: Outline | None = None
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -209,8 +214,15 @@ class Prepared:
         )
 
 
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request, *, fetch: bool = True) -> Prepared:
     """Check a request as a whole before any long work.
+
+    Parameters
+    ----------
+    request : Request
+    fetch : bool
+        Whether to fetch what is on the hub and not here yet: weights, rows of data sets. Without it, of models only
+        configuration, tokenizer and the headers of their weights are read, of a data set only what the hub says of it.
 
     Raises
     ------
@@ -222,16 +234,22 @@ def prepare(request: Request) -> Prepared:
     check_rule(request.gamma, request.tau)
     request.plan.check()
     request.search.check(request.plan)
-    task = _task(request)
+    outlined = None if fetch else _outline(request)
+    task = task_of(request) if outlined is None else outlined.task
     sizes, target = _sizes(request, len(task.train))
-    candidates = find_candidates(request.models, request.lora)
+    candidates = find_candidates(request.models, request.lora, fetch=fetch)
     limits = [c.config.max_length for c in candidates]
     max_length = min([request.max_length, *(n for n in limits if n is not None)])
-    notes = list(task.notes)
+    notes = [*task.notes, *(outlined.notes if outlined is not None else ())]
     tokens: dict[str, Tokens] = {}
     for candidate in candidates:
+        needed = target if request.verify else sizes[-1]
+        if outlined is not None:
+            if candidate.tokenizer not in tokens:
+                tokens[candidate.tokenizer] = _stand_in(outlined, candidate, sizes[-1], needed, max_length)
+            continue
         if candidate.tokenizer not in tokens:
-            found = _tokens(task, candidate, sizes[-1], target if request.verify else sizes[-1], max_length)
+            found = tokens_of(task, candidate, sizes[-1], needed, max_length)
             tokens[candidate.tokenizer] = found
             cut = sum(part.truncated for part in found.parts)
             if cut:
@@ -249,7 +267,7 @@ def prepare(request: Request) -> Prepared:
         )
     if request.tangents > sizes[-1]:
         raise InputError(f"--tangents {request.tangents}: the largest subset has {sizes[-1]} samples; lower it.")
-    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes))
+    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes), outlined)
     _check_budget(prepared)
     return prepared
 
@@ -272,7 +290,8 @@ def _check_budget(prepared: Prepared) -> None:
         )
 
 
-def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+    """Encode the first `largest` training samples for a candidate, and those set aside; from the cache if it can be."""
     tokenizer = models.load_tokenizer(candidate.path)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
 
@@ -286,7 +305,36 @@ def _tokens(task: Task, candidate: Candidate, visible: int, largest: int, max_le
     return Tokens(train, validation, test, visible, pad)
 
 
-def _task(request: Request) -> Task:
+def _stand_in(outlined: Outline, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+    """Return tokens of the sizes that those of a task which is not here have at most, or are taken to have."""
+    task = outlined.task
+    tokenizer = models.load_tokenizer(candidate.path)
+    separate = getattr(candidate.config, "is_encoder_decoder", False)
+    encode(task.train[:1], tokenizer, max_length, separate=separate, pack=task.text_only)  # refuses what cannot be read
+    length = outlined.tokens or max_length * (1 + separate)
+
+    def encoded(count: int) -> Encoded:
+        prompts = np.full(count, max_length if separate else 0)
+        packed = max_length if task.text_only else None
+        return Encoded((np.zeros(length, np.int32),) * count, prompts, 0, separate, 0, packed)
+
+    train, validation, test = map(encoded, (largest, len(task.validation), len(task.test)))
+    return Tokens(train, validation, test, visible, 0)
+
+
+def task_of(request: Request) -> Task:
+    """Load the task that a request names, the demo's if it names none."""
+    source, options = _source(request)
+    return load_task(source, **options)
+
+
+def _outline(request: Request) -> Outline | None:
+    source, options = _source(request)
+    return outline(source, **options)
+
+
+def _source(request: Request) -> tuple[str | Path, dict[str, Any]]:
+    """Return what `load_task` and `outline` are given."""
     names = ("text_field", "template", "split", "validation_split", "test_split", "revision", "limit")
     options: dict[str, Any] = {name: getattr(request, name) for name in names}
     options |= {"input_field": request.input_field, "target_field": request.target_field}
@@ -298,14 +346,8 @@ def _task(request: Request) -> Task:
             options |= {name: options[name] or default for name, default in fields}
     else:
         source = request.task
-    return load_task(
-        source,
-        config=request.dataset_config,
-        validation=request.validation,
-        test=request.test,
-        seed=request.seed,
-        **options,
-    )
+    options |= {"config": request.dataset_config, "validation": request.validation, "test": request.test}
+    return source, options | {"seed": request.seed}
 
 
 def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:

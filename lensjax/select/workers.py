@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -98,9 +99,15 @@ class RunFailedError(RuntimeError):
         That were made before.
     """
 
-    def __init__(self, message: str, trials: Trials = ()) -> None:
+    def __init__(self, message: str, trials: Trials = (), details: str = "") -> None:
         super().__init__(message)
-        self.trials = trials
+        self.trials, self._details = trials, details
+
+    @property
+    def details(self) -> str:
+        """The traceback of what went wrong, also in another process; empty if there is none."""
+        cause = self.__cause__
+        return self._details or ("" if cause is None else "".join(traceback.format_exception(cause)).rstrip())
 
 
 class OutOfTimeError(RunFailedError):
@@ -426,7 +433,7 @@ def serve(connection: multiprocessing.connection.Connection, assignment: Assignm
             result: Any = None
             result = bench.look(about[0]) if question == "look" else bench.run(about[0], about[1], hooks)
         except RunFailedError as error:
-            connection.send(("failed", str(error), error.trials))
+            connection.send(("failed", str(error), error.trials, error.details))
         else:
             connection.send(("done", result))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lensjax.errors import InputError
+from lensjax.hints import did_you_mean
 from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
 from lensjax.selectors.base import Scores, Selector, require_points
 from lensjax.selectors.baselines import ats, model_size, subtuning, zero_shot
@@ -70,5 +71,6 @@ def get_selector(name: str) -> Selector:
         If there is none of that name; the message lists those there are.
     """
     if name not in SELECTORS:
-        raise InputError(f"method {name!r} is unknown; there are: {', '.join(SELECTORS)} and all.")
+        hint = did_you_mean(name.replace("-", "_"), SELECTORS)
+        raise InputError(f"method {name!r} is unknown; there are: {', '.join(SELECTORS)} and all.{hint}")
     return SELECTORS[name]

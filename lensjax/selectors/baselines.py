@@ -21,7 +21,10 @@ def zero_shot(curves: Curves, target: float) -> Scores:
     losses = curves.at(0)
     if np.isnan(losses).any():
         name = curves.names[int(np.argmax(np.isnan(losses)))]
-        raise InputError(f"{curves.source}: {name} has no loss at 0 samples, which method zero_shot needs.")
+        raise InputError(
+            f"{curves.source}: {name} has no loss at 0 samples, which method zero_shot needs."
+            " Evaluate it before fine-tuning, or choose another method."
+        )
     return _without_prediction("zero_shot", curves, losses, curves.sizes == 0)
 
 

@@ -8,10 +8,10 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import transformers
 
 from lensjax.tasks.encode import Encoded
 from lensjax.tasks.task import Example
@@ -29,7 +29,7 @@ def directory() -> Path:
 
 def key_of(examples: Sequence[Example], tokenizer: str, *settings: object) -> str:
     """Return what names an encoding: the texts, the tokenizer's fingerprint, and all else it depends on."""
-    digest = hashlib.sha256(repr((FORMAT, transformers.__version__, tokenizer, *settings)).encode())
+    digest = hashlib.sha256(repr((FORMAT, version("transformers"), tokenizer, *settings)).encode())
     for example in examples:
         digest.update(repr((example.input, example.target, example.template)).encode())
     return digest.hexdigest()[:32]

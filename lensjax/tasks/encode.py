@@ -114,7 +114,7 @@ def encode(
     if separate and not all(e.template for e in examples):
         raise InputError(
             "an encoder-decoder model has no input to read in language modelling; give --input-field and "
-            "--target-field, or leave this candidate out."
+            f"--target-field, or leave this candidate out{_of(tokenizer)}."
         )
     chat = any(e.template == CHAT for e in examples)
     prompts = (
@@ -148,10 +148,17 @@ def encode(
     return Encoded(tuple(ids), lengths, truncated, separate, kept_bytes, max_length if pack else None)
 
 
+def _of(tokenizer: Any) -> str:
+    """Say which candidate's tokenizer it is, as far as it knows."""
+    known = getattr(tokenizer, "name_or_path", "")
+    return f" ({known})" if known else ""
+
+
 def _chat_prompts(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
-            "--template chat: a candidate's tokenizer has no chat template; give a template with {input} instead."
+            f"--template chat: a candidate's tokenizer has no chat template{_of(tokenizer)}; give a template with "
+            "{input} instead."
         )
     talks = [[{"role": "user", "content": e.input}] for e in examples]
     found = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True)

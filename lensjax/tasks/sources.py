@@ -12,11 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from lensjax.errors import InputError
+from lensjax.hints import LFS, POINTER, decode, did_you_mean, nearby, wrong_delimiter
 from lensjax.tasks.presets import PRESETS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".txt", ".txt.gz")
 KINDS = f"a file ({', '.join(SUFFIXES)}), the id of a data set (owner/name), or one of {', '.join(PRESETS)}"
 
+SHAPE = 'each line is one object, such as {"input": "2 + 2", "target": "4"}'
+REMEDIES = {
+    ".json": f"Save it as .jsonl: {SHAPE}.",
+    ".ndjson": "If each line is a JSON object, end its name in .jsonl.",
+    ".tsv": "Save it as .csv, with commas between the columns.",
+    ".xlsx": "Export the sheet as CSV in UTF-8.",
+    ".zip": "Unpack it.",
+    ".zst": "Unpack it.",
+    ".arrow": "Save it as Parquet.",
+}
+"""What to do with files of other kinds."""
+
+PARQUET, GZIP = b"PAR1", b"\x1f\x8b"
 Row = tuple[str, Mapping[str, Any]]
 """Where a sample is, for messages, and its fields."""
 
@@ -31,17 +45,24 @@ def file_rows(path: Path) -> Iterator[Row]:
     """
     name = path.name.lower()
     if not path.is_file():
-        raise InputError(f"{path}: no such file. --task takes {KINDS}.")
+        raise missing(path)
     if not name.endswith(SUFFIXES):
-        raise InputError(f"{path}: unknown kind of file. --task takes {KINDS}.")
+        remedy = REMEDIES.get(Path(name.removesuffix(".gz")).suffix, "")
+        raise InputError(f"{path}: unknown kind of file. --task takes {KINDS}.{remedy and ' '}{remedy}")
     if name.endswith(".parquet"):
         yield from _parquet_rows(path)
         return
+    raw = path.read_bytes()
+    if name.endswith(".gz") and not raw.startswith((GZIP, LFS)):
+        raise InputError(f"{path}: not readable as gzip, for it is not compressed; take .gz off its name.")
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error}); save it as UTF-8 text.") from error
+        text = decode(gzip.decompress(raw) if name.endswith(".gz") and not raw.startswith(LFS) else raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: not readable as gzip ({str(error).rstrip('.')}); compress it or download it again."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not readable: {error}.") from error
     if ".csv" in name:
         yield from _csv_rows(path, text)
         return
@@ -55,25 +76,47 @@ def file_rows(path: Path) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({str(error).partition(': line')[0]}).") from None
+            reason = f"not JSON ({str(error).partition(': line')[0]})"
+            if number == 1 and line.strip() in ("[", "{", "[{"):
+                reason += ", for it goes on in the next lines"
+            raise InputError(f"{where}: {reason}. Mend it: {SHAPE}.") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a {type(row).__name__}, not an object with named fields.")
+            what = f"a {type(row).__name__}, not an object with named fields"
+            raise InputError(f"{where}: {what}. Write the samples one by one: {SHAPE}.")
         yield where, row
+
+
+def missing(path: Path) -> InputError:
+    """Return what says that there is no such file, and which may be meant."""
+    hint = nearby(path) or did_you_mean(path.name, PRESETS)
+    return InputError(f"{path}: no such file. --task takes {KINDS}.{hint}")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    with path.open("rb") as file:
+        start = file.read(len(LFS))
+    if not start.startswith(PARQUET):
+        reason = POINTER if start == LFS else f"it does not begin with {PARQUET.decode()}: export or download it again"
+        raise InputError(f"{path}: cannot be read as Parquet: {reason}.")
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"{path}: cannot be read as Parquet ({reason}): export or download it again.") from error
     for number, row in enumerate(table.to_pylist(), start=1):
         yield f"{path}, row {number}", row
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    separated = wrong_delimiter(text)
+    if separated:
+        raise InputError(
+            f"{path}: {separated} separate its columns ({text.lstrip().splitlines()[0][:60]!r}); save it with commas, "
+            "and quotes around texts that hold commas."
+        )
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -92,7 +135,15 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                 )
             yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+        raise InputError(
+            f"{path}, line {reader.line_num}: not CSV ({error}). Close each quote; one inside a text is doubled."
+        ) from None
+
+
+def _inside(place: Path) -> str:
+    """Return " such as FILE", a file of samples in a directory, or ""."""
+    files = sorted(file for file in place.iterdir() if file.name.endswith(SUFFIXES)) if place.is_dir() else []
+    return f" such as {files[0]}" if files else ""
 
 
 def dataset_rows(
@@ -118,6 +169,9 @@ def dataset_rows(
     """
     import datasets
 
+    place = Path(name)
+    if place.is_dir() and not any(place.iterdir()):
+        raise InputError(f"--task {name}: the directory is empty. --task takes {KINDS}.")
     try:
         found = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:
@@ -126,7 +180,7 @@ def dataset_rows(
         of = "" if config is None else f", configuration {config!r}"
         raise InputError(
             f"--task {name}{of}, split {split!r}: cannot be loaded ({reason}). Check the id, the configuration "
-            "(--dataset-config) and the split (--split), or give a local file."
+            f"(--dataset-config) and the split (--split), or give a local file{_inside(place)}."
         ) from error
     order = range(len(found))
     if limit is not None and limit < len(found):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.hints import did_you_mean
 from lensjax.tasks.presets import PRESETS
-from lensjax.tasks.sources import KINDS, SUFFIXES, Row, dataset_rows, file_rows
+from lensjax.tasks.sources import SUFFIXES, Row, dataset_rows, file_rows, missing
 
 PROMPT = "{input}:"
 """The text before the target, which follows after one space."""
@@ -140,6 +141,8 @@ def load_task(
     """
     name, preset = str(source), None
     path = Path(source)
+    if name.startswith(("https://", "http://")):
+        raise InputError(f"{name}: is an address; download it and name the file, or name a data set as owner/name.")
     is_file = path.is_file() or name.lower().endswith(SUFFIXES)
     if not is_file and name in PRESETS:
         preset = PRESETS[name]
@@ -147,8 +150,15 @@ def load_task(
             input_field, target_field, text_field = preset.input_field, preset.target_field, preset.text_field
         config, revision = config or preset.config, revision or preset.revision
     elif not is_file and not path.is_dir() and name.count("/") != 1:
-        raise InputError(f"{name}: no such file. --task takes {KINDS}.")
-    if text_field is None and input_field is None and target_field is None and ".txt" in path.name.lower():
+        raise missing(path)
+    if is_file and text_field is None and ".txt" in path.name.lower():
+        given = {"--input-field": input_field, "--target-field": target_field, "--template": template}
+        wrong = [flag for flag, value in given.items() if value is not None]
+        if wrong:
+            raise InputError(
+                f"{name}: a file of texts has no fields, so there is nothing for {' and '.join(wrong)}; leave "
+                f"{'it' if len(wrong) == 1 else 'them'} out, or give a .jsonl or .csv file."
+            )
         text_field = "text"
     read = _reader(input_field, target_field, text_field, template)
     splits = dict(preset.splits if preset else {"train": "train"})
@@ -204,13 +214,34 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
             found = ", ".join(repr(k) for k in row)
             raise InputError(
                 f"{where}: no field {field!r} (found: {found}). Name the fields with --input-field and "
-                "--target-field, or --text-field."
+                f"--target-field, or --text-field.{did_you_mean(field, _fields(row))}"
             )
         value = value[name]
-    if not isinstance(value, str) or not value.strip():
-        shown = "empty" if isinstance(value, str) else f"{value!r}, not text"
-        raise InputError(f"{where}: field {field!r} is {shown}. Fill it or remove the sample.")
-    return value.strip()
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    shown = "empty" if isinstance(value, str) else f"{'null' if value is None else shortened(value)}, not text"
+    remedy = "Fill it or remove the sample"
+    if isinstance(value, Mapping) and value:
+        remedy = f"It holds fields of its own; name one of {', '.join(_fields(value, f'{field}.'))}"
+    elif isinstance(value, (list, tuple)):
+        remedy = "Make it one text, or name another field"
+    elif value is not None and not isinstance(value, str):
+        remedy = f'Write it as text, "{value}", or name another field'
+    raise InputError(f"{where}: field {field!r} is {shown}. {remedy}.")
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """Return a value as Python writes it, no longer than `most` characters and "..."."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _fields(row: Mapping[str, Any], before: str = "") -> list[str]:
+    """Return the names of a sample's fields, nested ones with a dot between."""
+    found = []
+    for name, value in row.items():
+        found += _fields(value, f"{before}{name}.") if isinstance(value, Mapping) else [f"{before}{name}"]
+    return found
 
 
 def _split(
@@ -224,7 +255,7 @@ def _split(
     text_only: bool,
 ) -> Task:
     if not parts["train"]:
-        raise InputError(f"{name}: holds no sample.")
+        raise InputError(f"{name}: holds no sample. Name a file with at least {validation + test + 1} of them.")
     kept = {part: list(dict.fromkeys(examples)) for part, examples in parts.items()}
     repeated = sum(map(len, parts.values())) - sum(map(len, kept.values()))
     if repeated:
@@ -255,7 +286,8 @@ def _split(
     if len(train) <= cut:
         raise InputError(
             f"{name}: {len(train)} distinct samples, but {validation} are set aside for validation and {test} for "
-            "the test loss. Add samples or lower --validation and --test."
+            f"the test loss. {f'{repeated} more are repeated. ' if repeated else ''}Add samples or lower --validation "
+            "and --test."
         )
     digest = hashlib.sha256(json.dumps([seed, validation, test]).encode())
     for example in (*taken["test"], *taken["validation"], *train[cut:]):

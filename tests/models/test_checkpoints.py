@@ -216,7 +216,9 @@ def test_everything_that_does_not_fit_is_said_at_once(saved):
     with pytest.raises(InputError) as error:
         load_model(saved)
     assert str(early.value) == str(error.value)
-    first, *problems = str(error.value).split("\n  ")
+    listed, _, remedy = str(error.value).rpartition("\n")
+    assert remedy == "Use the config.json that these weights were saved with, or download both again."
+    first, *problems = listed.split("\n  ")
     assert first == f"{saved}: the checkpoint does not fit its config.json, 5 problems:"
     assert sorted(problems) == [
         "both transformer.wpe.weight and wpe.weight are there",

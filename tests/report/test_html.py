@@ -155,7 +155,9 @@ def test_every_candidate_has_a_figure_that_can_be_read_out(rich):
 def test_each_figure_is_an_svg_document_of_its_own(rich, tmp_path):
     files = write_figures(rich, tmp_path / "figures")
     names = [f"curve-{row + 1:02}-{rich.curves.names[row]}.svg" for row in rich.main.order]
-    assert [f.name for f in files] == ["ranking.svg", "cost.svg", *names]
+    assert [f.name for f in files] == [
+        *("ranking.svg", "cost.svg", *names, "spectrum-01-alpha.svg", "traces-01-alpha.svg")
+    ]
     for file in files:
         root = ET.parse(file).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

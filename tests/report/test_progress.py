@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from lensjax.report.progress import Console, duration
+from lensjax.report.progress import EVERY, Board, Console, Running, duration
 
 
 class Terminal(io.StringIO):
@@ -27,30 +27,41 @@ def test_elsewhere_than_on_a_terminal_only_whole_lines_are_written():
     assert "\r" not in stream.getvalue()
 
 
-def test_on_a_terminal_a_status_replaces_the_last_one_completely():
-    stream = Terminal()
-    console = Console(stream)
-    console.status("a long status line")
-    console.status("short")
-    console.line("done")
-    shown = ""
-    for part in stream.getvalue().split("\n")[0].split("\r"):
-        shown = part + shown[len(part) :]  # what a terminal shows after carriage returns
-    assert shown.rstrip().endswith("] done")
-    assert "long" not in shown
-    assert "short" not in shown
+def test_where_there_is_no_view_a_status_becomes_a_line_once_in_a_while():
+    now = [0.0]
+    for stream in (io.StringIO(), Terminal()):
+        now[0] = 0.0
+        console = Console(stream, clock=lambda: now[0])
+        console.line("begins")
+        for _ in range(10):
+            now[0] += EVERY / 4
+            console.status(f"at {now[0]:g}")
+        assert stream.getvalue() == "[0:00] begins\n[0:20] at 20\n[0:40] at 40\n"
 
 
-def test_a_status_never_wraps(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    stream = Terminal()
-    Console(stream).status("x" * 200)
-    assert len(stream.getvalue().strip("\r")) == 39
+def test_nothing_in_a_line_is_obeyed():
+    stream = io.StringIO()
+    Console(stream).line("a\x1b[2Jb\x07\x9b \u202e \ud800 é 模\nsecond line\r\n\tthird")
+    assert stream.getvalue() == "[0:00] a?[2Jb?? ? ? é 模\nsecond line\n?third\n"
+
+
+def test_only_a_verbose_console_writes_details():
+    for verbose, quiet, written in ((False, False, ""), (True, False, "[0:00] a detail\n"), (True, True, "")):
+        stream = io.StringIO()
+        console = Console(stream, verbose=verbose, quiet=quiet)
+        console.detail("a detail")
+        assert stream.getvalue() == written
+        assert console.verbose == (verbose and not quiet)
 
 
 def test_quiet_writes_nothing():
     stream = Terminal()
     console = Console(stream, quiet=True)
-    console.status("working")
-    console.line("done")
+    board = Board("title", "nats", ("a", "b"), (10, 20), 100, running=Running("a", 10, "loading"))
+    with console.follow(board):
+        console.status("working")
+        console.next("next")
+        console.line("done")
+        console.refresh(now=True)
+    assert not console.live
     assert stream.getvalue() == ""

@@ -13,7 +13,7 @@ from lensjax.errors import InputError, SelectionError
 from lensjax.finetune import Progress
 from lensjax.report.progress import Console
 from lensjax.runs import JOURNAL, Run
-from lensjax.select import cli, clock, live, prepare, workers
+from lensjax.select import cli, clock, live, measure, prepare, workers
 from lensjax.select.budget import Budget, Ledger
 
 
@@ -139,7 +139,7 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
         costs = {"samples": 4 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
         return workers.Result(dataclasses.replace(result.outcome, **costs), {})
 
-    monkeypatch.setattr(live.Bench, "run", dear)
+    monkeypatch.setattr(workers.Bench, "run", dear)
     spent = []
     amounts = {
         ("averaged", "flops"): (5e8, 4e9),
@@ -162,7 +162,7 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
 
 def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, monkeypatch, scripted_run):
     now = [0.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
     made = []
 
@@ -171,12 +171,12 @@ def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, mon
         seconds = size / 10
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise live.OutOfTimeError("the time is spent")
+            raise workers.OutOfTimeError("the time is spent")
         now[0] += seconds
         hooks.progress(Progress(1, 2, 1, 3.0, 0.5, 5))
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(live.Bench, "run", slow)
+    monkeypatch.setattr(workers.Bench, "run", slow)
     out = tmp_path / "out"
     arguments = [str(a) for a in (*options, "--budget", "20s", "--quiet", "--out", out)]
     first, again = io.StringIO(), io.StringIO()
@@ -199,18 +199,18 @@ def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it
 ):
     """Small runs mostly load and compile: their price for each sample must not forbid the ones that all need."""
     now = [0.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
 
     def slow(bench, size, known, hooks, deadline):
         seconds = 2.0 + size / 20
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise live.OutOfTimeError("the time is spent")
+            raise workers.OutOfTimeError("the time is spent")
         now[0] += seconds
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(live.Bench, "run", slow)
+    monkeypatch.setattr(workers.Bench, "run", slow)
     visible = () if method == "averaged" else ("--visible", 80)
     for seconds in (16, 25, 50):
         out = tmp_path / f"{seconds}"
@@ -260,7 +260,7 @@ def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
         models=tuple(map(str, tiny_models)), task=tiny_task, smallest=10, visible=20, validation=20, test=20
     )
     prepared = prepare.prepare(request)
-    assignment = live.assign(prepared, prepared.candidates[0])
+    assignment = measure.assign(prepared, prepared.candidates[0])
     heard = []
     for bench in (workers.Bench(assignment), workers.Worker(assignment)):
         # In the middle of training: the time is over at the first sign of life.
@@ -315,4 +315,4 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
     again = live.LiveSelection(prepare.prepare(request), tmp_path / "out", Console(io.StringIO())).execute()
     assert not again.failures
     assert len(journal(tmp_path / "out")) == len(runs) + 1
-    assert not (tmp_path / "out" / live.COMPILED).exists()
+    assert not (tmp_path / "out" / measure.COMPILED).exists()

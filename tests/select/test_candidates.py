@@ -10,7 +10,7 @@ import pytest
 from lensjax import models
 from lensjax.models import Lora
 from lensjax.runs import JOURNAL
-from lensjax.select import live, prepare
+from lensjax.select import measure, prepare, workers
 from lensjax.select.candidates import find_candidates
 from lensjax.tasks import load_task
 
@@ -56,7 +56,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
     path = tmp_path / "t.txt"
     path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
     made = []
-    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, _ = command("--in-process", "--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
     assert status == 0
     tokens = made[0][2]
@@ -67,7 +67,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
 
 def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch, scripted_run):
     made = []
-    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     common = ("--in-process", "--models", *tiny_models, "--task", tiny_task, *SIZES)
     command(*common, "--out", tmp_path / "token")
     status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
@@ -121,10 +121,10 @@ def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     prepared = prepare.prepare(request)
     found = prepared.candidates[0]
     assert (found.name, found.path) == ("small.gguf", file)
-    bench = live.Bench(live.assign(prepared, found))
+    bench = workers.Bench(measure.assign(prepared, found))
     plain = prepare.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
-    theirs = live.Bench(live.assign(plain, plain.candidates[0]))
-    losses = [b.run(0, {}, live.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
+    theirs = workers.Bench(measure.assign(plain, plain.candidates[0]))
+    losses = [b.run(0, {}, workers.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

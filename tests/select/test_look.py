@@ -14,7 +14,7 @@ from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Trial
 from lensjax.models import Lora
 from lensjax.runs import JOURNAL
-from lensjax.select import cli, live, prepare
+from lensjax.select import cli, looks, prepare, workers
 from lensjax.select.look import kernel_residual, look, look_flops
 from lensjax.tasks import batches, encode, load_task
 
@@ -93,26 +93,26 @@ def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path,
         assert record["flops"] == found["flops"] > 0
         assert record["test_loss"] is None
     assert "Tangents: kernels and curvature" in (out / "report.html").read_text()
-    monkeypatch.setattr(live.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
+    monkeypatch.setattr(workers.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
     monkeypatch.setattr(FineTuner, "__init__", lambda *_: pytest.fail("a run was repeated"))
     assert command(*options, "--tangents", 8, "--out", out)[1] == text
     assert len(journal(out)) == len(runs)
 
 
 def test_a_look_that_fails_or_costs_too_much_leaves_the_ranking(options, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(*_):
-        raise live.RunFailedError("MemoryError: no room")
+        raise workers.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(live.Bench, "look", failing)
+    monkeypatch.setattr(workers.Bench, "look", failing)
     options.remove("--quiet")
     said = io.StringIO()
     arguments = [str(a) for a in (*options, "--tangents", 8, "--out", tmp_path / "one")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("could not be measured: MemoryError: no room") == 2
     said = io.StringIO()
-    monkeypatch.setattr(live, "look_flops", lambda *_: 1e30)
+    monkeypatch.setattr(looks, "look_flops", lambda *_: 1e30)
     arguments = [str(a) for a in (*options, "--tangents", 8, "--budget", "1e9", "--out", tmp_path / "two")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("not measured, it would exceed the budget") == 2
@@ -190,7 +190,7 @@ def test_a_search_that_diverged_is_not_paid_for_again(options, command, tmp_path
 
 
 def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(live.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     here = tmp_path / "here"
     here.mkdir()
     shutil.copy(options[4], here / "task.jsonl")
@@ -202,7 +202,7 @@ def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypat
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr(live.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(workers.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
     for resume in (("--resume", here / "run"), (f"--resume={here / 'run'}",)):
         assert command(*resume, "--json", "found.json", "--html", "found.html", "--figures", "drawn") == (0, text)
     assert (here / "run" / "selection.txt").exists()

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.hints import LFS, POINTER, nearby
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -81,7 +82,7 @@ class GGUFFile:
         source = os.fspath(path)
         file = Path(path).expanduser()
         if not file.is_file():
-            raise InputError(f"{source}: no such file.")
+            raise InputError(f"{source}: no such file; name a GGUF file that is there.{nearby(file)}")
         try:
             import gguf  # noqa: F401
         except ImportError as error:
@@ -90,7 +91,10 @@ class GGUFFile:
             try:
                 fields, tensors = _Reader(stream).header()
             except ValueError as error:
-                raise InputError(f"{source}: cannot be read as GGUF ({error}); download it again.") from error
+                stream.seek(0)
+                pointer = stream.read(len(LFS)) == LFS
+                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
+                raise InputError(f"{source}: cannot be read as GGUF{reason}.") from error
         parts = fields.get("split.count", 1)
         if parts > 1:
             raise InputError(
@@ -113,8 +117,6 @@ class GGUFFile:
         InputError
             If the gguf package cannot dequantise it, or if the file has become shorter.
         """
-        from gguf.quants import dequantize
-
         tensor = self.tensors[name]
         stop = tensor.shape[0] if stop is None else stop
         inner = math.prod(tensor.shape[1:])
@@ -125,14 +127,32 @@ class GGUFFile:
             data = np.fromfile(stream, np.uint8, count)
         if len(data) != count:
             raise InputError(f"{self.path}: ends before the tensor {name} does; download it again.")
+        array = self._dequantised(name, data.reshape(-1, tensor.bytes_of(tensor.shape[-1])))
+        return array.reshape(stop - start, *tensor.shape[1:])
+
+    def check_kinds(self) -> None:
+        """Refuse tensors of a kind that cannot be dequantised, without reading one.
+
+        Raises
+        ------
+        InputError
+        """
+        from gguf.constants import GGML_QUANT_SIZES
+
+        for name in {tensor.kind: name for name, tensor in reversed(self.tensors.items())}.values():
+            self._dequantised(name, np.zeros((1, GGML_QUANT_SIZES[self.tensors[name].kind][1]), np.uint8))
+
+    def _dequantised(self, name: str, data: np.ndarray) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        kind = self.tensors[name].kind
         try:
-            array = dequantize(data.reshape(-1, tensor.bytes_of(tensor.shape[-1])), tensor.kind)
+            return dequantize(data, kind)
         except NotImplementedError as error:
             raise InputError(
-                f"{self.path}: the tensor {name} is stored as {tensor.kind.name}, which the gguf package does not "
+                f"{self.path}: the tensor {name} is stored as {kind.name}, which the gguf package does not "
                 "dequantise; use a file of another quantisation."
             ) from error
-        return array.reshape(stop - start, *tensor.shape[1:])
 
 
 class _Reader:
@@ -187,12 +207,14 @@ class _Reader:
         for _ in range(field_count):
             name = self.string()
             fields[name] = self.value(self.number("I"))
-        tensors = {}
+        tensors, known = {}, {int(kind) for kind in GGMLQuantizationType}
         for _ in range(tensor_count):
             name = self.string()
             shape = [self.number("Q") for _ in range(self.number("I"))]
-            kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
-            tensors[name] = StoredTensor(tuple(reversed(shape)), kind, offset)
+            number, offset = self.number("I"), self.number("Q")
+            if number not in known:
+                raise ValueError(f"the tensor {name} is of type {number}, which this gguf package does not know")
+            tensors[name] = StoredTensor(tuple(reversed(shape)), GGMLQuantizationType(number), offset)
         alignment = fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")

@@ -76,6 +76,8 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     """
     kind = file.text("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind is None:
+        raise InputError(f"{file.path}: has no tokenizer; convert the model again, from a directory that holds one.")
     if kind not in builders:
         raise InputError(
             f"{file.path}: tokenizer.ggml.model is {kind!r}, which is not supported; supported: gpt2 (byte-level BPE), "

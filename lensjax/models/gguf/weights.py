@@ -29,10 +29,12 @@ class GGUFTensors(Tensors):
     """
 
     described_by: ClassVar[str] = "metadata"
+    remedy: ClassVar[str] = "Download the file or convert the model again."
 
     def __init__(self, file: GGUFFile, config: ModelConfig):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+        file.check_kinds()
         self.file = file
         self.config = config
         self.architecture = file.fields["general.architecture"]

@@ -1,0 +1,1 @@
+"""The command ``python -m lensjax.tune``: fine-tunes one model and keeps it."""

@@ -1,0 +1,522 @@
+"""A dry run: runs, FLOPs, time, memory and disk of a selection, known without weights."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from lensjax import models
+from lensjax.errors import InputError
+from lensjax.finetune import Plan, Search
+from lensjax.models import Lora
+from lensjax.report.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
+from lensjax.runs import JOURNAL, Journal, Run
+from lensjax.select import forecast as module
+from lensjax.select.budget import Budget
+from lensjax.select.forecast import forecast
+from lensjax.select.look import look_flops
+from lensjax.select.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
+from lensjax.select.prepare import Request, prepare
+from lensjax.select.records import run_key
+from lensjax.select.speed import COMPILE_SECONDS, START_SECONDS, Shapes
+from lensjax.tasks import Encoded, batches
+
+GIB = 2**30
+HERE = Machine("cpu", "a processor", 1, 8 * GIB, {"float32": 1e11})
+SMALL = {"smallest": 10, "visible": 20, "validation": 20, "test": 20, "max_length": 24}
+PLAN = Plan(max_epochs=2, batch_size=8, learning_rate=0.01)
+
+
+@pytest.fixture
+def request_of(tiny_models, tiny_task, tmp_path):
+    def request_of(*candidates, **options):
+        chosen = {**SMALL, "task": tiny_task, "plan": PLAN, "out": tmp_path / "out", **options}
+        return Request(models=candidates or tuple(map(str, tiny_models)), **chosen)
+
+    return request_of
+
+
+@pytest.fixture
+def foretold(request_of):
+    def foretold(*candidates, machine=HERE, **options):
+        request = request_of(*candidates, **options)
+        return forecast(request, request.out, machine=machine)
+
+    return foretold
+
+
+def flags(request):
+    names = [n for n in ("smallest", "visible", "validation", "test", "max_length") if getattr(request, n) is not None]
+    given = [x for n in names for x in (f"--{n.replace('_', '-')}", getattr(request, n))]
+    plan = request.plan
+    given += ["--max-epochs", plan.max_epochs, "--batch-size", plan.batch_size, "--learning-rate", plan.learning_rate]
+    return ["--models", *request.models, "--task", request.task, "--out", request.out, *given]
+
+
+def listed(found, *purposes):
+    return [(r.candidate, r.size) for r in found.runs if r.purpose in (purposes or (AS_IT_IS, CHOICE, LATER))]
+
+
+def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of, command):
+    request = request_of()
+    found = forecast(request, request.out, machine=HERE)
+    assert not request.out.exists()  # looking leaves nothing behind
+    status, _ = command(*flags(request), "--in-process", "--quiet")
+    assert status == 0
+    made = [json.loads(line) for line in (request.out / JOURNAL).read_text().splitlines()]
+    assert {(r["candidate"], r["size"]) for r in made} == set(listed(found))
+    # Two passes are all there are, and none stops before: what is possible at most is what was spent.
+    spent = {(r["candidate"], r["size"]): r["flops"] for r in made}
+    assert {(r.candidate, r.size): r.flops for r in found.runs} == spent
+    assert found.flops == (sum(spent.values()),) * 2
+    assert all(r.seconds > 0 for r in found.runs)
+
+    journal = request.out / JOURNAL
+    journal.write_bytes(journal.read_bytes() + b'{"key": "torn')
+    before = journal.read_bytes()
+    running = Journal(request.out, prepare(request).specification)
+    assert running.notices  # which a real run mends
+    journal.write_bytes(before)
+    again = forecast(request, request.out, machine=HERE)  # another process has the directory, and is left alone
+    assert journal.read_bytes() == before
+    running.close()
+    assert all(r.done for r in again.runs)
+    assert (again.flops, again.seconds) == ((0, 0), (0, 0))
+    assert "Every run is done already" in again.render()
+    assert found.fits
+    assert again.fits
+
+
+def test_without_a_directory_it_is_the_one_that_the_selection_would_make(request_of, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    request = request_of(out=None)
+    assert forecast(request, machine=HERE).directory.startswith("runs/parity-")
+    assert not (tmp_path / "runs").exists()
+
+
+def recorded(request, seconds, size=10):
+    """Put a run of each candidate into the journal of a selection, without making it."""
+    prepared = prepare(request)
+    train = next(iter(prepared.tokens.values())).train
+    journal = Journal(request.out, prepared.specification)
+    for candidate, taken in zip(prepared.candidates, seconds, strict=True):
+        tokens = 2 * int(train.first(size).token_counts.sum())
+        flops = candidate.flops_per_token * tokens
+        journal.append(
+            Run(run_key(prepared, candidate, size), candidate.name, size, 3.0, 1, tokens, flops, taken, samples=20)
+        )
+    journal.close()
+
+
+def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
+    request = request_of()
+    fresh = forecast(request, request.out, machine=HERE)
+    assert "multiplied float32 matrices at 100 GFLOP/s" in fresh.basis["Time"]
+    recorded(request, (50.0, 200.0))
+    found = forecast(request, request.out, machine=HERE)
+    assert "from the 2 finished runs in the run directory" in found.basis["Time"]
+    assert {(r.candidate, r.size) for r in found.runs if r.done} == {("tiny-8", 10), ("tiny-16", 10)}
+    assert all(r.seconds == 0 for r in found.runs if r.done)
+    times = {r.candidate: r.seconds for r in found.runs if r.size == 20}
+    by_machine = max(r.seconds for r in fresh.runs if r.size == 20)
+    assert times["tiny-16"] > 2 * times["tiny-8"] > 4 * by_machine
+    # One that has no runs yet is taken to be as fast as the others.
+    lines = (request.out / JOURNAL).read_text().splitlines(keepends=True)
+    (request.out / JOURNAL).write_text(lines[0])
+    other = {r.candidate: r.seconds for r in forecast(request, request.out, machine=HERE).runs if r.size == 20}
+    assert other["tiny-8"] == pytest.approx(times["tiny-8"])
+    assert by_machine < other["tiny-16"] < times["tiny-16"]
+
+
+def test_runs_that_took_as_long_as_was_foretold_change_nothing(request_of):
+    request = request_of(verify=True)
+    fresh = forecast(request, request.out, machine=HERE)
+    shapes = Shapes(next(iter(prepare(request).tokens.values())))
+    start = START_SECONDS + len(shapes.buckets) * (COMPILE_SECONDS[0] + COMPILE_SECONDS[1])  # of one layer
+    of = {(r.candidate, r.size): r.seconds for r in fresh.runs}
+    for size, more in ((10, start), (20, 0.0)):
+        recorded(request, [of[name, size] + more for name in ("tiny-8", "tiny-16")], size)
+    found = forecast(request, request.out, machine=HERE)
+    assert "from the 4 finished runs" in found.basis["Time"]
+    for run in found.runs:
+        assert run.seconds == (0 if run.done else pytest.approx(of[run.candidate, run.size], rel=1e-6))
+    assert sum(run.done for run in found.runs) == 4
+
+
+def test_another_selections_directory_is_refused_as_by_the_selection(request_of, command, tmp_path):
+    request = request_of()
+    recorded(request, (1.0, 1.0))
+    other = dataclasses.replace(request, seed=7)
+    with pytest.raises(InputError) as real:
+        command(*flags(other), "--seed", 7, "--in-process")
+    with pytest.raises(InputError) as dry:
+        forecast(other, other.out, machine=HERE)
+    assert str(dry.value) == str(real.value)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a file").touch()
+    with pytest.raises(InputError, match="is not empty and holds no lensjax run"):
+        forecast(request, tmp_path / "full", machine=HERE)
+    (request.out / JOURNAL).write_text("no record\n")
+    with pytest.raises(InputError, match="line 1: not a run record"):
+        forecast(request, request.out, machine=HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_epochs": 0}, "max_epochs is 0"),
+        ({"micro_batch": 3}, "micro-batch 3 does not divide the batch size 8"),
+    ],
+)
+def test_plans_that_cannot_be_meant_are_refused(foretold, change, message):
+    with pytest.raises(InputError, match=message):
+        foretold(plan=dataclasses.replace(PLAN, **change))
+
+
+def test_methods_need_what_they_need(foretold):
+    sizes = {"smallest": 5, "visible": 40}
+    everything = foretold(method="averaged", **sizes)
+    assert listed(everything) == [(n, s) for s in (0, 5, 10, 20, 40) for n in ("tiny-8", "tiny-16")]
+    assert all(r.sure for r in everything.runs)
+    one = foretold(method="subtuning", **sizes)
+    assert listed(one, CHOICE) == [("tiny-8", 40), ("tiny-16", 40)]
+    assert listed(foretold(method="zero_shot", **sizes), CHOICE) == []
+    lens = foretold(method="lens", **sizes)  # from the largest downwards, three at least
+    assert {r.size for r in lens.runs if r.purpose == CHOICE and r.sure} == {10, 20, 40}
+    assert [r.size for r in lens.runs if not r.sure] == [5, 5]
+    assert lens.flops[0] < lens.flops[1]
+    assert "up to 2" in lens.render()
+
+
+def test_trials_verification_and_kernels_are_counted(request_of):
+    plain = request_of()
+    searching = dataclasses.replace(
+        plain, search=Search(learning_rates=(1e-3, 1e-2), batch_sizes=(4, 8)), verify=True, tangents=5
+    )
+    once, found = (forecast(r, None, machine=HERE) for r in (plain, searching))
+    for size in (10, 20):
+        single, four = ([r.flops for r in f.runs if r.size == size] for f in (once, found))
+        assert four == [4 * flops for flops in single]
+    assert {r.trials for r in found.runs if r.purpose == CHOICE} == {4}
+    prepared = prepare(searching)
+    train = next(iter(prepared.tokens.values())).train
+    small = prepared.candidates[0]
+    (verification,) = [r for r in found.runs if r.purpose == VERIFICATION and r.candidate == small.name]
+    assert verification.size == 100
+    assert verification.flops == 6 * small.parameters * int(train.token_counts.sum()) * 2 * 4
+    (kernel,) = [r for r in found.runs if r.purpose == KERNEL and r.candidate == small.name]
+    assert kernel.flops == look_flops(small.parameters, int(train.first(5).token_counts.sum()), 5)
+    assert "4 x 2" in found.render()
+    assert any("--tangents" in note for note in found.notes)
+
+
+def test_adapters_cost_less_and_are_said(foretold, tiny_models):
+    found = foretold(str(tiny_models[0]), f"{tiny_models[0]}+lora", lora=Lora(rank=2))
+    full, adapted = found.needs
+    assert 0 < adapted.trainable < full.trainable < adapted.parameters
+    (whole,), (low,) = ([r for r in found.runs if r.size == 20 and r.candidate == n.name] for n in found.needs)
+    assert low.flops * (6 * full.parameters) == pytest.approx(
+        whole.flops * (6 * adapted.trainable + 4 * (adapted.parameters - adapted.trainable))
+    )
+    assert "(4 for each frozen one)" in found.basis["FLOPs"]
+    assert adapted.optimiser < full.optimiser / 4
+
+
+def test_a_race_trains_everyone_on_small_subsets_and_the_budget_caps_the_rest(foretold):
+    plan = dataclasses.replace(PLAN, max_epochs=1)
+    options = {"smallest": 2, "visible": None, "target": 100, "plan": plan}
+    free = foretold(budget=Budget("share", 0.9), **options)
+    # A hundred samples: 2 and 4 for all, 100 / 8 for those that may still win.
+    assert {(r.size, r.purpose, r.sure) for r in free.runs} == {
+        (2, CHOICE, True),
+        (4, CHOICE, True),
+        (12, LATER, False),
+    }
+    assert free.flops[1] == pytest.approx(sum(r.flops for r in free.runs))
+    assert free.flops[0] == pytest.approx(sum(r.flops for r in free.runs if r.sure))
+    tight = foretold(budget=Budget("share", 0.1), **options)
+    weights = {n.name: n.parameters for n in tight.needs}
+    left = 0.1 * sum(weights.values()) * 100 - sum(6 * w for w in weights.values())
+    dearest = max(r.flops / (weights[r.candidate] * r.size) for r in tight.runs if not r.sure)
+    assert tight.flops[0] == free.flops[0]
+    assert tight.flops[0] < tight.flops[1] <= tight.flops[0] + left * dearest * (1 + 1e-9) < free.flops[1]
+    flops = foretold(budget=Budget("flops", 1.5 * 2 * free.flops[0]), **options)
+    assert flops.flops[1] <= 1.5 * 2 * free.flops[0]
+    assert "up to 2" in tight.render()
+    assert "The choice may cost 0.1 of fine-tuning all on all samples." in " ".join(tight.render().split())
+    timed = foretold(budget=Budget("seconds", 30.0), **options)
+    assert timed.seconds[1] <= 30
+
+
+def test_a_budget_leaves_out_the_sizes_that_it_does_not_pay_for(foretold):
+    options = {"smallest": 5, "visible": 40, "method": "lens"}
+    everything = foretold(**options)
+    # As a selection counts it: the retry of a run that diverges is paid for in advance.
+    three = 2 * sum(r.flops for r in everything.runs if r.size in (5, 10, 20))
+    found = foretold(budget=Budget("flops", 1.2 * three), **options)
+    assert {r.size for r in found.runs if r.purpose == CHOICE} == {5, 10, 20}
+    assert any("subsets of 40 samples and more" in note for note in found.notes)
+    with pytest.raises(InputError, match="alone may cost up to"):
+        foretold(budget=Budget("flops", 0.5 * three), **options)
+
+
+def test_batches_are_those_that_training_makes(request_of):
+    prepared = prepare(request_of())
+    tokens = next(iter(prepared.tokens.values()))
+    shapes = Shapes(tokens)
+    for part, size in ((tokens.train, 20), (tokens.train, 10), (tokens.validation, 20)):
+        made = [b["labels"].shape for b in batches(part.first(size), batch_size=8, buckets=tokens.buckets, pad_id=0)]
+        assert shapes.batches(part, size, 8) == {length: made.count((8, length)) for _, length in set(made)}
+    assert shapes.trained(20) == sum(len(ids) for ids in tokens.train.ids[:20])
+    texts = Encoded(tuple(np.ones(n, np.int32) for n in (5, 30, 17, 9)), np.zeros(4, int), 0, packed=16)
+    packed = Shapes(dataclasses.replace(tokens, train=texts, validation=texts, test=texts))
+    made = [b["labels"].shape for b in batches(texts, batch_size=2, buckets=(16,), pad_id=0)]
+    assert packed.batches(texts, 4, 2) == {16: len(made)}
+
+
+# Memory
+
+
+def typed(remedy):
+    """Return what a remedy says to type, as changes of a request."""
+    plan = {}
+    for flag, convert in (("micro_batch", int), ("precision", str), ("sharding", str), ("batch_size", int)):
+        given = re.search(f"--{flag.replace('_', '-')} (\\w+)", remedy)
+        if given:
+            plan[flag] = convert(given[1])
+    length = re.search(r"--max-length (\d+)", remedy)
+    return plan, {"max_length": int(length[1])} if length else {}, "+lora in its place" in remedy
+
+
+def applied(request, found, machine):
+    """Give the command again, with the remedy of its first candidate."""
+    plan, more, adapters = typed(found.needs[0].remedy)
+    names = (request.models[0] + "+lora" * adapters, *request.models[1:])
+    plan = dataclasses.replace(request.plan, **plan)
+    again = forecast(dataclasses.replace(request, models=names, plan=plan, **more), None, machine=machine)
+    return again.needs[0]
+
+
+@pytest.mark.parametrize(
+    ("wide", "platform", "devices", "settings", "first"),
+    [
+        (False, "cpu", 1, {}, "--micro-batch"),
+        (False, "gpu", 1, {"precision": "float32"}, "--micro-batch"),
+        (True, "cpu", 1, {"batch_size": 2, "micro_batch": 1}, "--models ... wide+lora in its place"),
+        (True, "gpu", 2, {"batch_size": 2, "sharding": "data"}, "--models ... wide+lora in its place"),
+    ],
+)
+def test_the_remedy_is_the_first_that_works_and_it_works(
+    request_of, wide_model, tiny_models, wide, platform, devices, settings, first
+):
+    """With little memory missing it is the micro-batch; where weights are most of it, adapters."""
+    one = wide_model if wide else tiny_models[0]
+    plan = dataclasses.replace(PLAN, **{"batch_size": 16, **settings})
+    request = request_of(str(one), str(tiny_models[1]), plan=plan)
+    roomy = Machine(platform, "a device", devices, 64 * GIB, {"float32": 1e11})
+    need = forecast(request, None, machine=roomy).needs[0]
+    assert need.fits
+    # What is missing: a third of the weights, or a part of all else.
+    less = need.memory - (need.weights // 3 if wide else need.working // 4)
+    tight = dataclasses.replace(roomy, memory=less)
+    found = forecast(request, None, machine=tight)
+    bad = found.needs[0]
+    assert not bad.fits
+    assert not found.fits
+    assert bad.problem == f"it needs about {amount(need.memory)} of memory, and {amount(less)} are free."
+    assert bad.remedy.startswith(f"Remedy: {first}")
+    assert applied(request, found, tight).fits
+    assert "NOT FIT" in found.render()
+
+
+def test_half_precision_is_a_remedy_where_devices_have_it(tiny_models, request_of, wide_model):
+    # Adapters already, and nothing to make smaller by micro-batches.
+    plan = dataclasses.replace(PLAN, precision="float32", batch_size=1)
+    request = request_of(f"{wide_model}+lora", str(tiny_models[0]), plan=plan)
+    gpu = Machine("gpu", "a device", 1, 8 * GIB, {"float32": 1e11})
+    in_half = dataclasses.replace(request, plan=dataclasses.replace(plan, precision="bfloat16"))
+    whole, half = (forecast(r, None, machine=gpu).needs[0].memory for r in (request, in_half))
+    assert half < whole
+    found = forecast(request, None, machine=dataclasses.replace(gpu, memory=half))
+    assert found.needs[0].remedy.startswith("Remedy: --precision bfloat16 (")
+    cpu = forecast(request, None, machine=dataclasses.replace(HERE, memory=600 * 2**20))
+    assert "bfloat16" not in cpu.needs[0].remedy
+
+
+def test_the_mildest_micro_batch_that_works_is_named(request_of, wide_model):
+    request = request_of(str(wide_model), f"{wide_model}+lora", plan=dataclasses.replace(PLAN, batch_size=32))
+    of = {}
+    for micro in (None, 16, 8, 4, 2, 1):
+        plan = dataclasses.replace(request.plan, micro_batch=micro)
+        of[micro] = forecast(dataclasses.replace(request, plan=plan), None, machine=HERE).needs[0].memory
+    assert of[None] > of[8] > of[4] > of[2]
+    found = forecast(request, None, machine=dataclasses.replace(HERE, memory=of[4]))
+    assert found.needs[0].remedy.startswith("Remedy: --micro-batch 4 (")
+
+
+def test_changes_are_combined_where_one_does_not_do(request_of, wide_model, tiny_models):
+    request = request_of(str(wide_model), str(tiny_models[0]), plan=dataclasses.replace(PLAN, batch_size=32))
+    adapted = dataclasses.replace(request, models=(f"{wide_model}+lora", str(tiny_models[0])))
+    plan = dataclasses.replace(request.plan, micro_batch=1)
+    least = forecast(dataclasses.replace(adapted, plan=plan), None, machine=HERE).needs[0].memory
+    tight = dataclasses.replace(HERE, memory=least)
+    found = forecast(request, None, machine=tight)
+    assert found.needs[0].remedy.startswith("Remedy: --micro-batch 1 and --models ... wide+lora in its place (")
+    assert applied(request, found, tight).fits
+
+
+def test_where_nothing_helps_that_is_said(request_of, wide_model, tiny_models):
+    request = request_of(str(wide_model), str(tiny_models[0]))
+    found = forecast(request, None, machine=dataclasses.replace(HERE, memory=100 * 2**20))
+    assert all(not need.fits for need in found.needs)
+    assert found.needs[0].remedy.startswith("No setting makes it fit: leave this candidate out")
+    assert "2 of 2 candidates do NOT FIT" in found.render()
+
+
+def test_devices_share_the_work_and_what_they_cannot_share_is_said(request_of):
+    gpus = Machine("gpu", "a device", 4, 8 * GIB, {"float32": 1e11})
+    one, four = (
+        forecast(request_of(), None, machine=dataclasses.replace(gpus, devices=n)).needs[0].working for n in (1, 4)
+    )
+    assert four < one
+    plan = dataclasses.replace(PLAN, sharding="full")
+    full = forecast(request_of(plan=plan), None, machine=gpus).needs[0]
+    assert full.weights == pytest.approx(4 * 4 * full.trainable / 4, abs=1)
+    assert full.process == 0
+    odd = dataclasses.replace(PLAN, sharding="data", batch_size=6)
+    need = forecast(request_of(plan=odd), None, machine=gpus).needs[0]
+    assert need.problem == "sharding data: 4 devices do not divide 6 samples evenly."
+    assert "a multiple of their number" in need.remedy
+
+
+def test_unknown_memory_is_no_reason_against(foretold):
+    found = foretold(machine=dataclasses.replace(HERE, memory=None))
+    assert found.fits
+    assert "unknown" in found.render()
+
+
+@pytest.fixture
+def wide_model(tiny_models, tmp_path):
+    """A model whose weights take more memory than its activations."""
+    raw = json.loads((tiny_models[0] / "config.json").read_text())
+    raw |= {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_inner": 1024}
+    import jax
+
+    directory = tmp_path / "wide"
+    models.save_pretrained(models.init_model(raw, jax.random.key(3)), directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_models[0] / file, directory / file)
+    return directory
+
+
+# The machine
+
+
+def test_available_memory_is_what_the_system_and_the_control_groups_leave(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n")
+    assert available_memory(proc, groups) == 4000 * 1024
+    # Version 2: the limits of the groups around it count too; what could be given up is not used.
+    (proc / "self" / "cgroup").write_text("0::/a/b\n")
+    (groups / "a" / "b").mkdir(parents=True)
+    (groups / "a" / "b" / "memory.max").write_text("max\n")
+    (groups / "a" / "memory.max").write_text("3000000\n")
+    (groups / "a" / "memory.current").write_text("1500000\n")
+    (groups / "a" / "memory.stat").write_text("anon 5\ninactive_file 500000\nactive_file 7\n")
+    assert available_memory(proc, groups) == 2_000_000
+    # Version 1, in a container, where the group's own path is not there.
+    (proc / "self" / "cgroup").write_text("4:cpu,memory:/elsewhere/x\n1:cpu:/\n")
+    (groups / "memory").mkdir()
+    (groups / "memory" / "memory.limit_in_bytes").write_text("1000000\n")
+    (groups / "memory" / "memory.usage_in_bytes").write_text("400000\n")
+    (groups / "memory" / "memory.stat").write_text("total_inactive_file 100000\n")
+    assert available_memory(proc, groups) == 700_000
+    assert available_memory(tmp_path / "nothing", groups) is None
+
+
+def test_this_machine_says_what_it_has():
+    found = this_machine("auto")
+    assert (found.platform, found.devices) == ("cpu", 1)
+    assert found.memory > 0
+    assert found.speed == {"float32": matmul_speed("float32", 1024)}
+    assert found.speed["float32"] > 1e8
+
+
+def test_disk_is_that_of_the_nearest_directory_that_exists(tmp_path):
+    assert free_disk(tmp_path / "not" / "there")[1] == tmp_path.stat().st_dev
+
+
+def test_a_full_disk_is_a_problem(foretold, monkeypatch):
+    assert foretold().places[0].needed > 0
+    monkeypatch.setattr(module, "free_disk", lambda path: (1000, 1))
+    found = foretold()
+    assert not found.fits
+    assert all(need.fits for need in found.needs)
+    (problem,) = found.problems
+    assert problem.startswith("the disk has 1000 B free, and ")
+    assert "PROBLEM: the disk" in found.render()
+
+
+# What is shown
+
+
+def test_the_text_can_be_read_in_a_terminal(foretold, wide_model, tiny_models):
+    long = wide_model.parent / ("a-model-with-a-name-that-is-much-too-long-for-any-table-of-this-width")
+    shutil.copytree(wide_model, long)
+    found = foretold(str(long), str(tiny_models[0]), verify=True, machine=dataclasses.replace(HERE, memory=2**29))
+    text = found.render()
+    # Paths are as long as they are, and have lines of their own.
+    assert max(len(line) for line in text.splitlines() if not line.startswith("    /")) <= 100
+    assert text.splitlines()[0].startswith("2 of 2 candidates do NOT FIT on this machine.")
+    assert "a-model-with-...-of-this-width" in text  # in the table
+    flat = " ".join(text.split())
+    assert f"{long.name} does NOT FIT: it needs about" in flat
+    assert "nothing was fine-tuned, and no weights were fetched" in flat
+    assert "Task parity: 100 samples to train on;" in flat
+    assert "to verify the choice" in flat
+    assert "at most 2 passes each, and the losses tell which will be best on 100." in flat
+
+
+def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_of, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "this_machine", lambda _: HERE)
+    file = tmp_path / "found.json"
+    status, text = command(*flags(request_of()), "--dry-run", "--json", file)
+    assert status == 0
+    assert text.startswith("All 2 candidates fit on this machine.")
+    document = json.loads(file.read_text())
+    assert document["fits"] is True
+    assert document["needs"][0]["memory"] == sum(
+        document["needs"][0][part] for part in ("weights", "optimiser", "working", "process")
+    )
+    assert document["flops"]["sure"] == document["flops"]["at_most"] == sum(r["flops"] for r in document["runs"])
+    assert set(document["basis"]) == {"FLOPs", "Time", "Memory"}
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "this_machine", lambda _: dataclasses.replace(HERE, memory=1000))
+    assert command(*flags(request_of()), "--dry-run")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (amount, 0, "0 B"),
+        (amount, 5 * 2**20, "5 MiB"),
+        (amount, int(5.26 * GIB), "5.3 GiB"),
+        (amount, int(37.4 * GIB), "37 GiB"),
+        (amount, 1023 * GIB, "1023 GiB"),
+        (count, 999, "999"),
+        (count, 124_439_808, "124M"),
+        (count, 6_700_000_000, "6.7B"),
+        (span, 0.2, "1 s"),
+        (span, 61, "61 s"),
+        (span, 91, "2 min"),
+        (span, 5400, "1 h 30 min"),
+        (span, 36001, "10 h"),
+        (span, 5 * 86400, "5.0 days"),
+    ],
+)
+def test_numbers_are_short(function, value, text):
+    assert function(value) == text
