@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
+from lensjax.errors import InputError
 from lensjax.runs import write_atomically
 from lensjax.select.config import print_config, read_config
+from lensjax.select.exits import FAILED, guarded
 from lensjax.select.options import (
     FIGURE_FORMATS,
     LIVE_ONLY,
@@ -23,6 +24,7 @@ from lensjax.select.options import (
     METHODS,
     PROGRAM,
     TASK_OPTIONS,
+    check_text,
     lora_of,
     parser,
     plan_of,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 SCRIPT = "lensjax-select"
 COMMAND, CONFIG, REPORT = "command.json", "config.toml", "report.html"
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TALK = ("--quiet", "--verbose")
 DESTINATIONS = ("--json", "--html", "--figures", "--figure-format", "--out")
 
@@ -61,6 +62,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool
     InputError
         Before any long work, if something given cannot be used.
     """
+    check_text(arguments)
     given = parser().parse_args(arguments)
     if given.completion is not None:
         out.write(completion(given.completion))
@@ -295,18 +297,8 @@ def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> S
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with the process's streams; return its exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        return run(given, sys.stdout, sys.stderr, own_process=arguments is None)
-    except (InputError, UnsupportedBackendError) as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return BAD_INPUT
-    except SelectionError as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return FAILED
-    except OSError as error:
-        what = error.filename or "a file"
-        sys.stderr.write(f"{PROGRAM}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{PROGRAM}: interrupted. Runs that had finished are kept; the same command continues.\n")
-        return INTERRUPTED
+    return guarded(
+        PROGRAM,
+        lambda: run(given, sys.stdout, sys.stderr, own_process=arguments is None),
+        interrupted="Runs that had finished are kept; the same command continues.",
+    )

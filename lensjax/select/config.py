@@ -156,6 +156,7 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
     str
         An option that has neither value nor fixed default is a comment.
     """
+    demo = _demo_defaults(given)
     chosen = _defaults(given) | {name: value for name, value in vars(given).items() if value is not None}
     unsuited = LIVE_ONLY if given.losses is not None else ("losses", *LOSSES_ONLY)
     lines = [f"# Options of python -m {PROGRAM}; read by --config FILE.", ""]
@@ -169,7 +170,12 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
             help_text = " ".join((action.help or "").replace("%%", "%").split())
             lines += textwrap.wrap(help_text, 116, initial_indent="# ", subsequent_indent="# ")
             value = chosen.get(action.dest, False if _is_switch(action) else None)
-            lines.append(f"# {action.dest} =" if value is None else f"{action.dest} = {_toml(value)}")
+            if value is None:
+                # What suits the demo must not stay behind when its task or models are replaced.
+                known = f" {_toml(demo[action.dest])}  # in the demo" if action.dest in demo else ""
+                lines.append(f"# {action.dest} ={known}")
+            else:
+                lines.append(f"{action.dest} = {_toml(value)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -177,23 +183,35 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
 def _defaults(given: argparse.Namespace) -> dict[str, Any]:
     """Return what an option is where it is not given, if that does not depend on the data."""
     from lensjax.models import Lora
-    from lensjax.select.prepare import DEMO_FIELDS, DEMO_SMALLEST, SMALLEST, Request
+    from lensjax.select.prepare import SMALLEST, Request
 
-    plan, search = plan_of(given, demo=not given.models)
+    plan, search = plan_of(given, demo=False)
     request = dataclasses.asdict(Request())
     found = {name: request[name] for name in ("validation", "test", "seed", "max_length", "method", "gamma", "tau")}
     found["loss_unit"] = request["loss_unit"]
     if given.figures is not None:
         found["figure_format"] = list(FIGURE_FORMATS[:1])
     found |= {name: getattr(plan, name) for name in PLAN_OPTIONS}
-    found |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
+    if given.models:
+        found |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
     found |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
-    found["smallest"] = DEMO_SMALLEST if given.task is None else SMALLEST
-    if given.task is None and given.text_field is None:
-        found |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
+    if given.task is not None:
+        found["smallest"] = SMALLEST
     if any(model.endswith("+lora") for model in given.models or ()):
         # Refused where no candidate has adapters.
         found |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
+    return found
+
+
+def _demo_defaults(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what the demo's task and models bring with them, where they are the ones."""
+    from lensjax.select.prepare import DEMO_FIELDS, DEMO_LEARNING_RATE, DEMO_SMALLEST
+
+    found: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}
+    if given.task is None:
+        found["smallest"] = DEMO_SMALLEST
+        if given.text_field is None:
+            found |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from lensjax.finetune import Plan
 from lensjax.finetune.memory import Footprint, footprint, weight_counts
 from lensjax.finetune.sharding import COPIES
 from lensjax.report.forecast import Need, amount
-from lensjax.select.candidates import ADAPTED, Candidate
+from lensjax.select.candidates import ADAPTED, Candidate, name_of
 from lensjax.select.machine import Machine
 from lensjax.select.prepare import Prepared
 from lensjax.select.speed import Shapes, layers_of
@@ -135,14 +136,14 @@ class Fitting:
         plan, count = self.plan, self.machine.devices
         micro = math.gcd(*self.batch_sizes)
         most = min(plan.micro_batch or max(self.batch_sizes), max(self.batch_sizes))
-        sizes = [m for m in range(most - 1, 0, -1) if micro % m == 0 and (plan.sharding == "auto" or m % count == 0)]
+        sizes = [m for m in range(most - 1, 0, -1) if micro % m == 0]
         changes: dict[str, list[tuple[str, dict[str, Any]]]] = {
             "micro": [(f"--micro-batch {m}", {"micro_batch": m}) for m in sizes]
         }
         if self.machine.platform != "cpu" and plan.precision == "float32":
             changes["half"] = [("--precision bfloat16", {"precision": "bfloat16"})]
         if plan.lora is None:
-            name = self.candidate.name + ADAPTED
+            name = shlex.quote(self._asked + ADAPTED)
             changes["lora"] = [(f"--models ... {name} in its place", {"lora": self.prepared.request.lora})]
         lengths = []
         # With packed texts, shorter rows lose nothing; else the inputs must fit, and what does not fit is cut off.
@@ -161,8 +162,27 @@ class Fitting:
             changes["batch"] = [(f"--batch-size {size}", {"batch_size": size}) for size in halves]
         return {kind: made for kind, made in changes.items() if made}
 
+    @property
+    def _asked(self) -> str:
+        """What the user types for this candidate."""
+        given = (m for m in self.prepared.request.models if self.candidate.name in (m, name_of(m)))
+        return next(given, str(self.candidate.path))
+
     def _remedy(self, available: int) -> str:
-        changes = self._changes()
+        every = self._changes()
+
+        def usable(kinds: Iterable[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+            """Return the changes of these kinds that leave each device something to do, if devices share the work.
+
+            With fewer samples at once than that, fewer devices would share, and memory would be needed for more.
+            """
+            devices = self.machine.devices if "full" in kinds else self.devices
+            found = {}
+            for kind in kinds:
+                sizes = ({"micro_batch", "batch_size"} & change.keys() for _, change in every[kind])
+                pairs = zip(every[kind], sizes, strict=True)
+                found[kind] = [c for c, names in pairs if all(c[1][name] % devices == 0 for name in names)]
+            return found
 
         def needed(choice: Iterable[tuple[str, dict[str, Any]]]) -> float:
             settings = {name: value for _, change in choice for name, value in change.items()}
@@ -176,12 +196,16 @@ class Fitting:
             return copies * found.total + self._process
 
         nothing = "No setting makes it fit: leave this candidate out, or use a machine with more memory."
-        if needed([made[-1] for made in changes.values()]) > available:
+        for kinds in (every, every.keys() - {"full"}):
+            if needed([made[-1] for made in usable(kinds).values() if made]) <= available:
+                break
+        else:
             return nothing
-        for number in range(1, len(changes) + 1):
-            for kinds in itertools.combinations(changes, number):
+        for number in range(1, len(every) + 1):
+            for kinds in itertools.combinations(every, number):
+                changes = usable(kinds)
                 # If the strongest of them do not help, none does.
-                if needed([changes[kind][-1] for kind in kinds]) > available:
+                if not all(changes.values()) or needed([changes[kind][-1] for kind in kinds]) > available:
                     continue
                 # Micro-batches change nothing but the speed: with another change, the smallest is tried at once.
                 mild = (changes[k][-1:] if number > 1 and k == "micro" else changes[k] for k in kinds)

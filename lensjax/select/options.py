@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,6 +331,20 @@ def lora_of(given: argparse.Namespace) -> Lora:
 
     chosen = {name.removeprefix("lora_"): getattr(given, name) for name in LORA_OPTIONS}
     return Lora(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def check_text(arguments: Iterable[str]) -> None:
+    """Refuse names of files that no record and no report could hold, before any long work.
+
+    Raises
+    ------
+    InputError
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{argument!a}: is not UTF-8; rename the file, and name it as it is then.") from None
 
 
 def number(text: str) -> float:

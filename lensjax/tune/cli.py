@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from lensjax.errors import InputError, UnsupportedBackendError
+from lensjax.errors import InputError
 from lensjax.select import options
+from lensjax.select.exits import FAILED, INTERRUPTED, guarded
 
 PROGRAM = "lensjax.tune"
 DESCRIPTION = """\
@@ -34,7 +35,6 @@ steps, hyper-parameters, versions, seconds, FLOPs.
 
 exit status: 0 done; 1 training gave no model or could not be finished; 2 the input cannot be used; 130 interrupted
 """
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,6 +101,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     InputError
         Before any long work, if something given cannot be used.
     """
+    options.check_text(arguments)
     given = parser().parse_args(arguments)
     from lensjax.report.progress import Console
     from lensjax.select.candidates import ADAPTED
@@ -133,15 +134,5 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with the process's streams; return its exit status."""
-    try:
-        return run(sys.argv[1:] if arguments is None else list(arguments), sys.stdout, sys.stderr)
-    except (InputError, UnsupportedBackendError) as error:
-        sys.stderr.write(f"{PROGRAM}: {error}\n")
-        return BAD_INPUT
-    except OSError as error:
-        what = error.filename or "a file"
-        sys.stderr.write(f"{PROGRAM}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{PROGRAM}: interrupted before training began.\n")
-        return INTERRUPTED
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return guarded(PROGRAM, lambda: run(given, sys.stdout, sys.stderr), interrupted="Training had not begun.")

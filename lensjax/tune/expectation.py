@@ -128,4 +128,5 @@ def _foretold(entry: Mapping[str, Any]) -> tuple[float | None, tuple[float, floa
     """Return the loss and the interval of an entry of a ranking."""
     loss, interval = entry["predicted_loss"], entry.get("interval")
     low, high = interval or (None, None)
-    return None if loss is None else float(loss), None if None in (low, high) else (float(low), float(high))
+    whole = None if low is None or high is None else (float(low), float(high))
+    return None if loss is None else float(loss), whole

@@ -61,15 +61,19 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def check_directory(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a directory whose content would be lost.
+    """Refuse a directory whose content would be lost, or that cannot be made.
 
     Raises
     ------
     InputError
-        If it is a file, holds something of another kind, or a fine-tuned model and `overwrite` is false.
+        If it is a file or below one, may not be written, holds something of another kind, or a fine-tuned model and
+        `overwrite` is false.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--out {directory}: is a file; name a directory.")
+    above = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"--out {directory}: nothing can be made in {above}; name another.")
     if not directory.exists() or all(entry.name in LEFT_BY_CRASH for entry in directory.iterdir()):
         return
     record = read_record(directory)

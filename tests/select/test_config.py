@@ -149,12 +149,19 @@ class TestPrintConfig:
             assert max(lines) <= 1
 
     def test_defaults_are_those_of_a_selection(self):
-        found = tomllib.loads(print_config(given()))
-        assert found["training"]["learning_rate"] == [0.002]
-        assert found["choice"]["method"] == DEFAULT
         found = tomllib.loads(print_config(given("--task", "x", "--models", "a", "b")))
         assert found["training"]["learning_rate"] == [0.0003]
         assert found["choice"]["smallest"] == 200
+        assert found["choice"]["method"] == DEFAULT
+
+    def test_what_the_demo_brings_does_not_stay_behind(self, file):
+        text = print_config(given())
+        assert "# learning_rate = [0.002]  # in the demo" in text
+        assert "# smallest = 50  # in the demo" in text
+        assert '# input_field = "word"  # in the demo' in text
+        mine = text.replace("# task =", 'task = "x"').replace("# models =", 'models = ["a", "b"]')
+        again = given(*read_config(file(mine)))
+        assert (again.learning_rate, again.smallest, again.input_field) == (None, None, None)
 
     def test_lasting_leaves_out_what_is_for_this_time(self):
         found = tomllib.loads(print_config(given("--quiet", "--html", "x", "--out", "y", "--seed", 5), lasting=True))
@@ -206,6 +213,11 @@ class TestHelp:
     def test_an_unknown_option_gets_a_near_one(self, refused):
         hint = "Did you mean --learning-rate? See python -m lensjax.select --help."
         assert refused("--learning-rte", "3") == f"unrecognized arguments: --learning-rte 3. {hint}"
+
+
+def test_a_name_that_no_record_could_hold_is_refused(refused):
+    message = "'b\\udcffd.jsonl': is not UTF-8; rename the file, and name it as it is then."
+    assert refused("--task", "b\udcffd.jsonl") == message
 
 
 def test_a_selection_leaves_its_options_and_is_resumed_from_them(tmp_path, file, scripted_run, monkeypatch):

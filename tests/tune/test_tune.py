@@ -321,6 +321,8 @@ def test_bad_input_is_refused_in_one_line(refused, arguments, tiny_models, selec
         (("--model", tmp_path / "nowhere"), "no such directory"),
         (("--sampels", 4), "unrecognized arguments: --sampels 4. Did you mean --samples? See python -m lensjax.tune"),
         (("--task", "none.jsonl"), "no such file"),
+        (("--task", "b\udcffd.jsonl"), r"'b\udcffd.jsonl': is not UTF-8; rename the file"),
+        (("--out", file / "x"), f"--out {file / 'x'}: nothing can be made in {file}; name another."),
     ):
         assert message in refused(*arguments, *more)
     assert "the following arguments are required: --model" in refused("--out", tmp_path / "out")

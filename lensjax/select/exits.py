@@ -1,0 +1,38 @@
+"""How the commands end: a message on the standard error stream and an exit status for whatever went wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
+    """Do a command's work and return its exit status; what it raises becomes one line.
+
+    Parameters
+    ----------
+    program : str
+        Begins the line.
+    work : callable () -> int
+    interrupted : str
+        What to say after an interrupt: what is kept, and how to go on.
+    """
+    try:
+        return work()
+    except (InputError, UnsupportedBackendError) as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return BAD_INPUT
+    except SelectionError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return FAILED
+    except OSError as error:
+        what = error.filename or "a file"
+        sys.stderr.write(f"{program}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: interrupted. {interrupted}\n")
+        return INTERRUPTED
