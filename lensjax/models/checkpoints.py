@@ -115,7 +115,8 @@ def _config(raw: dict[str, Any], source: str) -> ModelConfig:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
         raise InputError(
             f"{source}: its weights are quantised ({method or 'quantization_config in config.json'}), which cannot be "
-            "fine-tuned as they are; name the model they were made from, or a GGUF file."
+            "fine-tuned as they are; name the model they were made from, or a GGUF file. If they are floating-point "
+            "numbers again, remove quantization_config from config.json."
         )
     return family(raw["model_type"], source).config.from_dict(raw, source)
 

@@ -203,7 +203,9 @@ class Forecast:
     def _answer(self) -> str:
         bad = [need.name for need in self.needs if not need.fits]
         count = len(self.needs)
-        if not bad:
+        if not bad and any(need.available is None for need in self.needs):
+            text = f"How much memory this machine has is not known: see below what the {count} candidates need. "
+        elif not bad:
             text = f"All {count} candidates fit on this machine. "
         else:
             text = f"{len(bad)} of {count} candidates {'does' if len(bad) == 1 else 'do'} NOT FIT on this machine. "
@@ -219,11 +221,19 @@ class Forecast:
     def _plan(self) -> str:
         text = (
             f"Task {self.task}: {samples(self.train)} samples to train on; {samples(self.validation)} that say when to "
-            f"stop and {samples(self.test)} to test with are set aside. Each candidate is fine-tuned on "
-            f"{_listed([samples(s) for s in self.sizes])} samples, at most {self.passes} "
-            f"pass{'es' if self.passes > 1 else ''} each, and the losses tell which will be best on "
-            f"{samples(self.target)}."
+            f"stop and {samples(self.test)} to test with are set aside. "
         )
+        if any(run.purpose in (CHOICE, LATER) for run in self.runs):
+            text += (
+                f"Each candidate is fine-tuned on {_listed([samples(s) for s in self.sizes])} samples, at most "
+                f"{self.passes} pass{'es' if self.passes > 1 else ''} each, and the losses tell which will be best on "
+                f"{samples(self.target)}."
+            )
+        else:
+            text += (
+                f"No candidate is fine-tuned for the choice: method {self.method} tells without which will be best on "
+                f"{samples(self.target)}."
+            )
         if any(run.purpose == LATER or not run.sure for run in self.runs):
             text += " Which of the larger subsets are used depends on the losses of the others."
         if self.budget:
@@ -312,8 +322,9 @@ def amount(size: int) -> str:
 def count(number: int) -> str:
     """Format a number of weights."""
     for unit, power in (("B", 9), ("M", 6), ("K", 3)):
-        if number >= 10**power:
-            return f"{number / 10**power:.3g}{unit}"
+        # From where three digits would round up to it.
+        if number >= 0.9995 * 10**power:
+            return f"{max(number / 10**power, 1):.3g}{unit}"
     return str(number)
 
 

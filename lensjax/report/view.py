@@ -184,7 +184,8 @@ class View:
             size = {None: "", 0: ", zero-shot"}.get(board.running.size, f", {board.running.size or 0:,} samples")
             found.append((f"{what}: {shorten(board.running.name, MOST)}{size}: {board.running.doing}", "cyan"))
         spent = [f"{duration(self.elapsed())} so far"]
-        if board.running is not None:
+        # The time left is that of the losses to be measured.
+        if board.running is not None and board.running.size is not None:
             spent.append(board.time_left)
         found.append(("; ".join(filter(None, [*spent, board.spent])), ""))
         return found

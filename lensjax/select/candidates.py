@@ -117,7 +117,7 @@ def name_of(path: str) -> str:
 def _check_spelling(asked: str) -> None:
     """Refuse what is neither a path nor an id because several models, or adapters, are written in another way."""
     plain = asked.removesuffix(ADAPTED)
-    if os.path.exists(plain):
+    if Path(plain).expanduser().exists():
         return
     if "," in plain:
         raise InputError(f"--models {asked}: no such model; put spaces between models, not commas.")

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from lensjax.errors import InputError
@@ -171,7 +171,7 @@ class Fitting:
     def _remedy(self, available: int) -> str:
         every = self._changes()
 
-        def usable(kinds: Iterable[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        def usable(kinds: Collection[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
             """Return the changes of these kinds that leave each device something to do, if devices share the work.
 
             With fewer samples at once than that, fewer devices would share, and memory would be needed for more.
@@ -196,10 +196,8 @@ class Fitting:
             return copies * found.total + self._process
 
         nothing = "No setting makes it fit: leave this candidate out, or use a machine with more memory."
-        for kinds in (every, every.keys() - {"full"}):
-            if needed([made[-1] for made in usable(kinds).values() if made]) <= available:
-                break
-        else:
+        together = (usable(every), usable(every.keys() - {"full"}))
+        if all(needed([made[-1] for made in changes.values() if made]) > available for changes in together):
             return nothing
         for number in range(1, len(every) + 1):
             for kinds in itertools.combinations(every, number):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -77,6 +79,9 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     ledger = prepared.ledger()
     ledger.settle(runs_there, elapsed)
     runs, flops, seconds, notes = _within(prepared, planned, ledger)
+    # What is finished needs no room any more.
+    unfinished = {run.candidate for run in runs if not run.done}
+    needs = [n if n.name in unfinished else dataclasses.replace(n, problem="", remedy="") for n in needs]
     places, problems = _disk(prepared, shapes, runs, directory)
     if request.tangents:
         notes.append("what measuring kernels and Hessian traces (--tangents) takes of memory is not in the forecast")
@@ -117,6 +122,11 @@ class Glance(Journal):
 
     def _open(self, specification: Mapping[str, object]) -> None:
         new = not self.directory.exists()
+        if new:
+            present = next(place for place in self.directory.absolute().parents if place.exists())
+            if not (present.is_dir() and os.access(present, os.W_OK)):
+                what = "cannot be written" if present.is_dir() else "is a file"
+                raise InputError(f"--out {self.directory}: {present} {what}. Name another directory.")
         if new or (self.directory.is_dir() and all(p.suffix == PARTIAL for p in self.directory.iterdir())):
             return
         super()._open(specification)

@@ -172,6 +172,9 @@ def test_a_run_that_has_not_begun_and_zero_shot_and_a_look_are_named(follow):
     found.running = Running("beta", None, "kernel and Hessian trace on 8 samples")
     text, _ = draw(found, follow, 100, 30)
     assert "now: beta: kernel and Hessian trace on 8 samples" in text
+    # Nobody knows how long a look takes: the time left is that of the losses.
+    assert "left" in found.time_left
+    assert found.time_left not in text
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(100, 24), (60, 20), (40, 24), (40, 12)])

@@ -11,7 +11,7 @@ from lensjax import models
 from lensjax.models import Lora
 from lensjax.runs import JOURNAL
 from lensjax.select import measure, prepare, workers
-from lensjax.select.candidates import find_candidates
+from lensjax.select.candidates import find_candidate, find_candidates
 from lensjax.tasks import load_task
 
 SIZES = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24, "--quiet")
@@ -157,3 +157,11 @@ def test_names_are_those_of_directories(tiny_models):
     one, other = map(str, tiny_models)
     found = find_candidates((f"{one}/", f"{one}/+lora", other), Lora())
     assert [c.name for c in found] == ["tiny-8", "tiny-8+lora", "tiny-16"]
+
+
+def test_a_directory_may_have_any_name(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a,b", "a+b"):
+        shutil.copytree(tiny_models[0], tmp_path / name)
+        for asked in (tmp_path / name, f"~/{name}"):
+            assert find_candidate(str(asked), Lora()).path == tmp_path / name

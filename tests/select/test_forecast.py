@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def flags(request):
     return ["--models", *request.models, "--task", request.task, "--out", request.out, *given]
 
 
+def test_a_place_where_nothing_can_be_made_is_refused(request_of, tiny_task, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=rf"^--out {tiny_task}/out: {tiny_task} is a file. Name another directory.$"):
+        forecast(request_of(), Path(tiny_task) / "out", machine=HERE)
+    # Whoever runs the tests may write everywhere.
+    monkeypatch.setattr(module.os, "access", lambda place, _: place != tmp_path)
+    with pytest.raises(InputError, match=rf"^--out {tmp_path}/a/b: {tmp_path} cannot be written. Name another dir"):
+        forecast(request_of(), tmp_path / "a" / "b", machine=HERE)
+
+
 def listed(found, *purposes):
     return [(r.candidate, r.size) for r in found.runs if r.purpose in (purposes or (AS_IT_IS, CHOICE, LATER))]
 
@@ -88,6 +98,10 @@ def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of
     assert "Every run is done already" in again.render()
     assert found.fits
     assert again.fits
+    # What is finished needs no memory.
+    tight = dataclasses.replace(HERE, memory=100 * 2**20)
+    assert forecast(request, request.out, machine=tight).fits
+    assert not forecast(request, request.out.with_name("other"), machine=tight).fits
 
 
 def test_without_a_directory_it_is_the_one_that_the_selection_would_make(request_of, monkeypatch, tmp_path):
@@ -183,7 +197,12 @@ def test_methods_need_what_they_need(foretold):
     assert all(r.sure for r in everything.runs)
     one = foretold(method="subtuning", **sizes)
     assert listed(one, CHOICE) == [("tiny-8", 40), ("tiny-16", 40)]
-    assert listed(foretold(method="zero_shot", **sizes), CHOICE) == []
+    untrained = foretold(method="zero_shot", **sizes)
+    assert listed(untrained, CHOICE) == []
+    said = " ".join(untrained.render().split())
+    assert "No candidate is fine-tuned for the choice: method zero_shot" in said
+    assert "Each candidate is fine-tuned on" not in said
+    assert "Each candidate is fine-tuned on 40 samples," in " ".join(one.render().split())
     lens = foretold(method="lens", **sizes)  # from the largest downwards, three at least
     assert {r.size for r in lens.runs if r.purpose == CHOICE and r.sure} == {10, 20, 40}
     assert [r.size for r in lens.runs if not r.sure] == [5, 5]
@@ -307,6 +326,10 @@ def applied(request, found, machine):
         (False, "gpu", 1, {"precision": "float32"}, "--micro-batch"),
         (True, "cpu", 1, {"batch_size": 2, "micro_batch": 1}, "--models ... wide+lora in its place"),
         (True, "gpu", 2, {"batch_size": 2, "sharding": "data"}, "--models ... wide+lora in its place"),
+        # Four devices that share 16 samples by themselves, and 12, and the weights of two samples too.
+        (False, "gpu", 4, {}, "--micro-batch 8 ("),
+        (False, "gpu", 4, {"batch_size": 12}, "--micro-batch 4 ("),
+        (True, "gpu", 2, {"batch_size": 2, "sharding": "full"}, "--models ... wide+lora in its place"),
     ],
 )
 def test_the_remedy_is_the_first_that_works_and_it_works(
@@ -327,7 +350,8 @@ def test_the_remedy_is_the_first_that_works_and_it_works(
     assert not bad.fits
     assert not found.fits
     assert bad.problem == f"it needs about {amount(need.memory)} of memory, and {amount(less)} are free."
-    assert bad.remedy.startswith(f"Remedy: {first}")
+    # What is to be typed is what was typed.
+    assert bad.remedy.startswith(f"Remedy: {first.replace('wide', str(wide_model))}")
     assert applied(request, found, tight).fits
     assert "NOT FIT" in found.render()
 
@@ -364,7 +388,9 @@ def test_changes_are_combined_where_one_does_not_do(request_of, wide_model, tiny
     least = forecast(dataclasses.replace(adapted, plan=plan), None, machine=HERE).needs[0].memory
     tight = dataclasses.replace(HERE, memory=least)
     found = forecast(request, None, machine=tight)
-    assert found.needs[0].remedy.startswith("Remedy: --micro-batch 1 and --models ... wide+lora in its place (")
+    assert found.needs[0].remedy.startswith(
+        f"Remedy: --micro-batch 1 and --models ... {wide_model}+lora in its place ("
+    )
     assert applied(request, found, tight).fits
 
 
@@ -396,6 +422,8 @@ def test_unknown_memory_is_no_reason_against(foretold):
     found = foretold(machine=dataclasses.replace(HERE, memory=None))
     assert found.fits
     assert "unknown" in found.render()
+    # That they fit is not claimed either.
+    assert found.render().startswith("How much memory this machine has is not known")
 
 
 @pytest.fixture
@@ -508,6 +536,9 @@ def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_o
         (amount, int(37.4 * GIB), "37 GiB"),
         (amount, 1023 * GIB, "1023 GiB"),
         (count, 999, "999"),
+        (count, 999_499, "999K"),
+        (count, 999_500, "1M"),
+        (count, 999_960_000, "1B"),
         (count, 124_439_808, "124M"),
         (count, 6_700_000_000, "6.7B"),
         (span, 0.2, "1 s"),

@@ -79,6 +79,15 @@ def test_accuracies_instead_of_losses(table, rows, ends):
     )
 
 
+@pytest.mark.parametrize("rows", ["a,1,1.2,1.4,1.6\nb,1.1,1.15,1.3,1.5\n", "a,.4,.5,.6,.7\nb,.9,.8,.7,.6\n"])
+def test_losses_of_models_that_overfit_are_no_mistake(tmp_path, command, rows):
+    file = tmp_path / "overfit.csv"
+    file.write_text(HEADER + rows)
+    status, text = command("--losses", file, "--target", 10000)
+    assert status == 0
+    assert text.startswith("Fine-tune b")
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

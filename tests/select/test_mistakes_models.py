@@ -107,7 +107,8 @@ def test_an_id_that_the_hub_does_not_give(mistake, monkeypatch):
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "its weights are quantised (gptq), which cannot be fine-tuned as they are; name the model they were made "
-            "from, or a GGUF file.",
+            "from, or a GGUF file. If they are floating-point numbers again, remove quantization_config from "
+            "config.json.",
         ),
         ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3; correct config.json."),
         ({"n_embd": "16"}, "n_embd is '16'; it must be a positive whole number: correct config.json."),
