@@ -160,12 +160,17 @@ class Journal:
             self.notices.append(f"{path}: the last line was cut off and is dropped; its run is repeated")
             with path.open("r+b") as file:
                 file.truncate(len(raw) - len(torn))
+        self._take(whole)
+
+    def _take(self, whole: bytes) -> None:
+        """Take in the whole lines of the file."""
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
                 run = Run(**json.loads(line))
             except (ValueError, TypeError, RecursionError):
                 raise InputError(
-                    f"{path}, line {number}: not a run record. Remove that line, or name a new directory."
+                    f"{self.directory / JOURNAL}, line {number}: not a run record. Remove that line, or name a new "
+                    "directory."
                 ) from None
             self._runs[run.key] = run
             self._lines.append(run)

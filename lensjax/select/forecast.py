@@ -137,15 +137,7 @@ class Glance(Journal):
     def _read(self) -> None:
         path = self.directory / JOURNAL
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                run = Run(**json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                raise InputError(
-                    f"{path}, line {number}: not a run record. Remove that line, or name a new directory."
-                ) from None
-            self._runs[run.key] = run
-            self._lines.append(run)
+        self._take(whole)
 
 
 def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, runs: Sequence[Run]) -> list[PlannedRun]:

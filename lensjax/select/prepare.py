@@ -148,6 +148,20 @@ class Tokens:
         sums = self.train.token_counts.cumsum()
         return max(float(sums[size - 1]) / size for size in sizes)
 
+    def check_vocabulary(self, option: str, candidate: Candidate) -> None:
+        """Refuse a tokenizer that gives tokens which the model does not know; `option` named the model.
+
+        Raises
+        ------
+        InputError
+        """
+        largest = max(int(ids.max()) for part in self.parts for ids in part.ids)
+        if largest >= candidate.config.vocab_size:
+            raise InputError(
+                f"{option} {candidate.name}: its tokenizer gives token {largest}, but the model knows "
+                f"{candidate.config.vocab_size} tokens. Use the tokenizer the model was trained with."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -254,12 +268,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
             cut = sum(part.truncated for part in found.parts)
             if cut:
                 notes.append(f"{cut} samples were cut at {max_length} tokens ({candidate.name}'s tokenizer)")
-        largest = max(int(ids.max()) for part in tokens[candidate.tokenizer].parts for ids in part.ids)
-        if largest >= candidate.config.vocab_size:
-            raise InputError(
-                f"--models {candidate.name}: its tokenizer gives token {largest}, but the model knows "
-                f"{candidate.config.vocab_size} tokens. Use the tokenizer the model was trained with."
-            )
+        tokens[candidate.tokenizer].check_vocabulary("--models", candidate)
     if len(tokens) > 1 and request.loss_unit == "token":
         notes.append(
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "

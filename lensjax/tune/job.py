@@ -134,12 +134,7 @@ def prepare_job(
     cut = sum(part.truncated for part in tokens.parts)
     if cut:
         notes.append(f"{cut} samples were cut at {max_length} tokens")
-    largest = max(int(ids.max()) for part in tokens.parts for ids in part.ids)
-    if largest >= candidate.config.vocab_size:
-        raise InputError(
-            f"--model {candidate.name}: its tokenizer gives token {largest}, but the model knows "
-            f"{candidate.config.vocab_size} tokens. Use the tokenizer the model was trained with."
-        )
+    tokens.check_vocabulary("--model", candidate)
     made = (task, candidate, tokens, size, max_length, tuple(notes), expectation, tuple(arguments))
     return Job(request, out, overwrite, *made)
 
