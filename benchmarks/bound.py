@@ -25,7 +25,7 @@ import numpy as np
 from environment import RESULTS, write_result
 
 from lensjax import models
-from lensjax.finetune import FineTuner, Plan
+from lensjax.finetune import FineTuner, Plan, Search, Weights, tune
 from lensjax.select.candidates import Candidate
 from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
 from lensjax.tangents import (
@@ -46,15 +46,6 @@ EXAMPLES, STEPS = 8, 6
 EPSILON = 0.1
 
 
-class Keeping(FineTuner):
-    """Remembers the weights evaluated last, which at the end of a run are those it keeps."""
-
-    def _losses(self, params: Any, encoded: Encoded, batch_size: int, lanes: int | None) -> np.ndarray:
-        """Return the mean loss, and remember whose it is."""
-        self.kept = params
-        return super()._losses(params, encoded, batch_size, lanes)
-
-
 def layer(path: str) -> str:
     """Return the paper's layer of a parameter: a block of the transformer, or what stands beside them."""
     parts = path.split(".")
@@ -70,12 +61,18 @@ def example_losses(sums: Any, params: Any, parts: Iterable[Any]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def measure(tuner: Keeping, f: Any, sums: Any, tokens: Any, size: int) -> dict[str, Any]:
+def measure(tuner: FineTuner, f: Any, sums: Any, tokens: Any, size: int) -> dict[str, Any]:
     """Fine-tune on `size` samples and take everything the bound needs."""
     start = time.perf_counter()
     train = tokens.train.first(size)
-    outcome = tuner.run(train, tokens.validation, tokens.test, seed=0)
-    params = tuner.kept
+    kept: list[Any] = []
+
+    def keep(found: Weights) -> None:
+        if found.finished:
+            kept[:] = [jax.tree.map(jnp.copy, found.params)]
+
+    outcome = tune(tuner, train, tokens.validation, tokens.test, search=Search(), seed=0, on_weights=keep)
+    (params,) = kept
     tuned = time.perf_counter()
 
     options: dict[str, Any] = {"batch_size": tuner.plan.batch_size, "buckets": tuner.buckets, "pad_id": tuner.pad_id}
@@ -113,6 +110,7 @@ def measure(tuner: Keeping, f: Any, sums: Any, tokens: Any, size: int) -> dict[s
         "test_loss": test_loss,
         "token_test_loss": outcome.test_loss,
         "steps": outcome.steps,
+        "learning_rate": outcome.learning_rate,
         "distances": distances,
         "traces": {
             name: {"trace": t.trace, "standard_error": t.standard_error, "by_layer": t.by_layer}
@@ -182,7 +180,7 @@ def without_nan(value: Any) -> Any:
 def measure_candidate(candidate: Candidate, tokens: Any, sizes: Iterable[int], plan: Plan, path: Path) -> None:
     """Measure one model at several sizes, a line for each."""
     model = models.load_model(candidate.path)
-    tuner, f = Keeping(model, plan, tokens.buckets, tokens.pad_id), model_loss(model)[0]
+    tuner, f = FineTuner(model, plan, tokens.buckets, tokens.pad_id), model_loss(model)[0]
     sums = jax.jit(f.sample_sums)
     for size in sizes:
         run = {"model": candidate.name, "size": size, **measure(tuner, f, sums, tokens, size)}
@@ -216,6 +214,7 @@ def main() -> None:
             measure_candidate(candidate, prepared.tokens[candidate.tokenizer], missing, plan, options.runs)
             jax.clear_caches()
     runs = [json.loads(line) for line in options.runs.read_text().splitlines()]
+    rate = plan.learning_rate
     settings = {
         "epsilon": EPSILON,
         "trace_batches_of_32": TRACE_BATCHES,
@@ -225,6 +224,8 @@ def main() -> None:
         "loss_bound": "largest mean loss of a sample of the run's training and test sets",
         "losses": "means over samples of the mean over a sample's tokens, as are C and the forms",
         "runs_with_means_over_tokens_instead": sum("token_test_loss" not in run for run in runs),
+        # Where training diverges `tune` tries a lower rate; runs from before it was recorded had the plan's.
+        "runs_at_a_lower_learning_rate": sum("learning_rate" in run and run["learning_rate"] < rate for run in runs),
         "not_in_the_bound": "its remainder xi = O(n^(-3/4))",
     }
     write_result(options.name, without_nan({"settings": settings, **summary(runs), "each": runs}))

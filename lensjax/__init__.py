@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lensjax.curves import Curves, read_losses
     from lensjax.laws import Fits, fit, lens_law, power_law, rectified_law
     from lensjax.models import from_pretrained
+    from lensjax.recorded import RecordedTangents, read_tangents
     from lensjax.selectors import SELECTORS, Scores
     from lensjax.tangents import hessian_trace, kernel_dynamics, ntk
 
@@ -24,6 +25,8 @@ _HOME = {
     "power_law": "lensjax.laws",
     "rectified_law": "lensjax.laws",
     "from_pretrained": "lensjax.models",
+    "RecordedTangents": "lensjax.recorded",
+    "read_tangents": "lensjax.recorded",
     "hessian_trace": "lensjax.tangents",
     "kernel_dynamics": "lensjax.tangents",
     "ntk": "lensjax.tangents",
@@ -36,6 +39,7 @@ __all__ = [
     "Curves",
     "Fits",
     "InputError",
+    "RecordedTangents",
     "Scores",
     "UnsupportedBackendError",
     "fit",
@@ -46,6 +50,7 @@ __all__ = [
     "ntk",
     "power_law",
     "read_losses",
+    "read_tangents",
     "rectified_law",
 ]
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ class Curves:
         Number of weights of each candidate; NaN where unknown.
     families : tuple of str or None
         Model family of each candidate.
+    facts : mapping of str to float64 array (M,)
+        Other numbers known of each candidate, such as those in `FACT_COLUMNS`; NaN where unknown.
     source : str
         Where the losses come from, for messages.
 
@@ -50,6 +53,7 @@ class Curves:
     parameters: np.ndarray | None = None
     families: tuple[str, ...] | None = None
     source: str = "curves"
+    facts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -62,6 +66,14 @@ class Curves:
             )
         if self.parameters is not None:
             object.__setattr__(self, "parameters", np.asarray(self.parameters, np.float64))
+        facts = {name: np.asarray(values, np.float64) for name, values in self.facts.items()}
+        object.__setattr__(self, "facts", facts)
+        for name, values in facts.items():
+            if values.shape != (len(self.names),) or np.isinf(values).any():
+                raise InputError(
+                    f"{self.source}: {name} is {values.tolist()}; it must be one finite number for each of the "
+                    f"{len(self.names)} candidates, NaN where it is not known."
+                )
         if np.any(np.diff(self.sizes) <= 0) or np.any(self.sizes < 0):
             raise InputError(f"{self.source}: sizes must be ascending and not negative, found {self.sizes.tolist()}.")
         bad = ~np.isnan(self.losses) & ~(np.isfinite(self.losses) & (self.losses > 0))
@@ -96,6 +108,7 @@ class Curves:
             losses=self.losses[which],
             parameters=None if self.parameters is None else self.parameters[which],
             families=None if self.families is None else tuple(self.families[i] for i in which),
+            facts={name: values[which] for name, values in self.facts.items()},
         )
 
     def __repr__(self) -> str:
@@ -111,6 +124,9 @@ class Curves:
 NAME_COLUMNS = ("config name", "model", "name", "candidate")
 PARAMETER_COLUMNS = ("parameters", "params", "size")
 FAMILY_COLUMNS = ("family",)
+FACT_COLUMNS = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda", "log_me")
+"""What selectors know of candidates beside losses: see `lensjax.selectors.nlp_metrics` (means over the matrices) and
+`lensjax.selectors.log_me`."""
 SIZE_LIKE = re.compile(r"\d.*|zero.?shot|(n|d|size|samples?|train|loss)[ _=-]*\d[\d_,.]*[km]?", re.IGNORECASE)
 """Names of columns that are meant as numbers of samples; those that are numbers are read."""
 OTHERS = {
@@ -130,10 +146,12 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     Parameters
     ----------
     source : str or path
-        ``published:flan``, ``published:gigaword``, ``published:wmt19`` (packaged), or a CSV file (tab-separated if it
+        ``published:flan``, ``published:gigaword``, ``published:wmt19``, ``live:definitions``, ``live:novels``,
+        ``live:packages`` (packaged: 30 models of ICML 2024, and small ones of our own, fine-tuned here on up to 3,200
+        samples), or a CSV file (tab-separated if it
         ends in ``.tsv``), either wide (one row per model, one column per number of samples) or long (one row per
         measurement, with the columns model, samples, loss). Optional columns: parameters (or ``size``, as in the
-        published tables) and family. An empty cell is a point that was not measured.
+        published tables), family, and those in `FACT_COLUMNS`. An empty cell is a point that was not measured.
 
     Returns
     -------
@@ -143,7 +161,8 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     ------
     InputError
         No such file or packaged table; no size column; fewer than two models; a repeated model or size; a loss or
-        parameter count that is not a positive, finite number. The message names the file, the row and the column.
+        parameter count that is not a positive, finite number, or another fact that is not finite. The message names
+        the file, the row and the column.
 
     Examples
     --------
@@ -152,26 +171,31 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     (30, 'MBZUAI/LaMini-GPT-124M', np.float64(1638400.0))
     """
     text = os.fspath(source)
-    if text.startswith("published:"):
-        name = text.removeprefix("published:")
-        if name not in data.PUBLISHED:
-            known = ", ".join(f"published:{n}" for n in data.PUBLISHED)
-            raise InputError(f"{text}: no such published table. There are: {known}.{_published_like(name)}")
-        return _read_csv(data.path("published", f"{name}.csv"), text)
-    return _read_csv(Path(text), text)
+    kind, colon, name = text.partition(":")
+    if not colon or kind not in data.TABLES:
+        return _read_csv(Path(text), text)
+    names = data.TABLES[kind]
+    if name not in names:
+        known = ", ".join(f"{kind}:{n}" for n in names)
+        raise InputError(f"{text}: no such {kind} table. There are: {known}.{_packaged_like(name)}")
+    return _read_csv(data.path(kind, f"{name}.csv"), text)
 
 
-def _published_like(name: str) -> str:
-    return did_you_mean(name, data.PUBLISHED).replace("mean ", "mean published:")
+def _packaged_like(name: str) -> str:
+    """Name the packaged table that may be meant."""
+    homes = {name: kind for kind, names in data.TABLES.items() for name in names}
+    hint = did_you_mean(name, homes)
+    return next((hint.replace(n, f"{kind}:{n}") for n, kind in homes.items() if n in hint), "")
 
 
 def _read_csv(path: Path, source: str) -> Curves:
     if path.is_dir():
         raise InputError(f"{source}: is a directory; name a CSV file of losses.")
     if not path.exists():
+        packaged = ", ".join(f"{kind}:{name}" for kind, names in data.TABLES.items() for name in names)
         raise InputError(
-            f"{source}: no such file. Give a CSV file of losses or one of "
-            f"{', '.join(f'published:{n}' for n in data.PUBLISHED)}.{nearby(path) or _published_like(path.name)}"
+            f"{source}: no such file. Give a CSV file of losses or one of {packaged}."
+            f"{nearby(path) or _packaged_like(path.name)}"
         )
     lines = _lines(path, source)
     if not lines:
@@ -248,6 +272,26 @@ def _number(text: str, what: str, unit: str) -> float:
     return value
 
 
+def _fact(text: str, what: str) -> float:
+    """Return a finite number of any sign, NaN for an empty cell."""
+    text = text.strip()
+    try:
+        value = float(text) if text else np.nan
+    except ValueError:
+        raise InputError(
+            f"{what} is {text!r}, not a number; leave the cell empty if it is not known.{number_hint(text)}"
+        ) from None
+    if text and not np.isfinite(value):
+        raise InputError(f"{what} is {text}; it must be finite. Leave the cell empty if it is not known.")
+    return value
+
+
+def _fact_columns(header: list[str]) -> dict[str, int]:
+    """Return the columns that hold facts."""
+    lower = [c.lower() for c in header]
+    return {name: lower.index(name) for name in FACT_COLUMNS if name in lower}
+
+
 def _whole(value: float, what: str) -> float:
     if not np.isfinite(value) or value < 0 or value != int(value):
         hint = " Does the first line name the columns?" if value > 0 and np.isfinite(value) else ""
@@ -272,9 +316,9 @@ def _from_wide(source: str, header: list[str], rows: list[list[str]]) -> Curves:
     repeated = [s for s, count in Counter(sizes).items() if count > 1]
     if repeated:
         raise InputError(f"{source}: size {repeated[0]:g} has more than one column; keep one.")
-    name_at = _column(header, NAME_COLUMNS)
+    name_at, facts_at = _column(header, NAME_COLUMNS), _fact_columns(header)
     if name_at is None:
-        name_at = next((i for i, s in sized if s is None), None)
+        name_at = next((i for i, s in sized if s is None and i not in facts_at.values()), None)
     if name_at is None:
         raise InputError(f"{source}: no column with the models' names; add a column 'model'.")
     parameters_at, family_at = _column(header, PARAMETER_COLUMNS), _column(header, FAMILY_COLUMNS)
@@ -299,6 +343,12 @@ def _from_wide(source: str, header: list[str], rows: list[list[str]]) -> Curves:
         parameters=parameters,
         families=None if family_at is None else tuple(row[family_at].strip() for row in rows),
         source=source,
+        facts={
+            fact: np.array(
+                [_fact(row[i], f"{source}: {header[i]} of {name}") for name, row in zip(names, rows, strict=True)]
+            )
+            for fact, i in facts_at.items()
+        },
     )
 
 
@@ -310,6 +360,8 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
     assert sample_at is not None
     parameters_at, family_at = _column(header, PARAMETER_COLUMNS), _column(header, FAMILY_COLUMNS)
     parameters_at = None if parameters_at == sample_at else parameters_at
+    facts_at = _fact_columns(header)
+    others: dict[str, dict[str, float]] = {}
     points: dict[str, dict[float, float]] = {}
     facts: dict[str, tuple[float, str]] = {}
     for number, row in rows:
@@ -332,6 +384,11 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
         known = facts.setdefault(name, fact)
         if not (np.isnan(fact[0]) or np.isnan(known[0]) or fact[0] == known[0]):
             raise InputError(f"{where}: {name} has {fact[0]:g} parameters here and {known[0]:g} above; use one number.")
+        own = others.setdefault(name, {})
+        for column, i in facts_at.items():
+            value = _fact(row[i], f"{where}: {column} of {name}")
+            if not np.isnan(value) and own.setdefault(column, value) != value:
+                raise InputError(f"{where}: {column} of {name} is {value:g} here and {own[column]:g} above; use one.")
     names = _names(source, list(points))
     sizes = sorted({s for curve in points.values() for s in curve})
     return Curves(
@@ -341,6 +398,7 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
         parameters=None if parameters_at is None else np.array([facts[n][0] for n in names]),
         families=None if family_at is None else tuple(facts[n][1] for n in names),
         source=source,
+        facts={column: np.array([others[n].get(column, np.nan) for n in names]) for column in facts_at},
     )
 
 

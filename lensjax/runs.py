@@ -21,7 +21,10 @@ from lensjax.errors import InputError, SelectionError
 
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
-TANGENTS = "tangents"
+TANGENTS, NLP_METRICS, LOG_ME = "tangents", "nlp_metrics", "log_me"
+GAUGES = (NLP_METRICS, LOG_ME)
+BESIDES = (TANGENTS, *GAUGES)
+"""What is measured of a candidate beside its runs."""
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 PARTIAL = ".part"  # ends the name of a file that is being written
 
@@ -55,7 +58,8 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        `TANGENTS` for a look at the candidate's kernel and curvature.
+        one of `BESIDES`: `TANGENTS` for a look at the candidate's kernel and curvature, `NLP_METRICS` and `LOG_ME` for
+        these scores.
     """
 
     key: str

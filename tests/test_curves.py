@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,26 @@ def test_long_table_equals_the_wide_one(write):
     np.testing.assert_array_equal(long.sizes, wide.sizes)
     np.testing.assert_array_equal(long.losses, wide.losses)
     np.testing.assert_array_equal(long.parameters, wide.parameters)
+
+
+def test_facts_of_models_are_read_from_wide_and_long_tables(write):
+    header = "Log_ME,model,pl_alpha,0,200,size\n"
+    wide = read_losses(write(header + "-0.5,a,2.25,3,2,1e6\n,b,3.5,2.5,1.75,2e6\n"))
+    assert wide.names == ("a", "b")
+    assert wide.sizes.tolist() == [0, 200]
+    assert wide.parameters.tolist() == [1e6, 2e6]
+    assert list(wide.facts) == ["pl_alpha", "log_me"]
+    np.testing.assert_array_equal(wide.facts["log_me"], [-0.5, np.nan])
+    rows = "a,0,3,,2.25\na,200,2,-0.5,\nb,0,2.5,,3.5\nb,200,1.75,,3.5\n"
+    long = read_losses(write("model,samples,loss,log_me,pl_alpha\n" + rows))
+    for curves in (long, wide.visible(0), wide.rows([0, 1])):
+        for name, values in wide.facts.items():
+            np.testing.assert_array_equal(curves.facts[name], values)
+    assert wide.rows([1]).facts["pl_alpha"].tolist() == [3.5]
+    assert dataclasses.replace(wide, source="x").facts["pl_alpha"].tolist() == [2.25, 3.5]
+    # Without a column called model, the first that is nothing else holds the names.
+    assert read_losses(write("log_me,what,0,200\n1,a,3,2\n2,b,2,1\n")).names == ("a", "b")
+    assert read_losses(write("model,0,200\na,3,2\nb,2,1\n")).facts == {}
 
 
 def test_a_long_table_may_call_the_samples_size(write):
@@ -91,6 +113,13 @@ def test_tab_separated_table_and_byte_order_mark(write, tmp_path):
         ("samples,loss\n0,3\n1,2\n", "no column with the models' names"),
         ("model,0,1600 samples\na,3,1\nb,2,1\n", "column '1600 samples' is not a number of samples"),
         ("model,0,1e400\na,3,1\nb,2,1\n", "column '1e400' is inf; a number of training samples is a whole number"),
+        ("model,0,200,log_me\na,3,1,x\nb,2,1,1\n", "log_me of a is 'x', not a number; leave the cell empty if"),
+        ("model,0,200,pl_alpha\na,3,1,2\nb,2,1,inf\n", "pl_alpha of b is inf; it must be finite. Leave the cell"),
+        (
+            "model,samples,loss,log_me\na,0,3,1\na,1,3,2\nb,0,2,1\n",
+            "row 3: log_me of a is 2 here and 1 above; use one.",
+        ),
+        ("log_me,0,200\n1,3,2\n2,2,1\n", "no column with the models' names; add a column 'model'"),
         ("model,0,200\n\n\na,3\nb,2,1\n", "row 4: 2 cells, but the header has 3 columns"),
     ],
 )
@@ -132,3 +161,8 @@ def test_curves_refuse_impossible_arrays():
         Curves(("a",), np.array([1.0, 2.0]), np.ones((2, 2)))
     with pytest.raises(InputError, match="loss of a at 2 samples is -1"):
         Curves(("a",), np.array([1.0, 2.0]), np.array([[1.0, -1.0]]))
+    for values in ([1.0, 2.0], [np.inf]):
+        with pytest.raises(
+            InputError, match=r"curves: log_me is .*; it must be one finite number for each of the 1 can"
+        ):
+            Curves(("a",), np.array([1.0]), np.array([[1.0]]), facts={"log_me": values})

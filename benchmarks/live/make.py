@@ -5,20 +5,21 @@
     python benchmarks/live/make.py --smoke         # everything at toy scale, seconds each, into a folder of its own
 
 Each row of results/live/runs.jsonl is a finished measurement; the file only grows and can be committed at any time.
-Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, LogME, kernels and traces), "run" (one fine-tuning run,
+Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, kernels and traces), "log_me", "run" (a fine-tuning run,
 with kernels and traces at the weights kept; a quarter of them are made with seed 1 besides, without these). What is
-measured of kernels: look.py. results/live/TASK.csv is the table that `--losses` reads.
+measured of kernels: look.py. package.py makes tables of the rows, analyse.py looks what they say.
+
+Measured so far are 12 candidates: the two of width 128 take an hour each on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from flax import nnx
 from look import look
 from make_data import DEMO, END_OF_TEXT
 
-from lensjax.finetune import DivergedError, FineTuner, Plan, Search, Weights, tune
+from lensjax.finetune import DivergedError, FineTuner, Plan, Search, Weights, target_features, tune
 from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained
+from lensjax.select.untuned import POSITIONS, samples_for
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded, batches, bucket_lengths, encode, load_task
 
@@ -41,7 +43,7 @@ SIZES = (100, 200, 400, 800, 1_600, 3_200)
 SEED = 2025
 BATCH = 16
 EXAMPLES = 32  # of a kernel and a trace
-POSITIONS = 4_000  # of LogME
+LOG_ME_SAMPLES = 400  # at most: the smallest budget that analyse.py compares methods at
 PLAN = Plan(learning_rate=1e-3, batch_size=32, max_epochs=12, patience=2)
 RESULTS = Path(__file__).parents[1] / "results" / "live"
 
@@ -137,30 +139,8 @@ def pretrain(candidate: Candidate, source: Source, tokenizer: Any, target: Path,
         (Path(aside) / "model").rename(target)
 
 
-def features(model: Any, encoded: Encoded, buckets: tuple[int, ...], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states from which target tokens are predicted, and these tokens: (N, d) and (N,)."""
-    found: list[np.ndarray] = []
-    tokens: list[np.ndarray] = []
-    for batch in batches(encoded, batch_size=BATCH, buckets=buckets, pad_id=pad_id):
-        labels = np.asarray(batch["labels"])
-        if getattr(model.config, "is_encoder_decoder", False):
-            start = model.config.decoder_start_token_id
-            shifted = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-            shifted = np.where(shifted < 0, pad_id, shifted)
-            hidden = model.hidden(batch["input_ids"], batch["attention_mask"], jnp.asarray(shifted))
-        else:
-            hidden = model.hidden(batch["input_ids"], batch["attention_mask"])[:, :-1]
-            labels = labels[:, 1:]
-        kept = labels >= 0
-        found.append(np.asarray(hidden)[kept])
-        tokens.append(labels[kept])
-        if sum(map(len, tokens)) >= POSITIONS:
-            break
-    return np.concatenate(found)[:POSITIONS], np.concatenate(tokens)[:POSITIONS]
-
-
-def work(scale: Scale, source: Source, rows: Rows, models: Path) -> Iterator[None]:
-    """Make whatever is missing; yields between two measurements, so that the caller can stop."""
+def work(scale: Scale, source: Source, rows: Rows, models: Path, only: Sequence[str] = ()) -> Iterator[None]:
+    """Make whatever is missing (of all candidates if `only` names none); yields between two measurements."""
     tokenizer_path = source.work / "tokenizer"
     if not tokenizer_path.exists():
         tokenizer_path = next(p for p in sorted((DEMO / "models").iterdir()) if p.is_dir())
@@ -168,6 +148,8 @@ def work(scale: Scale, source: Source, rows: Rows, models: Path) -> Iterator[Non
     pad_id = tokenizer.pad_token_id or 0
     models.mkdir(parents=True, exist_ok=True)
     for number, candidate in enumerate(scale.candidates):
+        if only and candidate.name not in only:
+            continue
         directory = models / candidate.name
         if not directory.exists():
             pretrain(candidate, source, tokenizer, directory, max(int(candidate.steps * scale.steps), 2))
@@ -239,8 +221,13 @@ def fine_tune(
 
     if not rows.done(kind="zero", **here):
         outcome = tuner().zero_shot(test)
-        score = log_me(*features(model, train, buckets, pad_id))
-        rows.add({"kind": "zero", **here, "test_loss": outcome.test_loss, "log_me": score} | before()[0])
+        rows.add({"kind": "zero", **here, "test_loss": outcome.test_loss} | before()[0])
+        yield
+    if not rows.done(kind="log_me", **here):
+        # As the command does: of the first samples that hold enough tokens, none beyond the smallest budget compared.
+        first = train.first(samples_for(train, min(LOG_ME_SAMPLES, len(train))))
+        score = log_me(*target_features(model, first, buckets, pad_id, positions=POSITIONS, batch_size=BATCH))
+        rows.add({"kind": "log_me", **here, "samples": len(first), "log_me": score})
         yield
     for index, size in enumerate(scale.sizes):
         # A quarter of the runs twice, spread over candidates, tasks and sizes.
@@ -266,23 +253,6 @@ def fine_tune(
             yield
 
 
-def write_tables(rows: Rows, folder: Path) -> None:
-    """Write TASK.csv, long: model, samples, loss, parameters, family; seed 0 only."""
-    models = {row["candidate"]: row for row in rows.rows if row["kind"] == "model"}
-    for name in sorted({row["task"] for row in rows.rows if "task" in row}):
-        with (folder / f"{name}.csv").open("w", newline="") as out:
-            table = csv.writer(out)
-            table.writerow(["model", "samples", "loss", "parameters", "family"])
-            for row in rows.rows:
-                measured = row.get("task") == name and row.get("seed", 0) == 0 and row["test_loss"] is not None
-                if measured:
-                    facts = models[row["candidate"]]
-                    size = row.get("size", 0)
-                    table.writerow(
-                        [row["candidate"], size, f"{row['test_loss']:.6f}", facts["parameters"], facts["family"]]
-                    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after so long")
@@ -290,6 +260,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lensjax-demo")
     parser.add_argument("--models", type=Path, help="where the models are kept (default: WORK/live-models)")
     parser.add_argument("--out", type=Path, help="folder of the rows (default: results/live, or WORK/live-smoke)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these candidates, not all")
     options = parser.parse_args()
     folder = options.out or (options.work / "live-smoke" if options.smoke else RESULTS)
     base = folder if options.smoke else options.work
@@ -298,12 +269,11 @@ def main() -> None:
     began = time.monotonic()
     enough: Callable[[], bool] = lambda: time.monotonic() - began > 60 * options.minutes  # noqa: E731
     finished = True
-    for _ in work(SMOKE if options.smoke else Scale(), source, rows, options.models or base / "live-models"):
-        write_tables(rows, folder)
+    models = options.models or base / "live-models"
+    for _ in work(SMOKE if options.smoke else Scale(), source, rows, models, options.only):
         if enough():
             finished = False
             break
-    write_tables(rows, folder)
     print("all done" if finished else "time is up; call again to go on")
 
 

@@ -1,4 +1,4 @@
-"""What lensjax ships: published loss tables and the demo (task sample and small models).
+"""What lensjax ships: published loss tables, the live benchmark's, and the demo (task sample and small models).
 
 The licences and sources stand beside the files.
 """
@@ -7,6 +7,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 PUBLISHED = ("flan", "gigaword", "wmt19")
+LIVE = ("definitions", "novels", "packages")
+TABLES = {"published": PUBLISHED, "live": LIVE}
+"""Folder -> names of its tables, which are called "folder:name"."""
 
 
 def path(*parts: str) -> Path:

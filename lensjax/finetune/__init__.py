@@ -1,6 +1,7 @@
 """Fine-tuning runs, jit-compiled: plan, search over learning rates and batch sizes, sharding, cost."""
 
 from lensjax.finetune.cost import tuning_flops
+from lensjax.finetune.features import target_features
 from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Search, Trial, Weights
 from lensjax.finetune.search import tune
 from lensjax.finetune.tuner import FineTuner
@@ -14,6 +15,7 @@ __all__ = [
     "Search",
     "Trial",
     "Weights",
+    "target_features",
     "tune",
     "tuning_flops",
 ]

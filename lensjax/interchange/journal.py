@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 
-from lensjax.curves import Curves
+from lensjax.curves import FACT_COLUMNS, Curves
 from lensjax.errors import InputError
 from lensjax.interchange.points import Point, Repeats, curves_of, loss_of, number_of
 
@@ -33,6 +34,7 @@ def read_journal(*paths: str | os.PathLike[str], metric: str = "test_loss", repe
         No such file; a line that is no run.
     """
     points: dict[str, Point] = {}
+    known_facts: dict[str, dict[str, float]] = {}
     for given in paths:
         path = Path(given) / JOURNAL if Path(given).is_dir() else Path(given)
         if not path.is_file():
@@ -50,6 +52,10 @@ def read_journal(*paths: str | os.PathLike[str], metric: str = "test_loss", repe
                 if number == len(lines):
                     continue  # a kill in the middle of a write leaves a line without its end
                 raise InputError(f"{path}, line {number}: not a run record. Remove that line.") from None
+            for fact in FACT_COLUMNS:
+                own = facts.get(run.get("part_of") or "")
+                if isinstance(own, dict) and isinstance(own.get(fact), float):
+                    known_facts.setdefault(fact, {})[model] = own[fact]
             if run.get("part_of"):
                 continue  # one of several learning rates or batch sizes; the run itself stands elsewhere
             where = f"{path}, line {number}"
@@ -57,4 +63,6 @@ def read_journal(*paths: str | os.PathLike[str], metric: str = "test_loss", repe
             known = facts.get("parameters")
             weights = np.nan if known is None else number_of(known, f"{where}: parameters")
             points[key] = Point(model, samples, value, weights, where)  # a run that failed may have been made again
-    return curves_of(points.values(), ", ".join(os.fspath(p) for p in paths), repeats)
+    curves = curves_of(points.values(), ", ".join(os.fspath(p) for p in paths), repeats)
+    columns = {fact: np.array([own.get(name, np.nan) for name in curves.names]) for fact, own in known_facts.items()}
+    return dataclasses.replace(curves, facts=columns)

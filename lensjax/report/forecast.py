@@ -14,12 +14,14 @@ SCHEMA = 1
 WIDTH = 96  # of the text, in characters
 NAME = 30  # characters of a name in a table
 
-AS_IT_IS, CHOICE, LATER, VERIFICATION, KERNEL = (
+AS_IT_IS, CHOICE, LATER, VERIFICATION, KERNEL, SPECTRA, FEATURES = (
     "the models as they are",
     "to choose",
     "to choose, if it may still win",
     "to verify the choice",
     "kernel and Hessian trace",
+    "NLPmetrics of the weights",
+    "LogME of the features",
 )
 
 
@@ -33,7 +35,7 @@ class PlannedRun:
     size : int
         Training samples; 0: the model is only evaluated.
     purpose : str
-        `AS_IT_IS`, `CHOICE`, `LATER`, `VERIFICATION` or `KERNEL`.
+        `AS_IT_IS`, `CHOICE`, `LATER`, `VERIFICATION`, `KERNEL`, `SPECTRA` or `FEATURES`.
     sure : bool
         Whether it is made in any case, if nothing fails.
     done : bool

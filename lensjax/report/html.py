@@ -35,6 +35,11 @@ METHODS = {
     "subtuning": "The candidates are ranked by their losses after fine-tuning on the largest part of the data.",
     "zero_shot": "The candidates are ranked by their losses before any fine-tuning.",
     "model_size": "The candidates are ranked by their size; no loss is looked at.",
+    "nlp_metrics": "The candidates are ranked by their weights alone: the eigenvalues of a well-trained layer have a "
+    "heavy tail, and the smaller the exponent of its power law, on average over all weight matrices, the better.",
+    "log_me": "The candidates are ranked by how well a linear model explains the answers' tokens by what each "
+    "candidate makes of the text before any fine-tuning (LogME). Candidates with different "
+    "tokenizers are hard to compare so.",
 }
 
 
@@ -329,6 +334,7 @@ def _failures(selection: Selection) -> str:
         ("Not ranked", selection.failures),
         ("Ranked, but not measured at the target", selection.unverified),
         ("Methods that these losses do not allow", selection.refused),
+        ("Without a score by one of the other methods", selection.unscored),
     )
     if not any(reasons for _, reasons in lists):
         return (

@@ -38,8 +38,8 @@ def _numbers(description: str, **more: Any) -> dict[str, Any]:
 
 _RANKED = {
     **_object(
-        "One candidate. What the method found besides (B, E, beta, F, D_l, alpha, transition, objective, ... as in the "
-        "papers) stands beside these under its own name.",
+        "One candidate. What the method found besides (B, E, beta, F, D_l, alpha, transition, objective, pl_alpha, "
+        "log_me, ... as in the papers) stands beside these under its own name.",
         {
             "rank": {"type": "integer", "minimum": 1, "description": "1 is the choice."},
             "name": _text("Candidate."),
@@ -117,7 +117,7 @@ DOCUMENT: dict[str, Any] = {
                 "type": "object",
                 "description": "Everything else, none of it certain to be there: directory, seconds, task (fingerprint "
                 "of the data), seed, notes, specification, versions, command, next_command (fine-tunes the winner) and "
-                "next_note (what to know before), tangents, ...",
+                "next_note (what to know before), tangents, nlp_metrics, log_me, ...",
             },
         },
     ),

@@ -50,6 +50,8 @@ class Selection:
         Run directory, wall time, versions and the like; `lensjax.report.html.render_html` says which are shown.
     loss_unit : {"token", "byte"}
         What the losses are a mean over.
+    gauge_flops : mapping of method to float
+        What scores cost that need no fine-tuning.
     """
 
     source: str
@@ -66,6 +68,7 @@ class Selection:
     unverified: Mapping[str, str] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss_unit: str = "token"
+    gauge_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def main(self) -> Scores:
@@ -77,9 +80,20 @@ class Selection:
         """Name of the candidate to fine-tune."""
         return self.main.best
 
+    @property
+    def unscored(self) -> dict[str, str]:
+        """Why another method than the one asked for has no score for a candidate: "candidate, method" -> reason."""
+        others = [scores for scores in self.scores.values() if scores is not self.main]
+        return {
+            f"{name}, {scores.method}": scores.status[row]
+            for scores in others
+            for row, name in enumerate(self.curves.names)
+            if not np.isfinite(scores.score[row])
+        }
+
     def spent(self, scores: Scores) -> float:
         """FLOPs of the measurements a method used; NaN if any of them is unknown."""
-        return float(np.where(scores.used, self.flops, 0.0).sum())
+        return float(np.where(scores.used, self.flops, 0.0).sum()) + self.gauge_flops.get(scores.method, 0.0)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Pearson correlation, relative accuracy and RMSE against the truth; empty without one."""
@@ -179,10 +193,12 @@ def _certainty(scores: Scores, row: int) -> dict[str, Any]:
 
 
 def losses_fingerprint(curves: Curves) -> str:
-    """Return a short name for what a choice from losses depends on: candidates, parameters, sizes and losses."""
+    """Return a short name for what a choice from losses depends on: candidates, parameters, facts, sizes and losses."""
     digest = hashlib.sha256("\0".join(curves.names).encode(errors="surrogatepass"))
     for numbers in (curves.parameters, curves.sizes, curves.losses):
         digest.update(b"" if numbers is None else np.ascontiguousarray(numbers, "<f8").tobytes())
+    for name, numbers in curves.facts.items():
+        digest.update(name.encode() + np.ascontiguousarray(numbers, "<f8").tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -204,6 +204,7 @@ def render(selection: Selection) -> str:
         parts += ["", "All methods:", comparison(selection)]
     lists = {
         "Methods that these losses do not allow:": selection.refused,
+        "Without a score by one of the other methods:": selection.unscored,
         "Not ranked:": selection.failures,
         "Not verified:": selection.unverified,
     }

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lensjax.errors import InputError
 from lensjax.hints import did_you_mean
-from lensjax.runs import TANGENTS, Run
+from lensjax.runs import BESIDES, GAUGES, Run
 
 Kind = Literal["share", "flops", "seconds", "samples"]
 
@@ -93,7 +93,7 @@ def paid(lines: Sequence[Run]) -> list[Run]:
     """
     finished = {run.key for run in lines if not run.part_of and run.test_loss is not None}
     failed = {run.key for run in lines if not run.part_of} - finished
-    return [run for run in lines if run.part_of in {"", TANGENTS, *failed}]
+    return [run for run in lines if run.part_of in {"", *BESIDES, *failed}]
 
 
 class Ledger:
@@ -125,6 +125,7 @@ class Ledger:
         self.budget, self.passes, self.target = budget, passes, target
         self.flops_per_sample = flops_per_sample
         self.amount, self.spent = float("inf"), 0.0
+        self.beside = 0.0  # of it on scores that need no fine-tuning
         self.prices: dict[str, float] = dict.fromkeys(weights, 0.0)
         if budget is None:
             return
@@ -162,7 +163,8 @@ class Ledger:
         """
         if self.budget is None or (needed and self.budget.kind == "seconds" and self.left > 0):
             return ""
-        price, left = self.price(name, size), max(self.left, 0.0)
+        # Scores take what runs leave. When a selection is continued with a larger budget, they are there already.
+        price, left = self.price(name, size), max(self.left + self.beside, 0.0)
         if price <= left and left > 0:
             return ""
         return (
@@ -182,7 +184,7 @@ class Ledger:
         """
         if self.budget is None:
             return
-        counted = [r for r in paid(lines) if 0 < r.size < self.target]
+        counted = [r for r in paid(lines) if 0 < r.size < self.target or r.part_of in GAUGES]
         if self.budget.kind == "seconds":
             self.spent = elapsed
             # The best seen, for small runs mostly load and compile; a run that takes longer is ended in time.
@@ -195,5 +197,8 @@ class Ledger:
                 self.prices = {n: CAUTION * own * min(speeds) for n, own in self.flops_per_sample.items()}
         elif self.budget.kind == "share":
             self.spent = sum(self.prices.get(r.candidate, 0.0) * r.size for r in counted if not r.part_of)
+        elif self.budget.kind == "samples":
+            self.spent = float(sum(r.samples for r in counted))
         else:
-            self.spent = float(sum(r.flops if self.budget.kind == "flops" else r.samples for r in counted))
+            self.spent = float(sum(r.flops for r in counted))
+            self.beside = float(sum(r.flops for r in counted if r.part_of in GAUGES))

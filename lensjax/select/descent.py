@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from lensjax.errors import SelectionError
+from lensjax.runs import GAUGES
 from lensjax.select.candidates import Candidate
+from lensjax.select.gauges import gauge
 from lensjax.select.measure import Measurements
-from lensjax.select.prepare import sizes_needed
+from lensjax.select.prepare import UNTRAINED, sizes_needed
 from lensjax.select.workers import OutOfTimeError, RunFailedError
 from lensjax.selectors import should_stop
 
@@ -45,9 +47,14 @@ def descend_all(made: Measurements) -> None:
             _descend(made, candidate, sizes)
         for size in prepared.sizes:
             made.clock.skip(candidate.name, size)
+        if budget is None and request.method in GAUGES:
+            # First, for without it there is nothing to verify.
+            gauge(made, candidate)
         if request.verify and budget is None:
             # Now, while it is loaded and compiled.
             made.verify(candidate)
+        if budget is None:
+            gauge(made, candidate)
         made.clock.skip(candidate.name, prepared.target)
 
 
@@ -79,7 +86,7 @@ def _descend(made: Measurements, candidate: Candidate, sizes: tuple[int, ...]) -
     Its failure must not lose the other candidates.
     """
     request = made.prepared.request
-    sizes = {"zero_shot": (), "model_size": (), "subtuning": sizes[:1]}.get(request.method, sizes)
+    sizes = () if request.method in UNTRAINED else sizes[:1] if request.method == "subtuning" else sizes
     stops = request.method in ("lens", "ats")
     needed = sizes_needed(request.method, request.gamma)
     why = "the largest affordable, then downwards until the line ends" if stops else "the method needs all"

@@ -14,23 +14,26 @@ from lensjax.errors import InputError
 from lensjax.report.forecast import (
     AS_IT_IS,
     CHOICE,
+    FEATURES,
     KERNEL,
     LATER,
+    SPECTRA,
     VERIFICATION,
     Forecast,
     Place,
     PlannedRun,
     amount,
 )
-from lensjax.runs import JOURNAL, PARTIAL, TANGENTS, Journal, Run, key_of
+from lensjax.runs import BESIDES, JOURNAL, LOG_ME, NLP_METRICS, PARTIAL, Journal, Run, key_of
 from lensjax.select.budget import Ledger
 from lensjax.select.candidates import Candidate
 from lensjax.select.fitting import Fitting
+from lensjax.select.gauges import gauge_flops, gauge_key, gauge_size, gauges_of
 from lensjax.select.live import default_directory
 from lensjax.select.look import look_flops
 from lensjax.select.machine import Machine, free_disk, this_machine
 from lensjax.select.measure import STOPWATCH
-from lensjax.select.prepare import Prepared, Request, prepare, sizes_needed
+from lensjax.select.prepare import UNTRAINED, Prepared, Request, prepare, sizes_needed
 from lensjax.select.records import run_key
 from lensjax.select.speed import Shapes, Speed, layers_of
 from lensjax.selectors import RACE
@@ -144,10 +147,11 @@ def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, run
     """Return the runs that there may be, whatever the budget; sure is what is made in any case."""
     request = prepared.request
     done = {run.key for run in runs if run.test_loss is not None and not run.part_of}
-    looked = {run.key for run in runs if run.part_of == TANGENTS}
+    looked = {run.key for run in runs if run.part_of in BESIDES}
     trials = request.search.trials(request.plan) - 1
     common = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
-    sizes = {"zero_shot": (), "model_size": (), "subtuning": prepared.sizes[-1:]}.get(request.method, prepared.sizes)
+    sizes = () if request.method in UNTRAINED else prepared.sizes
+    sizes = sizes[-1:] if request.method == "subtuning" else sizes
     stops = request.method in ("lens", "ats")
     certain = sizes[::-1][: sizes_needed(request.method, request.gamma)] if stops else sizes
     planned = []
@@ -188,7 +192,13 @@ def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, run
                     seconds=clock.look(candidate, flops),
                 )
             )
-    order = (AS_IT_IS, CHOICE, LATER, VERIFICATION, KERNEL)
+        for what in gauges_of(request.method):
+            size, flops = gauge_size(prepared, candidate, what), gauge_flops(prepared, candidate, what)
+            known = prepared.outlined is None and gauge_key(prepared, candidate, what) in looked
+            purpose = SPECTRA if what == NLP_METRICS else FEATURES
+            seconds = 0.0 if known else clock.look(candidate, flops)
+            planned.append(PlannedRun(candidate.name, size, purpose, True, known, 1, own.trained(size), flops, seconds))
+    order = (AS_IT_IS, CHOICE, LATER, SPECTRA, FEATURES, VERIFICATION, KERNEL)
     return sorted(planned, key=lambda run: (order.index(run.purpose), run.size))
 
 
@@ -257,10 +267,12 @@ def _counted(prepared: Prepared) -> str:
     request = prepared.request
     lora = any(c.lora for c in prepared.candidates)
     trials = request.search.trials(request.plan) - 1
+    gauges = {NLP_METRICS: "products and eigenvalues of the weights", LOG_ME: "2 for each weight and token it reads"}
+    other = "".join(f"; {what}: {gauges[what]}" for what in gauges_of(request.method))
     return (
         f"6 for each trained weight{' (4 for each frozen one)' if lora else ''} and token, "
         f"{request.plan.max_epochs} passes{f' and {trials} trials' if trials > 1 else ''} at most; padding and "
-        "evaluations are not in it. A run whose trials all diverge is tried once more"
+        f"evaluations are not in it{other}. A run whose trials all diverge is tried once more"
     )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import numpy as np
 
 from lensjax import interchange
 from lensjax.curves import Curves
+from lensjax.data import TABLES
 from lensjax.errors import InputError
 from lensjax.metrics import training_flops
 from lensjax.report.selection import Selection
-from lensjax.selectors import DEFAULT, SELECTORS, Scores, get_selector
+from lensjax.selectors import DEFAULT, SELECTORS, Scores, Selector, get_selector
 
-DEFAULT_RATIO = 8  # target / largest visible size of the published tables, the paper's least demanding budget
+DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the paper's least demanding budget
 
 PERCENT = 20.0  # nats that no loss of a language model reaches: not knowing which of 500,000 tokens follows is 13
 
@@ -24,10 +28,10 @@ def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -
     curves : Curves
     visible : float, optional
         Default: every size below the target, which is then above them all or one of the table's sizes, whose losses
-        are the truth; for the published tables, which hold the truth, a `DEFAULT_RATIO`-th of
+        are the truth; for the packaged tables, which hold the truth, a `DEFAULT_RATIO`-th of
         the target.
     target : float, optional
-        Default, for the published tables only: the largest size.
+        Default, for the packaged tables only: the largest size.
 
     Returns
     -------
@@ -38,9 +42,9 @@ def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -
     InputError
         No target for the user's own table; nothing visible; a target that is not above the visible sizes.
     """
-    published = curves.source.startswith("published:")
+    packaged = curves.source.startswith(tuple(f"{kind}:" for kind in TABLES))
     if target is None:
-        if not published:
+        if not packaged:
             raise InputError(
                 f"{curves.source}: say for how many training samples you will fine-tune the chosen model: --target N."
             )
@@ -48,8 +52,8 @@ def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -
     if not (np.isfinite(target) and target > 0):
         raise InputError(f"--target is {target:g}; a number of training samples is above 0.")
     if visible is None:
-        below = curves.sizes[curves.sizes <= target / DEFAULT_RATIO if published else curves.sizes < target]
-        if not published and target < curves.sizes[-1] and not (curves.sizes == target).any():
+        below = curves.sizes[curves.sizes <= target / DEFAULT_RATIO if packaged else curves.sizes < target]
+        if not packaged and target < curves.sizes[-1] and not (curves.sizes == target).any():
             raise InputError(
                 f"--target {target:g} lies below sizes that were measured ({_listed(curves.sizes)}). Raise --target, "
                 "or hide sizes with --visible N."
@@ -96,9 +100,25 @@ def _listed(sizes: np.ndarray) -> str:
 
 
 def score_all(
-    curves: Curves, target: float, method: str, *, gamma: int, tau: float
+    curves: Curves,
+    target: float,
+    method: str,
+    *,
+    gamma: int,
+    tau: float,
+    without: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, str]]:
     """Score visible curves by one method, or by all of them ("all", the default first).
+
+    Parameters
+    ----------
+    curves : Curves
+    target : float
+    method : str
+    gamma, tau : int, float
+        Stopping rule of Algorithm 1.
+    without : mapping of method to mapping of candidate to reason
+        Candidates whose score one of all methods goes without.
 
     Returns
     -------
@@ -118,12 +138,47 @@ def score_all(
     refused: dict[str, str] = {}
     for name, selector in SELECTORS.items():
         try:
-            found[name] = selector(curves, target, **options.get(name, {}))
+            reasons = (without or {}).get(name, {})
+            found[name] = (
+                _without(selector, curves, target, reasons)
+                if reasons
+                else selector(curves, target, **options.get(name, {}))
+            )
         except InputError as error:
             refused[name] = str(error)
     if not found:
         raise InputError(next(iter(refused.values())))
     return found, refused
+
+
+def _without(selector: Selector, curves: Curves, target: float, reasons: Mapping[str, str]) -> Scores:
+    """Score some of the candidates; the others have no score, and the reason as their status.
+
+    Raises
+    ------
+    InputError
+        As the selector; if all but one have no score.
+    """
+    rows = [row for row, name in enumerate(curves.names) if name not in reasons]
+    if len(rows) < 2:
+        raise InputError("; ".join(f"{name}: {reasons[name]}" for name in curves.names if name in reasons))
+    some = selector(curves.rows(rows), target)
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        whole = np.full((len(curves), *values.shape[1:]), np.nan)
+        whole[rows] = values
+        return whole
+
+    status = {**reasons, **dict(zip(some.names, some.status, strict=True))}
+    return dataclasses.replace(
+        some,
+        names=curves.names,
+        score=spread(some.score),
+        predicted_loss=spread(some.predicted_loss),
+        status=tuple(status[name] for name in curves.names),
+        used=spread(some.used) == 1,
+        details={name: spread(values) for name, values in some.details.items()},
+    )
 
 
 def select_from_losses(

@@ -13,10 +13,11 @@ from lensjax.errors import SelectionError
 from lensjax.report.html import versions
 from lensjax.report.progress import Console
 from lensjax.report.selection import Selection
-from lensjax.runs import TANGENTS, curves_of, key_of
+from lensjax.runs import BESIDES, GAUGES, LOG_ME, TANGENTS, curves_of, key_of
 from lensjax.select.budget import paid
 from lensjax.select.descent import descend_all
 from lensjax.select.from_losses import score_all
+from lensjax.select.gauges import gauge, gauges_of
 from lensjax.select.looks import look_all, with_residuals
 from lensjax.select.measure import COMPILED, LOGS, Measurements
 from lensjax.select.prepare import Prepared, sizes_needed
@@ -97,6 +98,9 @@ class LiveSelection(Measurements):
             race(self)
         else:
             descend_all(self)
+            # With a budget, what is left when all is trained that it pays for.
+            for candidate in prepared.candidates:
+                gauge(self, candidate)
         if prepared.request.tangents:
             look_all(self, prepared.request.tangents)
         if prepared.request.verify:
@@ -126,7 +130,7 @@ class LiveSelection(Measurements):
         runs = [r for r in self.found.values() if r.candidate in names]
         measured = curves_of(runs, names, {c.name: c.parameters for c in ranked}, prepared.task.name)
         units = np.array([self.unit(c) for c in ranked])
-        measured = replace(measured, losses=measured.losses * units[:, None])
+        measured = replace(measured, losses=measured.losses * units[:, None], facts=self.facts(names))
         curves = measured.visible(prepared.sizes[-1])
         flops = np.zeros(measured.losses.shape)
         epochs = []
@@ -146,10 +150,23 @@ class LiveSelection(Measurements):
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
             how = "as measured"
         finished = {r.key for r in self.journal.lines if r.test_loss is not None and not r.part_of}
-        spent = [r for r in paid(self.journal.lines) if r.part_of != TANGENTS]
+        spent = [r for r in paid(self.journal.lines) if r.part_of not in BESIDES]
         looking = sum(seen["flops"] for seen in self.looks.values())
+        gauging = {what: sum(r.flops for r in self.journal.lines if r.part_of == what) for what in GAUGES}
+        gauging = {what: flops for what, flops in gauging.items() if flops and what in gauges_of(request.method)}
+        more = {what: flops for what, flops in gauging.items() if what != request.method}
         frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
-        scores, refused = score_all(curves, prepared.target, request.method, gamma=request.gamma, tau=request.tau)
+        scores, refused = score_all(
+            curves,
+            prepared.target,
+            request.method,
+            gamma=request.gamma,
+            tau=request.tau,
+            without={what: {n: r for n, r in of.items() if n in names} for what, of in self.ungauged.items()},
+        )
+        if LOG_ME in scores and len({c.tokenizer.removesuffix("-separate") for c in ranked}) > 1:
+            remark = "its classes are its own tokens, and the candidates have different tokenizers"
+            scores[LOG_ME] = replace(scores[LOG_ME], remarks=(remark,) * len(ranked))
         return Selection(
             source=prepared.task.name,
             curves=curves,
@@ -160,11 +177,13 @@ class LiveSelection(Measurements):
             full_flops=full_flops,
             lost_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.key not in finished),
             cost_note=f"6 N per token trained on{frozen}, all epochs and trials; the whole {how}{by_xla(runs)}"
-            + (f"; kernels and Hessian traces took {looking:.3g} more" if looking else ""),
+            + (f"; kernels and Hessian traces took {looking:.3g} more" if looking else "")
+            + (f"; {' and '.join(more)} took {sum(more.values()):.3g} more" if more else ""),
             truth=truth,
             failures=self.failures,
             unverified=self.unverified,
             loss_unit=request.loss_unit,
+            gauge_flops=gauging,
             facts={
                 "directory": str(self.directory),
                 "seconds": sum(r.seconds for r in self.found.values()),
@@ -173,6 +192,7 @@ class LiveSelection(Measurements):
                 "task": prepared.task.fingerprint,
                 "notes": list(prepared.notes),
                 **({TANGENTS: with_residuals(self.looks, runs)} if self.looks else {}),
+                **{what: found for what, found in self.gauged.items() if found},
                 "specification": prepared.specification,
                 **next_facts(prepared, next(iter(scores.values())).best, runs, self.directory),
             },

@@ -49,7 +49,7 @@ def look(model: Any, samples: Encoded, pad_id: int, parameters: int) -> dict[str
     (batch,) = batches(samples, batch_size=len(samples.rows[0]), buckets=(-(-longest // 8) * 8,), pad_id=pad_id)
     function, params = tangents.ntk_outputs(model, "loss")
     kernel = np.asarray(tangents.ntk(function, params, batch), np.float64)
-    losses = np.asarray(jax.jit(jax.vmap(function, in_axes=(None, 0)))(params, batch), np.float64)
+    losses = np.asarray(_for_each(function, params, batch), np.float64)
     values, vectors = np.linalg.eigh((kernel + kernel.T) / 2)
     trace = tangents.hessian_trace(model, [batch], key=jax.random.key(0), probes=PROBES)
     tokens = int(samples.token_counts.sum())
@@ -63,6 +63,12 @@ def look(model: Any, samples: Encoded, pad_id: int, parameters: int) -> dict[str
         "tokens": tokens,
         "flops": look_flops(parameters, tokens, count),
     }
+
+
+@jax.jit
+def _for_each(function: Any, params: Any, batch: Any) -> jax.Array:
+    """Return a function's value of each example; an argument, so that frozen weights are no constants."""
+    return jax.vmap(function, in_axes=(None, 0))(params, batch)
 
 
 def kernel_residual(found: dict[str, Any], rate: float, steps: int) -> float:

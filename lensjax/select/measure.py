@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lensjax.curves import Curves
+from lensjax.curves import FACT_COLUMNS, Curves
 from lensjax.finetune import Progress, Trial
 from lensjax.finetune.search import Point
 from lensjax.report.progress import Board, Console, Running, duration
-from lensjax.runs import Journal, Run
+from lensjax.runs import GAUGES, Journal, Run
 from lensjax.select.budget import paid
 from lensjax.select.candidates import Candidate
 from lensjax.select.clock import Clock, Stopwatch
@@ -63,6 +63,8 @@ class Measurements:
     failures, unverified : dict of candidate to reason
         Those that are not ranked, and those of no run on all samples.
     looks : dict of candidate to what a look found
+    gauged, ungauged : dict of score to dict of candidate to what was found, or to reason
+        For scores in `lensjax.runs.GAUGES`.
     board : Board
         What there is to see.
 
@@ -78,13 +80,15 @@ class Measurements:
         self.failures: dict[str, str] = {}
         self.unverified: dict[str, str] = {}
         self.looks: dict[str, dict[str, Any]] = {}
+        self.gauged: dict[str, dict[str, dict[str, Any]]] = {what: {} for what in GAUGES}
+        self.ungauged: dict[str, dict[str, str]] = {what: {} for what in GAUGES}
         self.found: dict[tuple[str, int], Run] = {}
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
         self.bench: Bench | Worker | None = None
         self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in paid(self.journal.lines)))
         self.board = self._board()
-        self._ranked: tuple[int, int] = (0, 0)  # runs and failures that the ranking so far knows
+        self._ranked: tuple[int, ...] = (0, 0, 0)  # runs, failures and other scores that the ranking so far knows
         self._ranking = 0.0  # seconds that rankings took
 
     def _board(self) -> Board:
@@ -133,7 +137,7 @@ class Measurements:
         last : bool
             Whether there will be no other: then it may take its time.
         """
-        console, news = self.console, (len(self.found), len(self.failures))
+        console, news = self.console, (len(self.found), len(self.failures), sum(map(len, self.gauged.values())))
         if news == self._ranked or not (console.live or console.verbose):
             return
         begun = console.elapsed
@@ -157,7 +161,8 @@ class Measurements:
         ready = []
         for candidate in self.prepared.candidates:
             sizes = [size for name, size in self.found if name == candidate.name and size <= largest]
-            if sizes and sum(s > 0 for s in sizes) >= needed and candidate.name not in self.failures:
+            scored = method not in GAUGES or candidate.name in self.gauged[method]
+            if sizes and sum(s > 0 for s in sizes) >= needed and scored and candidate.name not in self.failures:
                 ready.append(candidate)
         if len(ready) < 2:
             return None
@@ -207,7 +212,14 @@ class Measurements:
             losses=np.array(losses, np.float64),
             parameters=np.array([c.parameters for c in candidates], np.float64),
             source=self.prepared.task.name,
+            facts=self.facts([c.name for c in candidates]),
         )
+
+    def facts(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the facts of candidates that selectors know, see `lensjax.curves.FACT_COLUMNS`."""
+        merged = {n: {k: v for of in self.gauged.values() for k, v in of.get(n, {}).items()} for n in names}
+        known = [fact for fact in FACT_COLUMNS if any(fact in own for own in merged.values())]
+        return {fact: np.array([merged[n].get(fact, np.nan) for n in names]) for fact in known}
 
     def known(self, candidate: Candidate, size: int) -> Run | None:
         """Return a finished run from the journal."""

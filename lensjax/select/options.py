@@ -43,7 +43,10 @@ exit status: 0 chosen; 1 a candidate failed or does not fit, or the selection co
 be used; 130 interrupted
 """
 
-METHODS = ("averaged", "lens", "ats", "rectified", "power", "subtuning", "zero_shot", "model_size", "all")
+METHODS = (
+    *("averaged", "lens", "ats", "rectified", "power", "subtuning", "zero_shot", "model_size"),
+    *("nlp_metrics", "log_me", "all"),
+)
 SCHEDULES, PRECISIONS, SHARDINGS = (
     ("constant", "linear", "cosine"),
     ("auto", "float32", "bfloat16"),
@@ -134,7 +137,7 @@ def parser() -> Parser:
         "--losses",
         metavar="TABLE",
         help="CSV file; directory of Trainer runs or of ours; export of Weights & Biases or MLflow; or published:flan, "
-        "published:gigaword, published:wmt19",
+        "published:gigaword, published:wmt19, live:definitions, live:novels, live:packages",
     )
     table.add_argument(
         "--tokens-per-sample", type=number, metavar="X", help="for the cost (default 1: the paper's 6 N D)"

@@ -24,6 +24,8 @@ DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
 DEMO_SMALLEST, SMALLEST = 50, 200
 DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
+UNTRAINED = ("zero_shot", "model_size", "nlp_metrics", "log_me")
+"""Methods that need no fine-tuned candidate."""
 RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
 
 
@@ -273,6 +275,11 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
         notes.append(
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
             "not the same piece of text for all of them; --loss-unit byte compares the same text"
+        )
+    if len({of.removesuffix("-separate") for of in tokens}) > 1 and request.method in ("log_me", "all"):
+        notes.append(
+            "the candidates have different tokenizers: LogME's classes are each candidate's own tokens, so that "
+            "method log_me hardly compares them"
         )
     if request.tangents > sizes[-1]:
         raise InputError(f"--tangents {request.tangents}: the largest subset has {sizes[-1]} samples; lower it.")

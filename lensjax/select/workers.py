@@ -6,17 +6,12 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
-import hashlib
 import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
 import os
-import platform
-import re
-import resource
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -28,10 +23,14 @@ from typing import Any
 import jax
 
 from lensjax import models
+from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Plan, Progress, Search, Trial, tune
 from lensjax.finetune.search import Point
+from lensjax.runs import NLP_METRICS
 from lensjax.select.look import look
 from lensjax.select.prepare import Tokens
+from lensjax.select.process import keep_compiled, peak, reset_peak
+from lensjax.select.untuned import evidence, spectra
 
 TICK = 5.0  # seconds between two signs of waiting
 GRACE = 5.0  # seconds a process gets to end by itself
@@ -129,18 +128,24 @@ class Bench:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self._tuner: FineTuner | None = None
+        self._untuned: models.LanguageModel | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """Token for padding."""
+        # Padding is masked, but an id outside of the vocabulary would still give NaN.
+        own = self.assignment
+        return own.tokens.pad_id if own.tokens.pad_id < own.vocabulary else 0
 
     @property
     def tuner(self) -> FineTuner:
         """The compiled fine-tuner."""
         if self._tuner is None:
-            own = self.assignment
+            own, self._untuned = self.assignment, None
             model = models.load_model(own.path)
-            # Padding is masked, but an id outside of the vocabulary would still give NaN.
-            pad = own.tokens.pad_id if own.tokens.pad_id < own.vocabulary else 0
             sizes = [size for size, _ in own.search.grid(own.plan)]
             plan = dataclasses.replace(own.plan, batch_size=max(sizes))
-            self._tuner = FineTuner(model, plan, own.tokens.buckets, pad, batch_sizes=sizes)
+            self._tuner = FineTuner(model, plan, own.tokens.buckets, self.pad_id, batch_sizes=sizes)
         return self._tuner
 
     def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
@@ -160,7 +165,7 @@ class Bench:
         RunFailedError
             If it gave no loss.
         """
-        reset = _reset_peak()
+        reset = reset_peak()
         tokens, own = self.assignment.tokens, self.assignment
         made: list[Trial] = []
 
@@ -194,7 +199,7 @@ class Bench:
         except Exception as error:
             before = error.trials if isinstance(error, DivergedError) else tuple(made)
             raise RunFailedError(reason(error), before) from error
-        return Result(outcome, {**self._facts(), **_peak(reset)})
+        return Result(outcome, {**self._facts(), **peak(reset)})
 
     def look(
         self, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
@@ -210,20 +215,69 @@ class Bench:
         """
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTimeError("the time is spent")
-        reset = _reset_peak()
+        reset = reset_peak()
         own = self.assignment
         try:
             model = models.load_model(own.path)
             if own.plan.lora is not None:
                 model = models.add_lora(model, key=jax.random.key(0), **dataclasses.asdict(own.plan.lora))
-            found = look(model, own.tokens.train.first(samples), self.tuner.pad_id, self.tuner.parameters)
+            found = look(model, own.tokens.train.first(samples), self.pad_id, self.tuner.parameters)
         except Exception as error:
             raise RunFailedError(reason(error)) from error
-        return {**found, **_peak(reset)}
+        return {**found, **peak(reset)}
+
+    def gauge(
+        self, what: str, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Measure what a score needs that knows nothing of fine-tuning, of the weights without adapters.
+
+        A deadline keeps it from starting; what has started is not ended.
+
+        Parameters
+        ----------
+        what : str
+            One of `lensjax.runs.GAUGES`.
+        samples : int
+            Training samples to measure on, if any.
+        deadline, tick
+            As in `look`.
+
+        Returns
+        -------
+        dict
+            Of `untuned.spectra` or `untuned.evidence`; or ``problem``: why weights or samples do not allow it, which
+            another try would not change.
+
+        Raises
+        ------
+        RunFailedError
+            If it could not be done.
+        """
+        if deadline is not None and time.monotonic() > deadline:
+            raise OutOfTimeError("the time is spent")
+        reset = reset_peak()
+        own = self.assignment
+        try:
+            if self._untuned is None:
+                # What fine-tuning holds would take memory from it.
+                self._tuner = None
+                self._untuned = models.load_model(own.path)
+        except Exception as error:
+            raise RunFailedError(reason(error)) from error
+        try:
+            if what == NLP_METRICS:
+                found = spectra(self._untuned)
+            else:
+                found = evidence(self._untuned, own.tokens.train.first(samples), own.tokens.buckets, self.pad_id)
+        except InputError as error:
+            found = {"problem": str(error)}
+        except Exception as error:
+            raise RunFailedError(reason(error)) from error
+        return {**found, **peak(reset)}
 
     def close(self) -> None:
         """Free what the candidate held."""
-        self._tuner = None
+        self._tuner = self._untuned = None
         # Compiled functions of one candidate are of no use to the next.
         jax.clear_caches()
 
@@ -241,28 +295,6 @@ def reason(error: BaseException) -> str:
     """Return an error in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _reset_peak() -> bool:
-    """Let the system measure this process's peak memory anew; return whether it does."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
-
-
-def _peak(was_reset: bool) -> dict[str, Any]:
-    """Return the peak memory in bytes, and of what: of this run, or of its process since it began."""
-    found = {}
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all("peak_bytes_in_use" in s for s in stats):
-        found["device_peak_bytes_of_process"] = max(int(s["peak_bytes_in_use"]) for s in stats)
-    if was_reset:
-        high = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if high:
-            return {**found, "peak_bytes": int(high[1]) * 1024, "peak_of": "run"}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {**found, "peak_bytes": peak, "peak_of": "process"}
 
 
 @contextlib.contextmanager
@@ -348,6 +380,20 @@ class Worker:
         found: dict[str, Any] = self._ask(("look", samples), hooks, [], deadline)
         return found
 
+    def gauge(
+        self, what: str, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """Measure as `Bench.gauge`; at the deadline the process is killed.
+
+        Raises
+        ------
+        RunFailedError
+            If it gave nothing, or its process died.
+        """
+        hooks = Hooks(lambda _: None, lambda _: None, tick)
+        found: dict[str, Any] = self._ask(("gauge", what, samples), hooks, [], deadline)
+        return found
+
     def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:
         try:
             if self._process is not None and not self._process.is_alive():
@@ -431,7 +477,7 @@ def serve(connection: multiprocessing.connection.Connection, assignment: Assignm
             return
         try:
             result: Any = None
-            result = bench.look(about[0]) if question == "look" else bench.run(about[0], about[1], hooks)
+            result = getattr(bench, question)(*about, *([hooks] if question == "run" else []))
         except RunFailedError as error:
             connection.send(("failed", str(error), error.trials, error.details))
         else:
@@ -442,24 +488,3 @@ def _die_with(sentinel: int) -> None:
     """Wait for another process's end and end this one, whatever it is doing."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
-
-
-def keep_compiled(directory: Path) -> None:
-    """Keep this process's compiled programs in a directory, for the next process on the same kind of machine."""
-    kind = f"{platform.machine()} {platform.node()} {_processor()}"
-    own = directory / hashlib.sha256(kind.encode()).hexdigest()[:8]
-    for name, value in (
-        ("jax_compilation_cache_dir", str(own)),
-        ("jax_persistent_cache_min_compile_time_secs", 0),
-        ("jax_persistent_cache_min_entry_size_bytes", -1),
-    ):
-        jax.config.update(name, value)
-
-
-def _processor() -> str:
-    """Return the CPU's features: programs compiled for others might not run."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[0]
-    return platform.processor()

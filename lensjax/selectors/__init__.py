@@ -6,7 +6,7 @@ from lensjax.errors import InputError
 from lensjax.hints import did_you_mean
 from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
 from lensjax.selectors.base import Scores, Selector, require_points
-from lensjax.selectors.baselines import ats, model_size, subtuning, zero_shot
+from lensjax.selectors.baselines import ats, by_log_me, by_nlp_metrics, model_size, subtuning, zero_shot
 from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
 from lensjax.selectors.ensemble import averaged
 from lensjax.selectors.logme import log_me
@@ -23,6 +23,8 @@ SELECTORS: Mapping[str, Selector] = {
     "subtuning": subtuning,
     "zero_shot": zero_shot,
     "model_size": model_size,
+    "nlp_metrics": by_nlp_metrics,
+    "log_me": by_log_me,
 }
 
 DEFAULT = "averaged"
@@ -43,6 +45,8 @@ __all__ = [
     "ats",
     "averaged",
     "best_probability",
+    "by_log_me",
+    "by_nlp_metrics",
     "check_rule",
     "descend",
     "full_cost",

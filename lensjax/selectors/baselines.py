@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lensjax.curves import Curves
@@ -45,6 +47,68 @@ def model_size(curves: Curves, target: float) -> Scores:
     return _without_prediction("model_size", curves, -np.log(curves.parameters), np.zeros(len(curves.sizes), bool))
 
 
+def by_nlp_metrics(curves: Curves, target: float) -> Scores:
+    """Score by the mean exponent of the power laws of the weights' spectra (NLPmetrics): the heaviest tails win.
+
+    Parameters
+    ----------
+    curves : Curves
+        With the fact `pl_alpha`, the mean of `lensjax.selectors.nlp_metrics`; `e_tpl_alpha` and `e_tpl_lambda`, where
+        they are known, are among the details.
+    target : float
+
+    Raises
+    ------
+    InputError
+        If the exponent of a candidate is not known.
+
+    References
+    ----------
+    Yang et al. 2023 (arXiv 2202.02842).
+    """
+    remedy = "lensjax.selectors.nlp_metrics finds it from the weights"
+    alpha = _fact("nlp_metrics", curves, "pl_alpha", remedy)
+    exponents = {
+        name: curves.facts[name] for name in ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda") if name in curves.facts
+    }
+    return _without_prediction("nlp_metrics", curves, alpha, np.zeros(len(curves.sizes), bool), exponents)
+
+
+def by_log_me(curves: Curves, target: float) -> Scores:
+    """Score by minus the evidence that features before fine-tuning explain the target tokens (LogME).
+
+    Parameters
+    ----------
+    curves : Curves
+        With the fact `log_me`, nats per position, see `lensjax.selectors.log_me`.
+    target : float
+
+    Raises
+    ------
+    InputError
+        If the evidence of a candidate is not known.
+
+    References
+    ----------
+    You et al. 2021 (ICML, arXiv 2102.11005).
+    """
+    evidence = _fact("log_me", curves, "log_me", "lensjax.selectors.log_me finds it from features and target tokens")
+    columns = np.zeros(len(curves.sizes), bool)
+    return _without_prediction("log_me", curves, -evidence, columns, {"log_me": evidence})
+
+
+def _fact(method: str, curves: Curves, fact: str, remedy: str) -> np.ndarray:
+    """Return a fact (M,) of all candidates."""
+    known = curves.facts.get(fact)
+    if known is None or np.isnan(known).any():
+        name = curves.names[0 if known is None else int(np.argmax(np.isnan(known)))]
+        raise InputError(
+            f"{curves.source}: {fact} of {name} is not known, which method {method} needs. Add a column {fact!r} "
+            f"({remedy}), or choose another method."
+        )
+    return known
+
+
 def subtuning(curves: Curves, target: float) -> Scores:
     """Score by the loss after fine-tuning on the largest visible subset (SubTuning).
 
@@ -65,7 +129,13 @@ def subtuning(curves: Curves, target: float) -> Scores:
     return _without_prediction("subtuning", curves, losses, np.arange(len(curves.sizes)) == len(curves.sizes) - 1)
 
 
-def _without_prediction(method: str, curves: Curves, score: np.ndarray, columns: np.ndarray) -> Scores:
+def _without_prediction(
+    method: str,
+    curves: Curves,
+    score: np.ndarray,
+    columns: np.ndarray,
+    details: Mapping[str, np.ndarray] | None = None,
+) -> Scores:
     return Scores(
         method=method,
         names=curves.names,
@@ -73,6 +143,7 @@ def _without_prediction(method: str, curves: Curves, score: np.ndarray, columns:
         predicted_loss=np.full(len(curves), np.nan),
         status=("scored; predicts no loss",) * len(curves),
         used=np.broadcast_to(columns, curves.losses.shape),
+        details=details or {},
     )
 
 

@@ -8,7 +8,7 @@ which is the one at which the power law is closest to the data (Kolmogorov-Smirn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -133,7 +133,7 @@ def nlp_metrics(
             f"no weight matrix has at least {min_eigenvalues} rows and columns, so there is no spectrum to fit. Use a "
             "larger model, or lower min_eigenvalues."
         )
-    tails = fit_tails(spectra)
+    tails = fit_tails(spectra, names)
     return NlpMetrics(
         names=tuple(names),
         **{field.name: getattr(tails, field.name) for field in dataclasses.fields(tails)},
@@ -159,13 +159,15 @@ def _eigenvalues(matrix: jax.Array) -> jax.Array:
     return jnp.linalg.eigvalsh(jnp.matmul(small.T, small, precision="highest"))
 
 
-def fit_tails(spectra: list[np.ndarray]) -> Tails:
+def fit_tails(spectra: list[np.ndarray], names: Sequence[str] = ()) -> Tails:
     """Fit both laws to the tails of several sets of positive numbers.
 
     Parameters
     ----------
     spectra : list of arrays (n_i,)
         Positive numbers; zeros are left out. At least 4 different ones in each.
+    names : sequence of str, optional
+        What they are called in messages.
 
     Returns
     -------
@@ -179,10 +181,11 @@ def fit_tails(spectra: list[np.ndarray]) -> Tails:
     # What is 0 but for rounding is no part of a tail.
     positive = [np.sort(s[s > 1e-14 * s.max()]) for s in (np.asarray(s, np.float64) for s in spectra)]
     for at, values in enumerate(positive):
-        if len(np.unique(values)) < 4:
+        if (different := len(np.unique(values))) < 4:
+            name = names[at] if names else f"spectrum {at}"
             raise InputError(
-                f"spectrum {at} has {len(np.unique(values))} different positive eigenvalue(s); a tail needs at least "
-                "4. Leave matrices of low rank out."
+                f"{name} has {different} different positive eigenvalue(s); a tail needs at least 4. Leave matrices of "
+                "low rank out."
             )
     length = max(map(len, positive))
     length += -length % PAD

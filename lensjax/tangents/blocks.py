@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tangents.memory import needed_bytes
-from lensjax.tangents.models import is_model, model_function
-from lensjax.tangents.ntk import Outputs, checked, ntk
-from lensjax.tangents.problem import Problem, Select, compiled
+from lensjax.tangents.memory import Blocks, Way, too_little, within
+from lensjax.tangents.models import frozen_as_arguments, opened
+from lensjax.tangents.ntk import Outputs, check_bounded, checked, choose, ntk
+from lensjax.tangents.problem import Problem, Select
+from lensjax.tangents.report import NtkReport, report_of
 
-LARGEST_BLOCK = 1024
+WITHOUT_LIMIT = "give `ntk_blocks` a `block` instead of `memory`"
 
 
 def ntk_blocks(
@@ -34,7 +36,8 @@ def ntk_blocks(
     block: int | None = None,
     memory: int | None = None,
     file: str | os.PathLike[str] | None = None,
-) -> np.ndarray:
+    return_report: bool = False,
+) -> Any:
     """Return the kernel of many examples, computed a block of rows and columns at a time.
 
     Parameters
@@ -43,13 +46,18 @@ def ntk_blocks(
     block : int, optional
         Examples on each side of a block.
     memory : int, optional
-        Bytes that the computation of one block may take beside the parameters, the examples and the kernel; the block
-        is then as large as the compiled program's own account of its memory allows. Give `block` or `memory`, or
-        neither for blocks of 64.
+        Bytes that the computation of one block may take beside the parameters and the examples, by the compiled
+        program's own account, in which its part of the kernel counts: the whole where all examples go at once.
+        Blocks are as large as that allows, see `block_for`; models of `lensjax.models` run their layers in a loop and
+        recompute as much of them on the way back as makes the whole fastest, see Notes. Give `block` or `memory`, or
+        neither for blocks of 64 with a model as it is.
     file : path, optional
         Where the kernel is written as a NumPy array (.npy), block by block; `<file>.json` beside it lists the blocks
         that are there. Called again with the same function, parameters and examples, only the missing ones are
-        computed. The function itself is compared by its traced program.
+        computed. The function itself is compared by its traced program, and another `memory` may choose another.
+    return_report : bool
+        Return `(kernel, report)`; the report's reason names the blocks and what is recomputed, and its bytes are those
+        of two blocks.
 
     Returns
     -------
@@ -59,21 +67,55 @@ def ntk_blocks(
     Raises
     ------
     InputError
-        If `memory` is too small for two examples on a side, both `block` and `memory` are given, or `file` holds
-        another computation's blocks; else as `ntk`.
+        If `memory` is too small for two examples on a side or the function has no reverse mode, which it needs, both
+        `block` and `memory` are given, or `file` holds another computation's blocks; else as `ntk`.
+
+    Notes
+    -----
+    Each pair of blocks runs both of its sides forwards and backwards again, so N examples in blocks of b cost N^2 / b
+    passes: halving the block doubles the time. Recomputing a model's layers adds a third to a pass at most and often
+    allows much larger blocks. With `memory`, the choice with the fewest operations by this account is taken.
     """
-    if is_model(f):
-        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    model = f
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, False, outputs=outputs)
+    method, reason = choose(problem, "auto", params, x1, bounded=memory is not None)
     if block is not None and memory is not None:
         raise InputError(f"block={block} and memory={memory} are two ways to say the same; give one of them.")
-    rows, columns = problem.rows, problem.columns or problem.rows
+    longest = max(problem.rows, problem.columns or 0)
     if memory is not None:
-        block = block_for(f, params, x1, memory, parameters=parameters, outputs=outputs)
-    block = min(64 if block is None else block, max(rows, columns))
+        check_bounded(memory, method, reason, WITHOUT_LIMIT)
+        choice = within(problem, model, params, x1, x2, output, outputs, memory)
+        problem, params, how = dataclasses.replace(problem, function=choice.way.function), choice.way.params, choice.how
+        block = longest if choice.block is None else choice.block
+    else:
+        block = min(64 if block is None else block, longest)
+        how = f"in blocks of {block} examples"
     if block < 1:
         raise InputError(f"block={block} must be at least 1 example.")
-    options: dict[str, Any] = {"parameters": parameters, "outputs": outputs}
+    reason = f"{reason}; {how}"
+    kernel, report = by_blocks(
+        problem, method, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=block, file=file
+    )
+    return (kernel, report()) if return_report else kernel
+
+
+def by_blocks(
+    problem: Problem,
+    method: str,
+    reason: str,
+    params: Any,
+    x1: Any,
+    x2: Any,
+    *,
+    parameters: Select,
+    outputs: Outputs,
+    block: int,
+    file: str | os.PathLike[str] | None = None,
+) -> tuple[np.ndarray, Callable[[], NtkReport]]:
+    """Return the kernel of a problem, all blocks by one method, and what makes the report; else as `ntk_blocks`."""
+    f, rows, columns = problem.function, problem.rows, problem.columns or problem.rows
+    options: dict[str, Any] = {"method": method, "parameters": parameters, "outputs": outputs}
     inner = _outputs_shape(problem, outputs)
     shape = _placed(rows, columns, inner, outputs)
     dtype = np.dtype(jnp.result_type(jnp.float32, *(leaf.dtype for leaf in problem.chosen(params))))
@@ -81,11 +123,11 @@ def ntk_blocks(
     for i, j in _pairs(rows, columns, block, symmetric=x2 is None):
         if (i, j) in store.done:
             continue
-        left, size_i = _part(x1, i, block)
+        left, size_i = _part(x1, i, min(block, rows))
         if x2 is None and i == j:
             kernel, size_j = np.asarray(ntk(f, params, left, **options)), size_i
         else:
-            right, size_j = _part(x1 if x2 is None else x2, j, block)
+            right, size_j = _part(x1 if x2 is None else x2, j, min(block, columns))
             kernel = np.asarray(ntk(f, params, left, right, **options))
         kernel = _cut(kernel, size_i, size_j, inner, outputs)
         here = _index(slice(i, i + size_i), slice(j, j + size_j), inner, outputs)
@@ -94,46 +136,40 @@ def ntk_blocks(
             there = _index(slice(j, j + size_j), slice(i, i + size_i), inner, outputs)
             store.array[there] = _transposed(kernel, inner, outputs)
         store.finish((i, j))
-    return store.array
+
+    def report() -> NtkReport:
+        own = dataclasses.replace(problem, rows=min(block, rows), columns=min(block, columns))
+        examples = rows + (problem.columns or 0)
+        return dataclasses.replace(report_of(own, method, reason, params, x1), examples=examples)
+
+    return store.array, report
 
 
 def block_for(f: Any, params: Any, x: Any, memory: int, *, parameters: Select = None, outputs: Outputs = "full") -> int:
     """Return the largest block of examples whose computation stays within `memory` bytes.
 
-    Programs for two small blocks are compiled and asked how much memory they take; the block follows from these, is
-    compiled and asked too, and made smaller until it fits.
+    Programs for a few blocks are compiled and asked how much memory they take, where larger ones are expected to take
+    more: below 16 examples the next larger block does not fit, and above the block is at most a sixteenth smaller than
+    the largest, which never is more than 1024.
+
+    Parameters
+    ----------
+    f, params, x, parameters, outputs : as in `lensjax.tangents.ntk`, for a function
+    memory : bytes
 
     Raises
     ------
     InputError
-        If blocks of two examples do not fit.
+        If blocks of two examples do not fit, or the function has no reverse mode.
     """
-    total = jax.tree.leaves(x)[0].shape[0]
-
-    def make(get: Callable[[], Any]) -> Any:
-        def run(params: Any, x1: Any, x2: Any) -> Any:
-            return ntk(get(), params, x1, x2, method="transform", parameters=parameters, outputs=outputs)
-
-        return jax.jit(run)
-
-    program = compiled(f, ("block", parameters, outputs), make)
-
-    def needed(block: int) -> int:
-        part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((block, *a.shape[1:]), a.dtype), x)
-        return needed_bytes(program, params, part, part)
-
-    small, larger = 2, 8
-    of_small, of_larger = needed(small), needed(larger)
-    if of_small > memory:
-        raise InputError(
-            f"memory={memory} bytes is too little: a block of {small} examples takes {of_small}; "
-            "allow more, or choose fewer parameters with `parameters`."
-        )
-    each = max(1.0, (of_larger - of_small) / (larger - small))
-    block = min(int(small + (memory - of_small) / each), total, LARGEST_BLOCK)
-    while block > small and needed(block) > memory:
-        block = max(small, int(block * 0.8))
-    return max(1, block)
+    f, params = frozen_as_arguments(f, params)
+    problem = checked(f, params, x, None, parameters, False, outputs=outputs)
+    check_bounded(memory, *choose(problem, "auto", params, x, bounded=True), WITHOUT_LIMIT)
+    blocks = Blocks(problem, Way(f, params, ""), x, None, outputs, even=False)
+    block, takes = blocks.largest(memory)
+    if not block:
+        raise too_little(memory, takes, blocks.least)
+    return block
 
 
 class _Store:

@@ -15,7 +15,7 @@ from lensjax_kernels.gram import EXACT
 
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
-from lensjax.tangents.losses import Composed, ModelLoss, model_loss
+from lensjax.tangents.losses import Composed, ModelLoss, model_loss, with_frozen, without_frozen
 from lensjax.tangents.models import is_model
 from lensjax.tangents.problem import ByLayer, Select, abstract, compiled, layer_name, leaf_names, select
 
@@ -312,19 +312,20 @@ class CurvatureOperator:
     """
 
     def __init__(self, facts: Facts, f: Any, params: Any, batches: Sequence[Any]) -> None:
-        self.facts, self._f, self._params, self._batches = facts, f, params, batches
+        self.facts, self._params, self._batches = facts, params, batches
+        self._kept, self._frozen = without_frozen(f)  # the program holds its function weakly
         self.size = sum(leaf.size for leaf in facts.chosen(params))
         self.blocks = facts.block_names
         self.matvecs = 0
 
         def make(get: Callable[[], Any]) -> Any:
-            def product(params: Any, batch: Any, v: Leaves) -> tuple[Leaves, jax.Array]:
-                multiply, weight = facts.prepare(get(), params, batch)
+            def product(params: Any, frozen: Any, batch: Any, v: Leaves) -> tuple[Leaves, jax.Array]:
+                multiply, weight = facts.prepare(with_frozen(get(), frozen), params, batch)
                 return multiply(v), weight
 
             return jax.jit(product)
 
-        self._product = compiled(f, ("product", facts), make)
+        self._product = compiled(self._kept, ("product", facts), make)
 
     def __matmul__(self, v: Any) -> Any:
         """Return the matrix times a vector.
@@ -351,7 +352,7 @@ class CurvatureOperator:
         sums: Leaves | None = None
         total = jnp.zeros(())
         for batch in self._batches:
-            product, weight = self._product(self._params, batch, v)
+            product, weight = self._product(self._params, self._frozen, batch, v)
             total = total + weight
             sums = product if sums is None else [a + b for a, b in zip(sums, product, strict=True)]
         assert sums is not None

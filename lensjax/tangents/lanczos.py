@@ -14,7 +14,7 @@ from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
 from lensjax.tangents.hessian import CurvatureOperator, Matrix, cut, dot, facts_of, join
-from lensjax.tangents.losses import model_loss
+from lensjax.tangents.losses import model_loss, with_frozen, without_frozen
 from lensjax.tangents.models import is_model
 from lensjax.tangents.problem import ByLayer, Select, compiled, count_examples
 
@@ -335,8 +335,8 @@ def example_forms(
     order = sorted(range(len(own)), key=own.__getitem__)
 
     def make(get: Callable[[], Any]) -> Any:
-        def run(params: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
-            chosen = facts.chosen(params)
+        def run(params: Any, frozen: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
+            f, chosen = with_frozen(get(), frozen), facts.chosen(params)
             arranged = [chosen[i] for i in order]
 
             def piece(vector: jax.Array) -> jax.Array:
@@ -344,7 +344,7 @@ def example_forms(
                 return jnp.where(jnp.arange(largest) < size, part, 0)
 
             def one(example: Any) -> Any:
-                product, weight = facts.prepare(get(), params, jax.tree.map(lambda a: a[None], example))
+                product, weight = facts.prepare(f, params, jax.tree.map(lambda a: a[None], example))
 
                 def multiply(w: jax.Array) -> jax.Array:
                     whole = jnp.zeros(flat.shape[0] + largest, w.dtype)
@@ -359,13 +359,15 @@ def example_forms(
 
         return jax.jit(run)
 
-    run = compiled(f, ("example forms", facts, steps), make)
+    kept, frozen = without_frozen(f)
+    run = compiled(kept, ("example forms", facts, steps), make)
     leaves = operator.unflatten(operator.flatten(v))
     flat = join([leaves[i] for i in order])
     result = {}
     for block, name in enumerate(facts.block_names):
         start, size = sum(sizes[:block]), sizes[block]
-        found = [np.asarray(a, np.float64) for a in run(params, flat, batch, jnp.array(start), jnp.array(size))]
+        of_block = run(params, frozen, flat, batch, jnp.array(start), jnp.array(size))
+        found = [np.asarray(a, np.float64) for a in of_block]
         if not all(np.isfinite(a).all() for a in found):
             raise InputError(f"the curvature of an example's loss is not finite in {name}: check the batch for NaN.")
         lines = zip(*found, strict=True)

@@ -47,16 +47,22 @@ def model_loss(model: Any) -> tuple[ModelLoss, Any]:
 
     Returns
     -------
-    f : hashable; the same object for models of the same structure, so that nothing is compiled twice
+    f : ModelLoss
+        Hashable; the same object for models of the same structure without frozen weights.
     params : nnx.State of the model's parameters
+
+    Notes
+    -----
+    Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
+    `hessian_trace`, `curvature_operator` and `example_forms` hand them to their programs as arguments, and compile
+    once for all models of the same structure. In a program of your own give it `f` as an argument too, or XLA keeps a
+    copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
     """
     from flax import nnx
 
-    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    if jax.tree.leaves(rest):
-        # State beside the parameters is closed over, so such a function cannot be kept between calls.
-        return ModelLoss(graph, rest, hasattr(model, "shift_right")), params
-    return _kept(graph, hasattr(model, "shift_right")), params
+    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    f = _kept(graph, hasattr(model, "shift_right"))
+    return with_frozen(f, frozen if jax.tree.leaves(frozen) else None), params
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,25 +72,42 @@ def _kept(graph: Any, separate: bool) -> ModelLoss:
     return ModelLoss(graph, nnx.State({}), separate)
 
 
+def without_frozen(f: Any) -> tuple[Any, Any]:
+    """Return a loss without the weights that a `ModelLoss` holds frozen, and these; None for any other function.
+
+    The first is the same for models of the same structure.
+    """
+    if not isinstance(f, ModelLoss) or not jax.tree.leaves(f.frozen):
+        return f, None
+    return _kept(f.graph, f.separate), f.frozen
+
+
+def with_frozen(f: Any, frozen: Any) -> Any:
+    """Return what `without_frozen` took apart."""
+    return f if frozen is None else dataclasses.replace(f, frozen=frozen)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "separate"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelLoss:
     """The cross-entropy of a language model as a function of its parameters; from `model_loss`.
 
     Attributes
     ----------
-    graph, rest : what Flax NNX needs beside the parameters
+    graph : what Flax NNX needs beside the arrays
+    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
     separate : bool
         Whether the labels go to a decoder of their own.
     """
 
     graph: Any
-    rest: Any
+    frozen: Any
     separate: bool
 
     def _model(self, params: Any) -> Any:
         from flax import nnx
 
-        return nnx.merge(self.graph, params, self.rest)
+        return nnx.merge(self.graph, params, self.frozen)
 
     def sample_sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Return each sample's summed loss, nats, and labelled tokens, (N,) both."""

@@ -30,7 +30,7 @@ def is_model(f: Any) -> bool:
     return hasattr(f, "loss_sums") and callable(f)
 
 
-def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Any, Any]:
+def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[ModelOutput, Any]:
     """Return (f, params) so that `f(params, example)` is the named output of a language model.
 
     Parameters
@@ -45,23 +45,29 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Any
 
     Returns
     -------
-    f : hashable; the same object for models of the same structure, so that nothing is compiled twice
+    f : ModelOutput
+        Hashable; the same object for models of the same structure without frozen weights.
     params : nnx.State of the model's parameters
 
     Raises
     ------
     InputError
         If there is no such output.
+
+    Notes
+    -----
+    Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
+    `ntk`, `ntk_blocks` and the others hand them to their programs as arguments, and compile once for all models of the
+    same structure. In a program of your own give it `f` as an argument too, or XLA keeps a copy of the weights in it:
+    ``jax.jit(lambda f, params, x: f(params, x))(f, params, x)``.
     """
     if output not in OUTPUTS:
         raise InputError(f"output={output!r} is not known; choose one of {', '.join(OUTPUTS)}.")
     from flax import nnx
 
-    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    if jax.tree.leaves(rest):
-        # State beside the parameters is closed over, so such a function cannot be kept between calls.
-        return _ModelOutput(graph, output, seed, rest), params
-    return _kept(graph, output, seed), params
+    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    f = _kept(graph, output, seed)
+    return (dataclasses.replace(f, frozen=frozen) if jax.tree.leaves(frozen) else f), params
 
 
 FROZEN = "(frozen) "
@@ -102,41 +108,72 @@ def model_function(model: Any, output: str) -> tuple[Any, Any]:
 
     Nothing is compiled twice then, and no frozen weight is a constant of a program.
     """
-    from flax import nnx
+    return frozen_as_arguments(*ntk_outputs(model, output))
 
-    f, params = ntk_outputs(model, output)
-    if not jax.tree.leaves(f.rest):
+
+def frozen_as_arguments(f: Any, params: Any) -> tuple[Any, Any]:
+    """Return a function and its parameters, those that a `ModelOutput` holds frozen among the latter."""
+    if not isinstance(f, ModelOutput) or not jax.tree.leaves(f.frozen):
         return f, params
-    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    return _kept_with_frozen(graph, output, f.seed), WithFrozen(params, rest)
+    return _kept_with_frozen(f.graph, f.output, f.seed), WithFrozen(params, f.frozen)
+
+
+def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
+    """Return (f, params, *given) of a call; a model's has one argument fewer, for it brings its parameters.
+
+    The last one may come by its own name then, and stand where it stands after a function.
+
+    Raises
+    ------
+    InputError
+        If a model is given all of them.
+    """
+    if not is_model(f):
+        return (*frozen_as_arguments(f, params), *given)
+    *others, before, last = params, *given
+    if before is not None and last is not None:
+        raise InputError(
+            f"{type(f).__name__} brings its own parameters, so of the {len(given) + 1} arguments after it one is too "
+            "many; leave the parameters out."
+        )
+    return (*model_function(f, output), *others, before if last is None else last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _FrozenOutput:
-    graph: Any
-    output: str
-    seed: int
+    of_params: ModelOutput
 
     def __call__(self, both: WithFrozen, example: Mapping[str, jax.Array]) -> jax.Array:
-        return _ModelOutput(self.graph, self.output, self.seed, both.frozen)(both.params, example)
+        return dataclasses.replace(self.of_params, frozen=both.frozen)(both.params, example)
 
 
 @functools.lru_cache(maxsize=64)
 def _kept_with_frozen(graph: Any, output: str, seed: int) -> _FrozenOutput:
-    return _FrozenOutput(graph, output, seed)
+    return _FrozenOutput(_kept(graph, output, seed))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "output", "seed"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class _ModelOutput:
+class ModelOutput:
+    """A language model's output as a function of (parameters, one example); from `ntk_outputs`.
+
+    Attributes
+    ----------
+    graph : what Flax NNX needs beside the arrays
+    output, seed : as given to `ntk_outputs`
+    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
+    """
+
     graph: Any
     output: str
     seed: int
-    rest: Any
+    frozen: Any
 
     def __call__(self, params: Any, example: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the output for one example."""
         from flax import nnx
 
-        model = nnx.merge(self.graph, params, self.rest)
+        model = nnx.merge(self.graph, params, self.frozen)
         batch = {name: value[None] for name, value in example.items()}
         if self.output in ("loss", "loss_sum"):
             total, tokens = model.loss_sums(batch)
@@ -162,7 +199,7 @@ def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Ar
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(graph: Any, output: str, seed: int) -> _ModelOutput:
+def _kept(graph: Any, output: str, seed: int) -> ModelOutput:
     from flax import nnx
 
-    return _ModelOutput(graph, output, seed, nnx.State({}))
+    return ModelOutput(graph, output, seed, nnx.State({}))

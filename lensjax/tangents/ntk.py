@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents import oracles
-from lensjax.tangents.memory import Way, needed_bytes, ways
-from lensjax.tangents.models import is_model, model_function
-from lensjax.tangents.problem import ByLayer, Function, Problem, Select, compiled, make_problem, one_example
-from lensjax.tangents.reducers import Norms, Pairs, Reducer
+from lensjax.tangents.memory import is_crossed, within
+from lensjax.tangents.models import opened
+from lensjax.tangents.problem import ByLayer, Function, Problem, Select, abstract, compiled, make_problem, one_example
+from lensjax.tangents.program import transformed, without_function
+from lensjax.tangents.reducers import Norms, Pairs
 from lensjax.tangents.report import NtkReport, report_of
-from lensjax.tangents.transform import Transform
 
 Method = Literal["auto", "transform", "jacobian", "ntvp"]
 Outputs = Literal["full", "trace", "diagonal"]
@@ -55,8 +55,8 @@ def ntk(
     method : {"auto", "transform", "jacobian", "ntvp"}
         "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
         parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
-        and the second where the examples have more outputs than there are parameters, or where reverse mode does not
-        exist (`while_loop`); the report says which and why.
+        and the second where an example has more outputs than there are parameters, but not with `memory`, or where
+        reverse mode does not exist (`while_loop`); the report says which and why.
     parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
         Which parameters count; default all floating-point ones. The others are constants.
     by_layer : bool, "parameter", or callable path -> layer name
@@ -64,10 +64,11 @@ def ntk(
     outputs : {"full", "trace", "diagonal"}
         Which pairs of outputs: all; equal ones, summed; equal ones, kept apart.
     memory : int, optional
-        Bytes that the computation may take beside the parameters, the examples and the kernel, by the compiled
-        program's own account. Models of `lensjax.models` then run their layers in a loop and recompute as much of them
-        on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed in
-        blocks as by `ntk_blocks`, which repeats the backward pass for each block.
+        Bytes that the computation may take beside the parameters and the examples, by the compiled program's own
+        account; the kernel counts where all examples go at once, and only that of two blocks where they do not.
+        For method "transform". Models of `lensjax.models` then run their layers in a loop and recompute as much of
+        them on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed
+        in blocks as by `ntk_blocks(memory=)`, which repeats the backward pass for each block. The report says which.
     return_report : bool
         Return `(kernel, report)`.
 
@@ -79,7 +80,8 @@ def ntk(
     Raises
     ------
     InputError
-        If the input does not fit together; see the message.
+        If the input does not fit together, or with `memory` nothing fits, or the method cannot be "transform"; see
+        the message.
     UnsupportedBackendError
         Where the installed jaxlib computes wrong derivatives.
 
@@ -102,34 +104,24 @@ def ntk(
            [11., 25.]], dtype=float32)
     """
     model = f
-    if is_model(f):
-        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
-    chosen, reason = _choose(problem, method, params, x1)
-    crossed = outputs == "full" and problem.outputs > 1
-    reducer = Pairs(problem.rows, problem.columns, crossed)
+    chosen, reason = choose(problem, method, params, x1, bounded=memory is not None)
+    crossed = is_crossed(problem, outputs)
     if memory is not None:
-        if chosen != "transform":
-            raise InputError(
-                f"memory={memory} bounds method='transform', but here it is {chosen!r} ({reason}); leave one out."
-            )
-        way, found, how = _within(model, problem, reducer, params, x1, x2, output, memory)
-        reason = f"{reason}; {how}"
-        if not found:
-            if by_layer:
-                raise InputError(
-                    f"memory={memory} bytes is too little for all examples at once, and blocks of them give the sum "
-                    "over layers only; allow more, or choose layers one after the other with `parameters`."
-                )
-            from lensjax.tangents.blocks import ntk_blocks
+        check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
+        choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
+        problem = dataclasses.replace(problem, function=choice.way.function)
+        params, reason = choice.way.params, f"{reason}; {choice.how}"
+        if choice.block is not None:
+            from lensjax.tangents.blocks import by_blocks
 
-            by_blocks = jnp.asarray(
-                ntk_blocks(way.function, way.params, x1, x2, parameters=parameters, outputs=outputs, memory=memory)
+            made, report = by_blocks(
+                problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
             )
-            return (by_blocks, report_of(problem, chosen, reason, params, x1)) if return_report else by_blocks
-        problem, params = dataclasses.replace(problem, function=way.function), way.params
+            return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
     if chosen == "transform":
-        blocks = transformed(problem, reducer, params, x1, x2)
+        blocks = transformed(problem, Pairs(problem.rows, problem.columns, crossed), params, x1, x2)
     else:
         blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
     result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
@@ -150,10 +142,9 @@ def explain(
     parameters: Select = None,
 ) -> NtkReport:
     """Return the report of `ntk` without computing anything; arguments as there, arrays may be shapes."""
-    if is_model(f):
-        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, False, method=method)
-    return report_of(problem, *_choose(problem, method, params, x1), params, x1)
+    return report_of(problem, *choose(problem, method, params, x1), params, x1)
 
 
 def gradient_norms(
@@ -169,8 +160,7 @@ def gradient_norms(
     -------
     float array (N,), or (N, C) if f returns several numbers; with `by_layer` a dict of them.
     """
-    if is_model(f):
-        f, params, x = (*model_function(f, output), params)
+    f, params, x = opened(f, output, params, x)
     problem = checked(f, params, x, None, parameters, by_layer)
     squares = transformed(problem, Norms(problem.rows), params, x, None)
     result = {}
@@ -194,60 +184,32 @@ def checked(
     return make_problem(f, params, x1, x2, parameters, by_layer)
 
 
-def _choose(problem: Problem, method: Method, params: Any, x1: Any) -> tuple[str, str]:
+def choose(problem: Problem, method: Method, params: Any, x1: Any, *, bounded: bool = False) -> tuple[str, str]:
+    """Return the method and why it is the one; with a memory limit that which is bounded, if it works."""
     if method != "auto":
         return method, "asked for"
-    static = dataclasses.replace(problem, function=_no_function)
-    return compiled(problem.function, ("choice", static), lambda get: _automatic(problem, params, x1))
+    shapes = jax.tree.leaves((abstract(params), one_example(x1)))
+    key = ("choice", without_function(problem), bounded, *shapes)
+    return compiled(problem.function, key, lambda get: _automatic(problem, params, x1, bounded))
 
 
-def _automatic(problem: Problem, params: Any, x1: Any) -> tuple[str, str]:
+def check_bounded(memory: int, method: str, reason: str, remedy: str) -> None:
+    """Raise InputError where no memory limit can be kept."""
+    if method != "transform":
+        raise InputError(f"memory={memory} bounds method='transform', but here it is {method!r} ({reason}); {remedy}.")
+
+
+def _automatic(problem: Problem, params: Any, x1: Any, bounded: bool) -> tuple[str, str]:
     count = sum(leaf.size for leaf in problem.chosen(params))
-    if count < problem.outputs:
+    if count < problem.outputs and not bounded:
         return "jacobian", f"{count} parameters are fewer than {problem.outputs} outputs of an example"
     if not oracles.has_reverse_mode(problem, params, x1):
         return "jacobian", "a while_loop has no reverse mode; forward mode, one pass for each parameter"
     return "transform", "exact in one backward pass"
 
 
-def transformed(
-    problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any, key: Any = None
-) -> dict[int, jax.Array]:
-    """Return what the reducer wants for each layer; compiled once for each function and shapes."""
-    return program(problem, reducer)(params, x1, x2, key)
-
-
-def program(problem: Problem, reducer: Reducer) -> Any:
-    """Return the compiled function (params, x1, x2, key) behind `transformed`."""
-    static = dataclasses.replace(problem, function=_no_function)
-
-    def make(get: Callable[[], Function]) -> Any:
-        def run(params: Any, x1: Any, x2: Any, key: Any) -> dict[int, jax.Array]:
-            own = dataclasses.replace(static, function=get())
-            x = x1 if x2 is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x1, x2)
-            plan = own.plan(params, one_example(x1))
-            return Transform(plan, reducer, own.outputs)(jax.tree.leaves(params), jax.tree.leaves(x), key)
-
-        return jax.jit(run)
-
-    return compiled(problem.function, (static, reducer), make)
-
-
-def _within(
-    f: Any, problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any, output: str, memory: int
-) -> tuple[Way, bool, str]:
-    """Return the fastest way that fits into `memory`, whether one does (else the smallest), and what it is in words."""
-    for way in ways(f, params, output):
-        own = dataclasses.replace(problem, function=way.function)
-        bytes_needed = needed_bytes(program(own, reducer), way.params, x1, x2, None)
-        how = f"{way.what or 'as it is'}, {bytes_needed / 2**20:.0f} MiB"
-        if bytes_needed <= memory:
-            return way, True, how
-    return way, False, f"in blocks, for all examples at once take {bytes_needed / 2**20:.0f} MiB"
-
-
 def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
-    static = dataclasses.replace(problem, function=_no_function)
+    static = without_function(problem)
 
     def make(get: Callable[[], Function]) -> Any:
         def run(params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
@@ -258,10 +220,6 @@ def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: An
         return jax.jit(run)
 
     return compiled(problem.function, (static, method, crossed), make)(params, x1, x2)
-
-
-def _no_function(params: Any, example: Any) -> Any:
-    raise AssertionError("only stands for the function where it must not be kept")
 
 
 def _shaped(blocks: dict[int, jax.Array], layer: int, problem: Problem, outputs: str, crossed: bool) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
-from lensjax.tangents.models import is_model, model_function
+from lensjax.tangents.models import opened
 from lensjax.tangents.problem import Problem, Select, abstract, make_problem, one_example
 from lensjax.tangents.reducers import Pairs
 
@@ -138,8 +138,7 @@ def ntk_operator(
     `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs nothing else.
     """
     require_exact_backend()
-    if is_model(f):
-        f, params, x1, x2 = (*model_function(f, output), params, x1)
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
     return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2)
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tangents.models import is_model, model_function
-from lensjax.tangents.ntk import checked, ntk, transformed
+from lensjax.tangents.models import opened
+from lensjax.tangents.ntk import checked, ntk
 from lensjax.tangents.problem import Select
+from lensjax.tangents.program import transformed
 from lensjax.tangents.reducers import Features
 
 
@@ -80,8 +81,7 @@ def ntk_features(
     Two-sided projections for data attribution: Park et al. 2023 (TRAK), arXiv:2303.14186; Choe et al. 2024 (LoGra),
     arXiv:2405.13954. Vectors: Charikar et al. 2002, the count sketch.
     """
-    if is_model(f):
-        f, params, x = (*model_function(f, output), params)
+    f, params, x = opened(f, output, params, x)
     problem = checked(f, params, x, None, parameters, False)
     if width < 4 or batch < 1:
         raise InputError(f"width={width} must be at least 4 and batch={batch} at least 1.")
@@ -133,8 +133,7 @@ def sketch_error(
     InputError
         If `features` are not those of `x`, or too few examples are asked for.
     """
-    if is_model(f):
-        f, params, x, features = (*model_function(f, output), params, x if features is None else features)
+    f, params, x, features = opened(f, output, params, x, features)
     problem = checked(f, params, x, None, parameters, False)
     count = min(examples, problem.rows)
     if features is None or len(features) != problem.rows or count < 2:

@@ -27,7 +27,7 @@ from lensjax.tangents.hessian import (
     join,
     stream,
 )
-from lensjax.tangents.losses import model_loss
+from lensjax.tangents.losses import model_loss, with_frozen, without_frozen
 from lensjax.tangents.models import is_model
 from lensjax.tangents.problem import ByLayer, Select, compiled
 
@@ -167,8 +167,8 @@ def _hutchinson(
     facts: Facts, f: Any, params: Any, batches: Batches, key: jax.Array, probes: int, chunk: int
 ) -> TraceEstimate:
     def make(get: Callable[[], Any]) -> Any:
-        def forms(params: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-            multiply, weight = facts.prepare(get(), params, batch, shared=len(keys) > 1)
+        def forms(params: Any, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+            multiply, weight = facts.prepare(with_frozen(get(), frozen), params, batch, shared=len(keys) > 1)
             chosen = facts.chosen(params)
 
             def one(key: jax.Array) -> jax.Array:
@@ -179,12 +179,13 @@ def _hutchinson(
 
         return jax.jit(forms)
 
-    forms = compiled(f, ("forms", facts), make)
+    kept, frozen = without_frozen(f)
+    forms = compiled(kept, ("forms", facts), make)
     sums, total, matvecs = np.zeros((probes, len(facts.block_names))), 0.0, 0
     for number, batch in enumerate(stream(batches)):
         keys = jax.random.split(jax.random.fold_in(key, number), probes)
         for start in range(0, probes, chunk):
-            values, weight = forms(params, batch, keys[start : start + chunk])
+            values, weight = forms(params, frozen, batch, keys[start : start + chunk])
             numbers = np.asarray(values, np.float64)
             check_finite(numbers, facts.block_names, f"batch {number}: the curvature")
             sums[start : start + chunk] += numbers

@@ -74,7 +74,7 @@ def mistake(capsys, monkeypatch, tmp_path, tiny_models, tiny_task):
     return mistake
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scripted_run():
     """Return what makes a stand-in for `Bench.run` from a law: no training, and notes of what would have been read."""
 

@@ -7,6 +7,7 @@ import pytest
 
 from lensjax.curves import read_losses
 from lensjax.metrics import pear_corr, rel_acc
+from lensjax.report.schema import problems
 from lensjax.select.cli import main
 from lensjax.selectors import SELECTORS
 
@@ -72,7 +73,10 @@ def test_all_methods_are_compared_with_the_truth(command, tmp_path):
     status, text = command("--losses", "published:wmt19", "--method", "all", "--json", tmp_path / "j.json")
     assert status == 0
     document = json.loads((tmp_path / "j.json").read_text())
-    assert list(document["methods"]) == list(SELECTORS)
+    assert [*document["methods"], "nlp_metrics", "log_me"] == list(SELECTORS)
+    # Nobody published weights' spectra and features with these losses.
+    assert set(document["refused_methods"]) == {"nlp_metrics", "log_me"}
+    assert "  log_me: published:wmt19: log_me of MBZUAI/LaMini-GPT-124M is not known, which method log_me" in text
     curves = read_losses("published:wmt19")
     truth = curves.at(1638400)
     for name, found in document["methods"].items():
@@ -82,6 +86,23 @@ def test_all_methods_are_compared_with_the_truth(command, tmp_path):
         line = next(x for x in text.splitlines() if re.match(rf"\s+{name}\s", x))
         assert f"{100 * rel_acc(scores.score, truth):.1f}" in line
     assert "RelAcc" in text
+
+
+def test_facts_in_a_table_make_other_methods_possible(command, tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text("model,0,200,400,800,pl_alpha,log_me\na,5,4,3.4,3,2.5,-0.25\nb,5,4.1,3.5,3.2,3.5,0.5\n")
+    status, text = command("--losses", path, "--target", 1e4, "--method", "all", "--json", tmp_path / "j.json")
+    assert status == 0
+    found = json.loads((tmp_path / "j.json").read_text())
+    assert found["methods"]["nlp_metrics"]["best"] == "a"
+    assert found["methods"]["log_me"]["best"] == "b"
+    assert [entry["score"] for entry in found["methods"]["log_me"]["ranking"]] == [-0.5, 0.25]
+    assert problems(found) == []
+    # An empty cell: the method says of whom, and the others go on.
+    path.write_text(path.read_text().replace(",0.5\n", ",\n"))
+    assert command("--losses", path, "--target", 1e4, "--method", "nlp_metrics")[1].startswith("Fine-tune a ")
+    text = command("--losses", path, "--target", 1e4, "--method", "all")[1]
+    assert "  log_me: " + str(path) + ": log_me of b is not known" in text
 
 
 def table(tmp_path, sizes=(0, 200, 400, 800, 1600), models=3):

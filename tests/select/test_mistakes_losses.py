@@ -8,6 +8,8 @@ import pytest
 HEADER = "model,0,200,400,800\n"
 ROWS = "a,4,3,2.5,2.2\nb,5,4,3.5,3.2\n"
 PUBLISHED = "published:flan, published:gigaword, published:wmt19."
+LIVE = "live:definitions, live:novels, live:packages."
+PACKAGED = f"{PUBLISHED[:-1]}, {LIVE}"
 UNMEASURED = "Leave the cell empty if it was not measured."
 COMMAS = "save it with commas between columns and points in numbers."
 NO_SIZES = (
@@ -35,15 +37,17 @@ def test_tables_that_are_not_there(mistake):
         return mistake("--losses", source, "--target", 10000, good=False)
 
     assert message("table.csv") == (
-        f"table.csv: no such file. Give a CSV file of losses or one of {PUBLISHED} Did you mean tabel.csv?"
+        f"table.csv: no such file. Give a CSV file of losses or one of {PACKAGED} Did you mean tabel.csv?"
     )
     assert message("flan") == (
-        f"flan: no such file. Give a CSV file of losses or one of {PUBLISHED} Did you mean published:flan?"
+        f"flan: no such file. Give a CSV file of losses or one of {PACKAGED} Did you mean published:flan?"
     )
     missing = "no such published table. There are:"
     assert message("published:flam") == f"published:flam: {missing} {PUBLISHED} Did you mean published:flan?"
     assert message("published:WMT19") == f"published:WMT19: {missing} {PUBLISHED} Did you mean published:wmt19?"
     assert message("published:mars") == f"published:mars: {missing} {PUBLISHED}"
+    missing = "no such live table. There are:"
+    assert message("live:novel") == f"live:novel: {missing} {LIVE} Did you mean live:novels?"
 
 
 @pytest.mark.parametrize(
@@ -220,9 +224,19 @@ def test_tables_of_another_kind(table, name, remedy):
             "'parameters'.",
         ),
         (
+            ("--target", 10000, "--method", "nlp_metrics"),
+            "my.csv: pl_alpha of a is not known, which method nlp_metrics needs. Add a column 'pl_alpha' "
+            "(lensjax.selectors.nlp_metrics finds it from the weights), or choose another method.",
+        ),
+        (
+            ("--target", 10000, "--method", "log_me"),
+            "my.csv: log_me of a is not known, which method log_me needs. Add a column 'log_me' "
+            "(lensjax.selectors.log_me finds it from features and target tokens), or choose another method.",
+        ),
+        (
             ("--target", 10000, "--method", "lensllm"),
             "method 'lensllm' is unknown; there are: averaged, lens, ats, rectified, power, subtuning, zero_shot, "
-            "model_size and all. Did you mean lens?",
+            "model_size, nlp_metrics, log_me and all. Did you mean lens?",
         ),
         (
             ("--target", 10000, "--tokens-per-sample", 0),

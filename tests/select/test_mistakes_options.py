@@ -7,7 +7,9 @@ BUDGETS = (
     "is no amount that can be spent; give it as 0.05 or 5% (of fine-tuning all on all samples), 2e16 (FLOPs), 3h, "
     "90min, or 20000samples."
 )
-METHODS = "there are: averaged, lens, ats, rectified, power, subtuning, zero_shot, model_size and all."
+METHODS = (
+    "there are: averaged, lens, ats, rectified, power, subtuning, zero_shot, model_size, nlp_metrics, log_me and all."
+)
 VALUES = "Each value follows the option that it is for; options that are switched on or off take none."
 CHEAPER = "Raise --budget, or lower --smallest or --max-epochs."
 

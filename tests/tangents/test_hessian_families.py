@@ -41,8 +41,9 @@ def make(name):
     own = FAMILIES["make_config"](name, 1)
     own |= {key: value for key, value in TINY.items() if key in own or key.endswith(("token_id", "scalar", "dim"))}
     own |= SPARSE if name == "switch_transformers" else {}
-    model = init_model(own, jax.random.key(0), jnp.float64)
-    # Weights of a size that makes every part of the Hessian count.
+    # Never initialised, which compiles a program for each shape; weights of a size that makes every part of the
+    # Hessian count.
+    model = nnx.eval_shape(lambda: init_model(own, jax.random.key(0), jnp.float64))
     rng = np.random.default_rng(5)
     nnx.update(model, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.5), nnx.state(model, nnx.Param)))
     ids, labels = (rng.integers(2, VOCABULARY, (2, 4)).astype(np.int32) for _ in range(2))

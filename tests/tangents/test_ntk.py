@@ -235,3 +235,12 @@ def test_refuses_the_jaxlib_that_is_wrong(monkeypatch):
     for refused in (ntk, gradient_norms, ntk_operator):
         with pytest.raises(UnsupportedBackendError, match="computes wrong LayerNorm Jacobians"):
             refused(network, params, x)
+
+
+def test_another_number_of_parameters_is_another_choice():
+    def f(p, x):
+        return jnp.outer(p, x).sum(0)
+
+    x = jnp.ones((2, 5))
+    assert [explain(f, jnp.ones(n), x).method for n in (3, 300)] == ["jacobian", "transform"]
+    assert [explain(f, jnp.ones(4), jnp.ones((2, n))).method for n in (3, 5)] == ["transform", "jacobian"]
