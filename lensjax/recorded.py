@@ -53,6 +53,15 @@ class RecordedTangents:
         Relative Frobenius distance from the kernel before fine-tuning, and cosine with it; NaN at size 0.
     trace_hessian, trace_gauss_newton, trace_hessian_error, trace_gauss_newton_error : float64 array (M, S)
         Of the mean token loss, estimated, with the standard error of the probes; nats / weight^2.
+
+    Examples
+    --------
+    >>> from lensjax import read_tangents
+    >>> seen = read_tangents("live:packages")
+    >>> len(seen.names), seen.outputs
+    (12, ('loss', 'gold_probability', 'gold_logit', 'projections'))
+    >>> seen.eigenvalues["loss"].shape, seen.trace_hessian.shape
+    ((12, 7, 32), (12, 7))
     """
 
     source: str
