@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import RESULTS, write_result
+from environment import RESULTS, without_nan, write_result
 
 from lensjax import models
 from lensjax.finetune import FineTuner, Plan, Search, Weights, tune
@@ -168,15 +167,6 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**result, "models": by_model}
 
 
-def without_nan(value: Any) -> Any:
-    """JSON knows no NaN: it becomes null."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def measure_candidate(candidate: Candidate, tokens: Any, sizes: Iterable[int], plan: Plan, path: Path) -> None:
     """Measure one model at several sizes, a line for each."""
     model = models.load_model(candidate.path)
@@ -228,7 +218,7 @@ def main() -> None:
         "runs_at_a_lower_learning_rate": sum("learning_rate" in run and run["learning_rate"] < rate for run in runs),
         "not_in_the_bound": "its remainder xi = O(n^(-3/4))",
     }
-    write_result(options.name, without_nan({"settings": settings, **summary(runs), "each": runs}))
+    write_result(options.name, {"settings": settings, **summary(runs), "each": runs})
 
 
 if __name__ == "__main__":

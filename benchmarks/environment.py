@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -48,10 +49,19 @@ def peak_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+def without_nan(value: Any) -> Any:
+    """Return the same with None for floats that are not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_result(name: str, result: Mapping[str, Any]) -> Path:
     """Write ``results/NAME.json`` with the environment and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps(without_nan({"environment": environment(), **result}), indent=2) + "\n")
     print(f"written: {path}")
     return path

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,13 +33,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are run by path
 
 from environment import write_result
+from scipy.stats import rankdata
 
 from lensjax import Curves, InputError, RecordedTangents, fit, read_losses, read_tangents
 from lensjax.data import LIVE
 from lensjax.laws import kernel_residual
 from lensjax.metrics import pear_corr, rel_acc, rmse
 from lensjax.selectors import SELECTORS, averaged
-from lensjax.selectors.scaling import BETA_MEAN, BETA_STD, FLOOR_SHARE, FLOOR_SHARE_STD, LOSS_NOISE
+from lensjax.selectors.scaling import weak_priors
 
 BUDGETS = (400, 800, 1_600)  # all methods can be used from the first on
 EXAMPLES, LENGTH = 32, 128  # of a kernel
@@ -51,15 +51,6 @@ NEAR = 0.1  # log loss above that of all samples at which a candidate counts as 
 JUDGED = ("PearCorr", "RelAcc", "log_RMSE")
 
 Predictor = Callable[[Curves, RecordedTangents, float], np.ndarray]
-
-
-def priors(curves: Curves) -> dict[str, tuple[Any, Any]]:
-    """Weak priors on beta and E, those of the selector `lens`."""
-    lowest = np.nanmin(curves.losses, axis=1)
-    return {
-        "beta": (BETA_MEAN, (LOSS_NOISE / BETA_STD) ** 2),
-        "E": (FLOOR_SHARE * lowest, (LOSS_NOISE / (FLOOR_SHARE_STD * lowest)) ** 2),
-    }
 
 
 def spectrum(seen: RecordedTangents, output: str) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +69,7 @@ def fitted_time(output: str) -> Predictor:
 
     def predict(curves: Curves, seen: RecordedTangents, target: float) -> np.ndarray:
         eigenvalues, residual = spectrum(seen, output)
-        fits = fit(curves, law="lens", eigenvalues=eigenvalues, projections=residual, prior=priors(curves))
+        fits = fit(curves, law="lens", eigenvalues=eigenvalues, projections=residual, prior=weak_priors(curves))
         return np.asarray(fits.predict(target))
 
     return predict
@@ -94,7 +85,7 @@ def observed_time(output: str, rate: float) -> Predictor:
         slope, level = np.polyfit(np.log(curves.sizes[above]), np.log(np.maximum(t[:, above], 1.0)).T, 1)
         then = np.exp(level + slope * np.log(target))
         kernel = {"eigenvalues": eigenvalues, "projections": residual, "learning_rate": rate}
-        fits = fit(curves, law="lens", t=t, prior=priors(curves), **kernel)
+        fits = fit(curves, law="lens", t=t, prior=weak_priors(curves), **kernel)
         return np.asarray(fits.predict(target, t=then[:, None]))
 
     return predict
@@ -102,7 +93,7 @@ def observed_time(output: str, rate: float) -> Predictor:
 
 def free(curves: Curves, seen: RecordedTangents, target: float) -> np.ndarray:
     """Eq. 10 with F free, under the same priors and of the same sizes: what measuring F has to improve on."""
-    return np.asarray(fit(curves, law="lens", prior=priors(curves)).predict(target))
+    return np.asarray(fit(curves, law="lens", prior=weak_priors(curves)).predict(target))
 
 
 def measured_methods(seen: RecordedTangents) -> dict[str, Predictor]:
@@ -218,9 +209,7 @@ def quantities(curves: Curves, seen: RecordedTangents, budget: float) -> dict[st
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, ties in the middle, with mean 0 and length 1 (0 where all are equal)."""
     assert np.isfinite(values).all()
-    order = (values[..., :, None] > values[..., None, :]).sum(-1) + 0.5 * (
-        values[..., :, None] == values[..., None, :]
-    ).sum(-1)
+    order = rankdata(values, axis=-1)
     centred = order - order.mean(axis=-1, keepdims=True)
     length = np.linalg.norm(centred, axis=-1, keepdims=True)
     return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
@@ -238,8 +227,8 @@ class Cell:
     truth: np.ndarray
 
 
-def read_cells() -> tuple[list[Cell], list[str], list[str], np.ndarray]:
-    """Return the cells, the quantities' names, those of the controls among them, and who encodes and decodes."""
+def read_cells() -> tuple[list[Cell], list[str], list[str]]:
+    """Return the cells, the quantities' names, and those of the controls among them."""
     cells: list[Cell] = []
     names: list[str] = []
     controls: list[str] = []
@@ -266,13 +255,19 @@ def read_cells() -> tuple[list[Cell], list[str], list[str], np.ndarray]:
             features = np.array([*own.values(), *known.values()])
             error = np.log(truth) - np.log(scores.predicted_loss)
             cells.append(Cell(task, logs[:, [0, -1]].T, features, error, scores.predicted_loss, truth))
-    assert curves.families is not None
-    return cells, names, controls, np.array([family in SEQ2SEQ for family in curves.families])
+    return cells, names, controls
+
+
+def architectures() -> np.ndarray:
+    """Whether each candidate encodes and decodes, bool (M,)."""
+    families = read_losses(f"live:{LIVE[0]}").families
+    assert families is not None
+    return np.isin(families, SEQ2SEQ)
 
 
 def beyond_losses() -> dict[str, Any]:
     """Find what goes along with the default selector's errors, and what a correction by it would have given."""
-    cells, names, controls, blocks = read_cells()
+    (cells, names, controls), blocks = read_cells(), architectures()
     tasks = np.array([cell.task for cell in cells])
     raw_features = np.array([ranks(cell.features) for cell in cells])  # (cells, quantities, M)
     raw_error = np.array([ranks(cell.error) for cell in cells])  # (cells, M)
@@ -408,7 +403,7 @@ def samples_needed() -> dict[str, Any]:
     x_ranks, y_ranks = ranks(x), ranks(y)
     within = np.einsum("tqm,tm->q", x_ranks, y_ranks) / len(LIVE)
     pooled = ranks(x.transpose(1, 0, 2).reshape(len(names), -1)) @ ranks(y.reshape(-1))
-    rng, blocks = np.random.default_rng(0), read_cells()[3]
+    rng, blocks = np.random.default_rng(0), architectures()
     orders = [shuffled(rng, blocks) for _ in range(PERMUTATIONS)]
     chance = np.array([np.abs(np.einsum("tqm,tm->q", x_ranks, y_ranks[:, order])) for order in orders]) / len(LIVE)
 
@@ -475,15 +470,6 @@ def show(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, di
     return averages
 
 
-def without_nan(value: Any) -> Any:
-    """Return the same with None for what is not a finite number, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: without_nan(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(own) for own in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
@@ -517,7 +503,7 @@ def main() -> None:
     for key in ("default_selector_certainty", "traces", "noise"):
         print(key, result[key])
     if not options.dry:
-        write_result("live", without_nan(result))
+        write_result("live", result)
 
 
 if __name__ == "__main__":

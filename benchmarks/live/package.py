@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from look import OUTPUTS
 
 from lensjax import data
 from lensjax.recorded import PER_OUTPUT
+from lensjax.select.untuned import EXPONENTS
 
 RESULTS = Path(__file__).parents[1] / "results" / "live"
-OUTPUTS = ("loss", "gold_probability", "gold_logit", "projections")
-FACTS = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda")
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -64,10 +64,10 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
     for task, (sizes, candidates) in tables(rows).items():
         with (folder / f"{task}.csv").open("w", newline="") as out:
             table = csv.writer(out, lineterminator="\n")
-            table.writerow(["model", "family", "parameters", *FACTS, "log_me", *sizes])
+            table.writerow(["model", "family", "parameters", *EXPONENTS, "log_me", *sizes])
             for name, own in candidates.items():
                 facts = models[name]
-                spectra = [f"{facts['nlp_metrics'][key]:.6g}" for key in FACTS]
+                spectra = [f"{facts['nlp_metrics'][key]:.6g}" for key in EXPONENTS]
                 losses = [f"{own[size, 0]['test_loss']:.6f}" for size in sizes]
                 log_me = f"{evidence[name, task]:.6f}" if (name, task) in evidence else ""
                 table.writerow([name, facts["family"], facts["parameters"], *spectra, log_me, *losses])

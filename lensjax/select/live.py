@@ -13,7 +13,7 @@ from lensjax.errors import SelectionError
 from lensjax.report.html import versions
 from lensjax.report.progress import Console
 from lensjax.report.selection import Selection
-from lensjax.runs import BESIDES, GAUGES, LOG_ME, TANGENTS, curves_of, key_of
+from lensjax.runs import BESIDES, LOG_ME, TANGENTS, curves_of, key_of
 from lensjax.select.budget import paid
 from lensjax.select.descent import descend_all
 from lensjax.select.from_losses import score_all
@@ -152,9 +152,9 @@ class LiveSelection(Measurements):
         finished = {r.key for r in self.journal.lines if r.test_loss is not None and not r.part_of}
         spent = [r for r in paid(self.journal.lines) if r.part_of not in BESIDES]
         looking = sum(seen["flops"] for seen in self.looks.values())
-        gauging = {what: sum(r.flops for r in self.journal.lines if r.part_of == what) for what in GAUGES}
-        gauging = {what: flops for what, flops in gauging.items() if flops and what in gauges_of(request.method)}
-        more = {what: flops for what, flops in gauging.items() if what != request.method}
+        gauges = gauges_of(request.method)
+        gauging = {what: sum(r.flops for r in self.journal.lines if r.part_of == what) for what in gauges}
+        more = {what: flops for what, flops in gauging.items() if flops and what != request.method}
         frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
         scores, refused = score_all(
             curves,

@@ -13,6 +13,7 @@ from lensjax import backend, data, models
 from lensjax.errors import InputError
 from lensjax.finetune import Plan, Search
 from lensjax.models import Lora
+from lensjax.runs import GAUGES, LOG_ME
 from lensjax.select.budget import Budget, Ledger
 from lensjax.select.candidates import Candidate, find_candidates
 from lensjax.selectors import DEFAULT, RACE, check_rule
@@ -24,7 +25,7 @@ DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
 DEMO_SMALLEST, SMALLEST = 50, 200
 DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
-UNTRAINED = ("zero_shot", "model_size", "nlp_metrics", "log_me")
+UNTRAINED = ("zero_shot", "model_size", *GAUGES)
 """Methods that need no fine-tuned candidate."""
 RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
 
@@ -276,7 +277,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
             "not the same piece of text for all of them; --loss-unit byte compares the same text"
         )
-    if len({of.removesuffix("-separate") for of in tokens}) > 1 and request.method in ("log_me", "all"):
+    if len({of.removesuffix("-separate") for of in tokens}) > 1 and request.method in (LOG_ME, "all"):
         notes.append(
             "the candidates have different tokenizers: LogME's classes are each candidate's own tokens, so that "
             "method log_me hardly compares them"

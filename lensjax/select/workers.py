@@ -376,9 +376,7 @@ class Worker:
         RunFailedError
             If it gave nothing, or its process died.
         """
-        hooks = Hooks(lambda _: None, lambda _: None, tick)
-        found: dict[str, Any] = self._ask(("look", samples), hooks, [], deadline)
-        return found
+        return self._measure(("look", samples), deadline, tick)
 
     def gauge(
         self, what: str, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
@@ -390,8 +388,12 @@ class Worker:
         RunFailedError
             If it gave nothing, or its process died.
         """
+        return self._measure(("gauge", what, samples), deadline, tick)
+
+    def _measure(self, question: tuple[Any, ...], deadline: float | None, tick: Callable[[], None]) -> dict[str, Any]:
+        """Ask what takes no training: there is nothing to tell of meanwhile but a sign of life."""
         hooks = Hooks(lambda _: None, lambda _: None, tick)
-        found: dict[str, Any] = self._ask(("gauge", what, samples), hooks, [], deadline)
+        found: dict[str, Any] = self._ask(question, hooks, [], deadline)
         return found
 
     def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:

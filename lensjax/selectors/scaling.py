@@ -88,12 +88,16 @@ def lens(curves: Curves, target: float, *, gamma: int = GAMMA, tau: float = TAU,
         reasons.append(decision.reason)
     used |= np.isfinite(curves.losses) & (curves.sizes == 0)
     seen = _masked(curves, used)
-    scores = _scores("lens", curves, used, fit(seen, law="lens", prior=_priors(seen) if regularised else None), target)
+    fits = fit(seen, law="lens", prior=weak_priors(seen) if regularised else None)
+    scores = _scores("lens", curves, used, fits, target)
     return dataclasses.replace(scores, status=tuple(f"{s}; {r}" for r, s in zip(reasons, scores.status, strict=True)))
 
 
-def _priors(curves: Curves) -> dict[str, tuple[Any, Any]]:
-    """Mean and strength for beta and E; strength in units of the objective, half of a squared relative error."""
+def weak_priors(curves: Curves) -> dict[str, tuple[Any, Any]]:
+    """Return the priors of `lens` on beta and E for `lensjax.fit`: mean and strength.
+
+    Strength is in units of the objective, half of a squared relative error.
+    """
     lowest = np.nanmin(curves.losses, axis=1)
     return {
         "beta": (BETA_MEAN, (LOSS_NOISE / BETA_STD) ** 2),
