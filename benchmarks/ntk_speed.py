@@ -113,7 +113,7 @@ def lensjax_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
             ntk(model, batch, output=output, memory=SMOLLM2_BYTES)
         )
         return runs
-    plain, plain_params, ids = plain_gpt2(case)
+    plain, plain_params, ids = plain_gpt2(*CASES[case])
     plain_gradient = jax.jit(jax.value_and_grad(lambda p: plain(p, ids).sum()))
     runs["plain jax gradient"] = lambda: jax.block_until_ready(plain_gradient(plain_params))
     f, params = ntk_outputs(model, output)
@@ -157,13 +157,14 @@ def torch_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
     return {"torch gradient": gradient, "torch.func": kernel}
 
 
-def plain_gpt2(case: str) -> tuple[Callable[..., Any], Any, Any]:
+def plain_gpt2(
+    shapes: dict[str, int], n: int, output: str, length: int = LENGTH
+) -> tuple[Callable[..., Any], Any, Any]:
     """Return the outputs (parameters, ids) of a GPT-2 in plain JAX as it is usually written, parameters, and ids."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    shapes, n, output = CASES[case]
     d, heads, vocabulary = shapes["n_embd"], shapes["n_head"], shapes["vocab_size"]
     rng = np.random.default_rng(0)
 
@@ -178,8 +179,8 @@ def plain_gpt2(case: str) -> tuple[Callable[..., Any], Any, Any]:
          "up": (draw(d, 4 * d), draw(4 * d)), "down": (draw(4 * d, d), draw(d))}
         for _ in range(shapes["n_layer"])
     ]  # fmt: skip
-    params = {"tokens": draw(vocabulary, d), "positions": draw(LENGTH, d), "layers": layers, "norm": norm_params()}
-    ids = jnp.asarray(rng.integers(0, vocabulary, (n, LENGTH)), jnp.int32)
+    params = {"tokens": draw(vocabulary, d), "positions": draw(length, d), "layers": layers, "norm": norm_params()}
+    ids = jnp.asarray(rng.integers(0, vocabulary, (n, length)), jnp.int32)
     signs = jnp.asarray(rng.integers(0, 2, (vocabulary, 4)) * 2.0 - 1, jnp.float32)
 
     def norm(p: Any, x: Any) -> Any:
@@ -190,7 +191,7 @@ def plain_gpt2(case: str) -> tuple[Callable[..., Any], Any, Any]:
         # Structured derivatives have no rule for looking rows up, and would make the Jacobian of that in full.
         tokens = p["tokens"][ids] if looked_up else jax.nn.one_hot(ids, vocabulary) @ p["tokens"]
         x = tokens + p["positions"]
-        mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+        mask = jnp.tril(jnp.ones((length, length), bool))
         for q in p["layers"]:
             qkv = (norm(q["n1"], x) @ q["qkv"][0] + q["qkv"][1]).reshape(*ids.shape, 3, heads, d // heads)
             scores = jnp.einsum("...thk,...shk->...hts", qkv[..., 0, :, :], qkv[..., 1, :, :]) * (d // heads) ** -0.5
@@ -214,8 +215,8 @@ def neural_tangents_runs(case: str, gguf: str | None = None) -> dict[str, Run]:
     import jax
     import neural_tangents as nt
 
-    outputs, params, ids = plain_gpt2(case)
-    shapes = CASES[case][0]
+    shapes, n, output = CASES[case]
+    outputs, params, ids = plain_gpt2(shapes, n, output)
     gradient = jax.jit(jax.value_and_grad(lambda p: outputs(p, ids).sum()))
     runs: dict[str, Run] = {"jax 0.4 gradient": lambda: jax.block_until_ready(gradient(params))}
     # At 5M parameters structured derivatives take 11 times as long as the other way, and 4 to 7 times the memory.

@@ -11,7 +11,9 @@ from lensjax import tangents
 from lensjax.tasks import Encoded, batches
 
 PROBES = 4
-HVP_FLOPS = 12  # per weight and token: a Hessian-vector product is two gradients
+KERNEL_FLOPS = 6  # per weight and token: one gradient
+HVP_FLOPS = 12  # per weight and token: a form of the Hessian is two gradients
+COUNTED = f"{KERNEL_FLOPS + HVP_FLOPS * PROBES} for each weight and token, 2 for each weight and pair of samples"
 
 
 def look_flops(parameters: int, tokens: int, samples: int) -> float:
@@ -20,7 +22,7 @@ def look_flops(parameters: int, tokens: int, samples: int) -> float:
     The kernel takes a backward pass, 6 for each weight and token, and 2 for each weight and pair of samples; each of
     the trace's probes 12 for each weight and token.
     """
-    return float(parameters) * ((6 + HVP_FLOPS * PROBES) * tokens + 2 * samples**2)
+    return float(parameters) * ((KERNEL_FLOPS + HVP_FLOPS * PROBES) * tokens + 2 * samples**2)
 
 
 def look(model: Any, samples: Encoded, pad_id: int, parameters: int) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lensjax_kernels import random_signs_like
-from lensjax_kernels.gram import EXACT
 
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
-from lensjax.tangents.losses import Composed, ModelLoss, model_loss, with_frozen, without_frozen
+from lensjax.tangents.forms import dot, gauss_newton_forms, hessian_forms
+from lensjax.tangents.losses import Composed, ModelLoss, opened_loss, with_frozen, without_frozen
 from lensjax.tangents.models import is_model
 from lensjax.tangents.problem import ByLayer, Select, abstract, compiled, layer_name, leaf_names, select
 
@@ -56,7 +56,8 @@ def hvp(f: Any, params: Any, v: Any = None, *batch: Any) -> Any:
     """
     require_exact_backend()
     if is_model(f):
-        f, params, v, batch = (*model_loss(f), params, (v, *batch))
+        f, params, v, *own = opened_loss(f, params, v, *(batch or (None,)))
+        batch = tuple(own)
     _check_params(leaf_names(params), jax.tree.leaves(params))
     _check_like(params, v)
     _check_scalar(lambda p: f(p, *batch), params)
@@ -197,38 +198,66 @@ class Facts:
         """Return v_i . w_i of each block i, (blocks,), at least float32."""
         return self.block_sums([dot(a, b) for a, b in zip(v, w, strict=True)])
 
-    def prepare(
-        self, f: Any, params: Any, batch: Any, *, shared: bool = False
-    ) -> tuple[Callable[[Leaves], Leaves], jax.Array]:
-        """Return v -> (weight of the batch) * (matrix of the batch) @ v over the leaves that count, and the weight.
-
-        With `shared` several products share the gradient and keep what its derivative needs; without, each makes it
-        anew, and what the function recomputes (`jax.checkpoint`) is not kept.
-        """
+    def prepare(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], Leaves], jax.Array]:
+        """Return v -> (weight of the batch) * (matrix of the batch) @ v over the leaves that count, and the weight."""
         chosen = self.chosen(params)
-        model = isinstance(f, ModelLoss)
-        if not model:  # here, where it is traced, and not at every call
-            _check_scalar(lambda p: f(p, batch), params)
-        weight = self.weigh(f, batch)
-        # A model is differentiated as a sum: its mean over a batch without labelled tokens is 0 / 0.
-        scale = weight if not model else 1.0 if self.weight is None else weight / jnp.maximum(f.tokens(batch), 1)
-
-        def at(leaves: Leaves) -> Any:
-            return self.replaced(params, leaves)
-
         if self.matrix == "hessian":
-            gradient = jax.grad(lambda p: scale * (f.sums(at(p), batch)[0] if model else f(at(p), batch)))
-            if shared:
-                return jax.linearize(gradient, chosen)[1], weight
-            return (lambda v: jax.jvp(gradient, (chosen,), (v,))[1]), weight
-        if model:
-            middle = functools.partial(f.head_gauss_newton, batch)
-            product = _sandwich(lambda p: f.head_inputs(at(p), batch), middle, chosen)
-        else:
-            product = _sandwich(
-                lambda p: f.outputs(at(p), batch), lambda z, dz: _jvp_grad(lambda y: f.loss(y, batch), z, dz), chosen
-            )
+            loss, weight = self._loss(f, params, batch)
+            return (lambda v: jax.jvp(jax.grad(loss), (chosen,), (v,))[1]), weight
+        outputs, middle, scale, weight = self._parts(f, params, batch)
+        product = _sandwich(outputs, middle, chosen)
         return (lambda v: [(scale * w).astype(w.dtype) for w in product(v)]), weight
+
+    def prepare_forms(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], jax.Array], jax.Array]:
+        """Return v -> (weight of the batch) * v_i . (matrix of the batch @ v)_i of each block, and the weight."""
+        chosen = self.chosen(params)
+        if self.matrix == "hessian":
+            loss, weight = self._loss(f, params, batch)
+            find, scale = functools.partial(hessian_forms, loss, chosen), 1.0
+        else:
+            outputs, middle, scale, weight = self._parts(f, params, batch)
+            find = functools.partial(gauss_newton_forms, outputs, middle, chosen)
+
+        def forms(v: Leaves) -> jax.Array:
+            found = find(v)
+            if found is None:
+                return self.block_products(v, self.prepare(f, params, batch)[0](v))
+            return scale * self.block_sums(found)
+
+        return forms, weight
+
+    def _scale(self, f: Any, batch: Any) -> tuple[Any, jax.Array]:
+        """Return what a batch's loss is multiplied with, and the weight of the batch."""
+        weight = self.weigh(f, batch)
+        if not isinstance(f, ModelLoss):
+            return weight, weight
+        # A model is differentiated as a sum: its mean over a batch without labelled tokens is 0 / 0.
+        return 1.0 if self.weight is None else weight / jnp.maximum(f.tokens(batch), 1), weight
+
+    def _loss(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], Any], jax.Array]:
+        """Return the loss of a batch, times its weight, as a function of the leaves that count; and the weight."""
+        scale, weight = self._scale(f, batch)
+        if isinstance(f, ModelLoss):
+            return (lambda leaves: scale * f.sums(self.replaced(params, leaves), batch)[0]), weight
+        _check_scalar(lambda p: f(p, batch), params)  # here, where it is traced, and not at every call
+        return (lambda leaves: scale * f(self.replaced(params, leaves), batch)), weight
+
+    def _parts(self, f: Any, params: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+        """Return outputs of the leaves that count, the loss's curvature (z, dz) -> H_out dz, the scale, the weight."""
+        scale, weight = self._scale(f, batch)
+        if not isinstance(f, ModelLoss):
+            _check_scalar(lambda p: f(p, batch), params)
+
+        def outputs(leaves: Leaves) -> Any:
+            own = self.replaced(params, leaves)
+            return f.head_inputs(own, batch) if isinstance(f, ModelLoss) else f.outputs(own, batch)
+
+        def middle(z: Any, dz: Any) -> Any:
+            if isinstance(f, ModelLoss):
+                return f.head_gauss_newton(batch, z, dz)
+            return _jvp_grad(lambda y: f.loss(y, batch), z, dz)
+
+        return outputs, middle, scale, weight
 
     def weigh(self, f: Any, batch: Any) -> jax.Array:
         """Return the weight of a batch."""
@@ -238,21 +267,6 @@ class Facts:
             return jnp.asarray(f.tokens(batch), jnp.result_type(float))
         shapes = [jnp.shape(a) for a in jax.tree.leaves(batch)]
         return jnp.asarray(shapes[0][0] if shapes and shapes[0] else 1, jnp.result_type(float))
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the inner product of two arrays of one shape, at least float32.
-
-    In two stages: XLA's dot on CPU adds up in order, and is off by 0.4 % at 40 million float32 elements.
-    """
-    wide = jnp.promote_types(jnp.float32, a.dtype)
-    a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
-    whole = a.size // _ROW * _ROW
-    rows = jnp.einsum("ij,ij->i", a[:whole].reshape(-1, _ROW), b[:whole].reshape(-1, _ROW), precision=EXACT)
-    return jnp.sum(rows) + jnp.vdot(a[whole:], b[whole:], precision=EXACT)
-
-
-_ROW = 1024
 
 
 def facts_of(
@@ -462,8 +476,7 @@ def curvature_operator(
         can be read only once, or `f` has no Gauss-Newton matrix; at the first product, if the loss is not a real
         scalar.
     """
-    if is_model(f):
-        f, params, batches = (*model_loss(f), params)
+    f, params, batches = opened_loss(f, params, batches)
     facts = facts_of(f, params, matrix, parameters, by_layer, weight)
     if isinstance(batches, Iterator):
         raise InputError("batches is an iterator, but every product reads them all again; give a list.")

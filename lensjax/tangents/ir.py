@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, subjaxprs
 from jax.extend.core import primitives as jp
 from lensjax_kernels import head_cross_entropy
 
@@ -88,11 +88,23 @@ class Operation:
         return list(out) if self.primitive.multiple_results else [out]
 
 
-def elaborate(closed: ClosedJaxpr) -> Block:
-    """Return the tree of operations of a closed jaxpr."""
-    block = _block(closed.jaxpr, closed.consts)
+def elaborate(closed: ClosedJaxpr, *, heads: bool = True) -> Block:
+    """Return the tree of operations of a closed jaxpr.
+
+    Parameters
+    ----------
+    closed : ClosedJaxpr
+    heads : bool
+        Whether fused heads are kept whole; else they are inlined like other calls.
+    """
+    block = _block(closed.jaxpr, closed.consts, heads)
     _drop_unread(block)
     return block
+
+
+def holds(jaxpr: Jaxpr, primitive: Any) -> bool:
+    """Whether a program or one that it calls has an equation of the primitive."""
+    return any(e.primitive is primitive for e in jaxpr.eqns) or any(holds(j, primitive) for j in subjaxprs(jaxpr))
 
 
 def is_float(atom: Atom) -> bool:
@@ -105,14 +117,16 @@ def is_complex(atom: Atom) -> bool:
     return bool(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating))
 
 
-def _block(jaxpr: Any, consts: Sequence[Any]) -> Block:
+def _block(jaxpr: Any, consts: Sequence[Any], heads: bool) -> Block:
     inputs = [Value(v.aval) for v in jaxpr.invars]
     operations: list[Operation] = []
-    outputs = _inline(jaxpr, consts, inputs, operations)
+    outputs = _inline(jaxpr, consts, inputs, operations, heads)
     return Block(inputs, operations, outputs)
 
 
-def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], operations: list[Operation]) -> list[Atom]:
+def _inline(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], operations: list[Operation], heads: bool
+) -> list[Atom]:
     values: dict[Any, Atom] = {}
     values.update(zip(jaxpr.constvars, (c if isinstance(c, Value | Known) else Known(c) for c in consts), strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -123,21 +137,22 @@ def _inline(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], operations:
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         primitive, params = eqn.primitive, dict(eqn.params)
-        is_head = primitive in INLINED and _is_head(eqn)
+        is_head = heads and primitive in INLINED and _is_head(eqn)
         if primitive in INLINED and not is_head:
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             consts_of = inner.consts if isinstance(inner, ClosedJaxpr) else ()
             body = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-            values.update(zip(eqn.outvars, _inline(body, consts_of, inputs, operations), strict=True))
+            values.update(zip(eqn.outvars, _inline(body, consts_of, inputs, operations, heads), strict=True))
             continue
         outputs = [Value(v.aval) for v in eqn.outvars]
         if is_head:
             operation = Operation("head", primitive, params, inputs, outputs)
         elif primitive is jp.remat_p:
-            operation = Operation("remat", primitive, params, inputs, outputs, _block(params["jaxpr"], ()))
+            operation = Operation("remat", primitive, params, inputs, outputs, _block(params["jaxpr"], (), heads))
         elif primitive is jp.scan_p:
             inner = params["jaxpr"]
-            operation = Operation("scan", primitive, params, inputs, outputs, _block(inner.jaxpr, inner.consts))
+            body = _block(inner.jaxpr, inner.consts, heads)
+            operation = Operation("scan", primitive, params, inputs, outputs, body)
         else:
             operation = Operation("primitive", primitive, params, inputs, outputs)
         operations.append(operation)

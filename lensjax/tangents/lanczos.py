@@ -14,8 +14,7 @@ from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
 from lensjax.tangents.hessian import CurvatureOperator, Matrix, cut, dot, facts_of, join
-from lensjax.tangents.losses import model_loss, with_frozen, without_frozen
-from lensjax.tangents.models import is_model
+from lensjax.tangents.losses import opened_loss, with_frozen, without_frozen
 from lensjax.tangents.problem import ByLayer, Select, compiled, count_examples
 
 CUT = 1e-6
@@ -319,8 +318,7 @@ def example_forms(
     InputError
         As `curvature_operator` and `quadratic_form`, and if the leaves of `batch` do not share their first axis.
     """
-    if is_model(f):
-        f, params, v, batch = (*model_loss(f), params, v)
+    f, params, v, batch = opened_loss(f, params, v, batch)
     facts = facts_of(f, params, matrix, parameters, by_layer, None)
     if function not in FUNCTIONS:
         raise InputError(f"function={function!r} is not known; choose one of {', '.join(FUNCTIONS)}.")

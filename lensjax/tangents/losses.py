@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lensjax_kernels.head import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
+from lensjax.tangents.models import is_model, moved_up
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 2**24
@@ -80,6 +81,17 @@ def without_frozen(f: Any) -> tuple[Any, Any]:
     if not isinstance(f, ModelLoss) or not jax.tree.leaves(f.frozen):
         return f, None
     return _kept(f.graph, f.separate), f.frozen
+
+
+def opened_loss(f: Any, params: Any, *given: Any) -> tuple[Any, ...]:
+    """Return (f, params, *given) of a call, as `opened` does, with a model's mean loss as the function.
+
+    Raises
+    ------
+    InputError
+        If a model is given all of them.
+    """
+    return (*model_loss(f), *moved_up(f, params, *given)) if is_model(f) else (f, params, *given)
 
 
 def with_frozen(f: Any, frozen: Any) -> Any:

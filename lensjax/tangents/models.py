@@ -130,13 +130,24 @@ def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
     """
     if not is_model(f):
         return (*frozen_as_arguments(f, params), *given)
-    *others, before, last = params, *given
+    return (*model_function(f, output), *moved_up(f, params, *given))
+
+
+def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:
+    """Return the arguments after the parameters, of a call that gives a model and so no parameters.
+
+    Raises
+    ------
+    InputError
+        If one is given too many.
+    """
+    *others, before, last = given
     if before is not None and last is not None:
         raise InputError(
-            f"{type(f).__name__} brings its own parameters, so of the {len(given) + 1} arguments after it one is too "
+            f"{type(model).__name__} brings its own parameters, so of the {len(given)} arguments after it one is too "
             "many; leave the parameters out."
         )
-    return (*model_function(f, output), *others, before if last is None else last)
+    return (*others, before if last is None else last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

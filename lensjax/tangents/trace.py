@@ -27,8 +27,7 @@ from lensjax.tangents.hessian import (
     join,
     stream,
 )
-from lensjax.tangents.losses import model_loss, with_frozen, without_frozen
-from lensjax.tangents.models import is_model
+from lensjax.tangents.losses import opened_loss, with_frozen, without_frozen
 from lensjax.tangents.problem import ByLayer, Select, compiled
 
 Method = Literal["hutchinson", "hutch++"]
@@ -109,8 +108,7 @@ def hessian_trace(
     method : {"hutchinson", "hutch++"}
         See Notes.
     chunk : int
-        Probes in one compiled call, which share the loss's gradient and what it keeps for derivatives; "hutchinson"
-        only. 1 needs the least memory.
+        Probes in one compiled call, one after the other; "hutchinson" only.
 
     Returns
     -------
@@ -124,8 +122,10 @@ def hessian_trace(
     Notes
     -----
     "hutchinson": the mean over probes v of v_i . (H v)_i, with v random signs over all parameters, is unbiased for the
-    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. Memory is that
-    of one product: a few times the parameters, and as many activations as two gradients.
+    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms come
+    from one pass each way without the product H v, which costs a third more, and memory is that of the signs, as large
+    as the parameters, and of two to three times a gradient's activations. A function with a backward rule of its own
+    only (`jax.custom_vjp`) is multiplied with instead.
     "hutch++": a third of the products finds the range Q of H applied to random vectors, a third takes the trace on it
     exactly, the rest is spent on random probes of what is left, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
     eigenvalues, fewer than a third of the probes, hold most of the Frobenius norm; on a flat spectrum its error is
@@ -148,8 +148,7 @@ def hessian_trace(
     >>> float(estimate.trace), {name: float(value) for name, value in sorted(estimate.by_layer.items())}
     (4.0, {'a': 2.0, 'b': 2.0})
     """
-    if is_model(f):
-        f, params, batches = (*model_loss(f), params)
+    f, params, batches = opened_loss(f, params, batches)
     facts = facts_of(f, params, matrix, parameters, by_layer, weight)
     least = {"hutchinson": 1, "hutch++": 3}
     if method not in least:
@@ -168,14 +167,9 @@ def _hutchinson(
 ) -> TraceEstimate:
     def make(get: Callable[[], Any]) -> Any:
         def forms(params: Any, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-            multiply, weight = facts.prepare(with_frozen(get(), frozen), params, batch, shared=len(keys) > 1)
+            of, weight = facts.prepare_forms(with_frozen(get(), frozen), params, batch)
             chosen = facts.chosen(params)
-
-            def one(key: jax.Array) -> jax.Array:
-                v = random_signs_like(key, chosen)
-                return facts.block_products(v, multiply(v))
-
-            return jax.lax.map(one, keys), weight
+            return jax.lax.map(lambda key: of(random_signs_like(key, chosen)), keys), weight
 
         return jax.jit(forms)
 

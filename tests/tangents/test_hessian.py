@@ -13,7 +13,15 @@ from lensjax_kernels import random_signs_like
 
 from lensjax import InputError
 from lensjax.models import init_model
-from lensjax.tangents import Composed, curvature_operator, gauss_newton_product, hessian_trace, hvp, model_loss
+from lensjax.tangents import (
+    Composed,
+    curvature_operator,
+    example_forms,
+    gauss_newton_product,
+    hessian_trace,
+    hvp,
+    model_loss,
+)
 from lensjax.tangents.losses import head_gauss_newton
 
 
@@ -384,6 +392,7 @@ def test_hutch_plus_plus_of_a_large_matrix_in_float32():
 def test_errors():
     params, batch, key = {"w": jnp.ones(3)}, jnp.ones((2, 3)), jax.random.key(0)
     made = init_model({"model_type": "gpt2", **MODELS["gpt2"]}, key)
+    own = nnx.state(made, nnx.Param)
 
     def f(params, batch):
         return jnp.mean(jnp.square(batch @ params["w"]))
@@ -408,8 +417,12 @@ def test_errors():
         (lambda: hessian_trace(f, params, batch, key=key, matrix="fisher"), "choose 'hessian' or 'gauss_newton'"),
         (lambda: hessian_trace(f, params, batch, key=key, parameters="b*"), "selects none of the 1 parameters"),
         (lambda: hessian_trace(None, params, batch, key=key), "not NoneType"),
-        (lambda: hvp(made, nnx.state(made, nnx.Param)), "mapping with input_ids and labels, not NoneType"),
+        (lambda: hvp(made, own), "mapping with input_ids and labels, not NoneType"),
         (lambda: hessian_trace(made, {"input_ids": batch}, key=key), r"and labels, not \['input_ids'\]"),
+        (lambda: hvp(made, own, own, model_batch()), "brings its own parameters, so of the 3 arguments"),
+        (lambda: hessian_trace(made, own, model_batch(), key=key), "brings its own parameters, so of the 2 arguments"),
+        (lambda: curvature_operator(made, own, model_batch()), "leave the parameters out"),
+        (lambda: example_forms(made, own, own, model_batch()), "leave the parameters out"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):
