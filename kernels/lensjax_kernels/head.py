@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,7 @@ CHUNK_ELEMENTS = 2**25
 """Logits that exist at once by default, at most: 128 MB in float32."""
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
 def head_cross_entropy(
     hidden: jax.Array,
     weight: jax.Array,
@@ -26,7 +29,8 @@ def head_cross_entropy(
     """Cross-entropy of `hidden @ weight.T + bias` against `labels`, one loss a row.
 
     Rows are taken in chunks: a chunk's logits are made, reduced to losses and dropped; the backward pass makes
-    them again. Differentiable in forward mode, reverse mode and both nested, and under `jax.vmap`.
+    them again. Differentiable in forward mode, reverse mode and both nested, and under `jax.vmap`. Compiled as one call
+    of this name, by which `lensjax.tangents` knows it.
 
     Parameters
     ----------

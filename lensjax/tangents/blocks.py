@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lensjax.errors import InputError
 from lensjax.tangents.memory import Blocks, Way, too_little, within
 from lensjax.tangents.models import frozen_as_arguments, opened
 from lensjax.tangents.ntk import Outputs, check_bounded, checked, choose, ntk
+from lensjax.tangents.oracles import has_reverse_mode
 from lensjax.tangents.problem import Problem, Select
 from lensjax.tangents.report import NtkReport, report_of
 
@@ -213,14 +216,29 @@ class _Store:
 
 
 def _fingerprint(problem: Problem, params: Any, x1: Any, x2: Any, outputs: str, block: int) -> str:
+    def derivative(params: Any, example: Any) -> Any:
+        # Of the gradient: a function's own rules for derivatives are not in its program, but in this one.
+        y, pull = jax.vjp(lambda chosen: problem.flat(params, chosen, example), problem.chosen(params))
+        return y, pull(jnp.ones_like(y))
+
+    example = jax.tree.map(lambda a: a[0], x1)
+    reverse = has_reverse_mode(problem, params, x1)
+    closed = jax.make_jaxpr(derivative if reverse else problem.function)(params, example)
+    program = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of functions are others in each process
     digest = hashlib.sha256()
-    closed = jax.make_jaxpr(problem.function)(params, jax.tree.map(lambda a: a[0], x1))
-    facts = (str(closed.jaxpr), problem.names, problem.layers, problem.rows, problem.columns, outputs, block)
+    facts = (program, problem.names, problem.layers, problem.rows, problem.columns, outputs, block)
     digest.update(repr(facts).encode())
-    for leaf in jax.tree.leaves((closed.consts, params, x1, x2)):
+    for leaf in jax.tree.leaves((_constants(closed), params, x1, x2)):
         array = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(np.ascontiguousarray(array).view(np.uint8).data if np.size(array) else b"")
     return digest.hexdigest()
+
+
+def _constants(closed: Any) -> list[Any]:
+    """Return the arrays that a program and those that it calls close over."""
+    inner = jax.tree.leaves([e.params for e in closed.jaxpr.eqns], is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr))
+    programs = [ClosedJaxpr(x, ()) if isinstance(x, Jaxpr) else x for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
+    return [*closed.consts, *(c for program in programs for c in _constants(program))]
 
 
 def _pairs(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tuple[int, int]]:

@@ -192,7 +192,8 @@ class _Walk:
         if not isinstance(first, _Moving) or any(isinstance(x, _Moving) for x in operands[1:]):
             return None
         out = operation.outputs[0]
-        entries = primitive in SAME_ENTRIES and out.aval.size == first.value.size and not ir.is_complex(out)
+        real = ir.is_float(out) and not ir.is_complex(out)  # what is cast to integers has no derivative
+        entries = primitive in SAME_ENTRIES and out.aval.size == first.value.size and real
         scaled = primitive in (jp.mul_p, jp.div_p) and ir.scalar(operation.inputs[1]) is not None
         anywhere = scaled or (entries and (primitive in IDENTITIES or primitive is jp.neg_p))
         if anywhere or ((entries or primitive in PARTS) and not first.step.ndim):
@@ -238,8 +239,7 @@ class _Walk:
         def run(operands: list[Any]) -> list[Any]:
             return [self.still(x) for x in self.block(body, operands)]
 
-        params = operation.params
-        return jax.checkpoint(run, policy=params["policy"], prevent_cse=params["prevent_cse"])(operands)
+        return jax.checkpoint(run, policy=operation.params["policy"], prevent_cse=ir.prevents_cse(operation))(operands)
 
     def _scan(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:
         body, params = operation.body, operation.params

@@ -7,7 +7,8 @@ that attaches facts to values needs them apart. `elaborate` makes that tree, wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -107,6 +108,12 @@ def holds(jaxpr: Jaxpr, primitive: Any) -> bool:
     return any(e.primitive is primitive for e in jaxpr.eqns) or any(holds(j, primitive) for j in subjaxprs(jaxpr))
 
 
+def prevents_cse(operation: Operation) -> bool:
+    """Whether a region that is recomputed is kept apart from its first computation."""
+    # May be told for each input, of which a transformed region has others.
+    return bool(np.any(operation.params["prevent_cse"]))
+
+
 def is_float(atom: Atom) -> bool:
     """Whether a gradient can flow through the value."""
     return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))
@@ -163,14 +170,15 @@ def _inline(
 def _is_head(eqn: Any) -> bool:
     """Whether a call is our fused head without a bias, told by its name and by the body that we would trace.
 
-    With a bias it is inlined: that is a parameter too, and the product with the weight has factors like any other.
+    With a bias, or with chunks of a size of their own, it is inlined: a bias is a parameter too, and the product with
+    the weight has factors like any other.
     """
-    if eqn.params.get("name") != head_cross_entropy.__name__ or len(eqn.invars) != 3:
+    function = inspect.unwrap(head_cross_entropy)
+    if eqn.params.get("name") != function.__name__ or len(eqn.invars) != 3:
         return False
     avals = [v.aval for v in eqn.invars]
     if [len(a.shape) for a in avals] != [2, 2, 1]:
         return False
-    function: Callable[..., Any] = getattr(head_cross_entropy, "__wrapped__", head_cross_entropy)
     return str(jax.make_jaxpr(function)(*avals).jaxpr) == str(eqn.params["jaxpr"].jaxpr)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from lensjax_kernels.gram import EXACT
 
 from lensjax.tangents import groups, ir, shares
 from lensjax.tangents.plan import Plan, Site
@@ -183,9 +185,7 @@ class Transform:
             inner = _Frame(slots, taps, iterations, {})
             return self._block(body, operands, inner), inner.saved
 
-        run = jax.checkpoint(
-            run, policy=operation.params["policy"], prevent_cse=operation.params["prevent_cse"]
-        )  # fmt: skip
+        run = jax.checkpoint(run, policy=operation.params["policy"], prevent_cse=ir.prevents_cse(operation))
         outs, saved = run(operands, frame.slots, frame.taps, frame.iterations)
         frame.saved.update(saved)
         return [
@@ -368,17 +368,29 @@ class Transform:
     ) -> dict[int, jax.Array]:
         results: dict[int, jax.Array] = {}
 
-        def add(owner: Any, share: jax.Array) -> None:
-            """Add a share (iterations, ...) or (...) to its layers."""
-            for layer, gain in owner:
+        def add(site: Site, share: jax.Array) -> None:
+            """Add a share (iterations, ...), or (...) where no loop tells the layers apart, to its layers."""
+            loop = self.plan.loop_of(site)
+            gains: dict[int, Any] = {}  # of each layer, in each iteration
+            for layer, gain in site.node.owners[0]:
                 if layer >= 0:
-                    # Features are linear in the gradient, the others quadratic.
-                    factor = math.sqrt(gain) if isinstance(self.reducer, Features) else gain
-                    part = share if factor == 1.0 else share * factor
-                    results[layer] = results[layer] + part if layer in results else part
+                    gains[layer] = gains.get(layer, 0.0) + gain
                     continue
                 for i, iteration in enumerate(self.plan.tables[-layer - 1][1]):
-                    add([(own, gain * g) for own, g in iteration], share[i])
+                    for own, times in iteration:
+                        # A copy: a number, where the layer is the same in all iterations, or their gains so far.
+                        gains[own] = gains.get(own, 0.0) + np.zeros(len(share))
+                        gains[own][i] += gain * times
+            for layer, gain in gains.items():
+                # Features are linear in the gradient, the others quadratic.
+                factor = np.sqrt(gain) if isinstance(self.reducer, Features) else np.asarray(gain)
+                if loop is not None:
+                    factor = np.broadcast_to(factor, len(share)).astype(share.dtype)
+                    places = np.flatnonzero(factor)
+                    part = jnp.tensordot(factor[places], share[places], axes=1, precision=EXACT)
+                else:
+                    part = share if factor == 1.0 else share * factor
+                results[layer] = results[layer] + part if layer in results else part
 
         done = set()
         for site in self.plan.sites:
@@ -392,9 +404,9 @@ class Transform:
                 share = jnp.moveaxis(share, 1, 2) if self.reducer.crossed else share
             elif self.reducer.crossed:
                 share = jnp.moveaxis(share, 0, 1)
-            add(site.node.owners[0], share)
+            add(site, share)
         for site in self.tapped_sites:
-            add(site.node.owners[0], self._group(site, collected, saved))
+            add(site, self._group(site, collected, saved))
         return results
 
     def _group(

@@ -451,3 +451,30 @@ def lookup_outside_a_tall_table(p, ids):
 def shared_with_axes_in_another_order(p, x):
     x = jax.lax.dot_general(x.reshape(5, 2, 2), p["w"], (((2, 1), (1, 0)), ((), ())))
     return total(jnp.einsum("thk,hko->to", jnp.tanh(x).reshape(5, 2, 2), p["w"]))
+
+
+@program({"a": (4, 4), "b": (4, 4), "u": (4, 4), "w": (2, 4, 4)}, a=SHARE, b=SHARE, u=SHARE, w=SHARE)
+def stack_beside_stacked(p, x):
+    """Which parameter it is differs by iteration for one of the two that are added, not for the other."""
+    both = (jnp.stack([p["a"], 2 * p["b"]]), p["w"])
+    return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ (w[0] + w[1])), None), jnp.tanh(x @ p["u"]), both)[0])
+
+
+@program({"a": (4, 4), "b": (4, 4), "c": (4, 4), "d": (4, 4)}, a=SHARE, b=SHARE, c=SHARE, d=SHARE)
+def two_stacks_added(p, x):
+    both = (jnp.stack([p["a"], p["b"]]), jnp.stack([p["c"], 3 * p["d"]]))
+    return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ (w[0] + w[1])), None), x, both)[0])
+
+
+@program({"w": (4, 4), "s": (2, 4, 4)}, w=LIFTED, s=SHARE)
+def rounded_on_the_side(p, x):
+    """What is cast to integers or truth values moves in steps, which have no derivative."""
+    rounded = (p["w"] * 3).astype(jnp.int32).astype(x.dtype) / 3
+    kept = p["w"] * (p["w"] > 0.2).astype(bool).astype(x.dtype)
+    return total(x @ p["w"] + x @ rounded + x @ kept + jnp.tanh(x @ p["s"][0]))
+
+
+@program({"w": (4, 4)}, w=FACTORS)
+def region_told_apart_by_input(p, x):
+    layer = jax.checkpoint(lambda w, h: jnp.tanh(h @ w), prevent_cse=(True, False))
+    return total(layer(p["w"], layer(p["w"], x)))

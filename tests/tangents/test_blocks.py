@@ -91,6 +91,34 @@ def test_another_computation_does_not_continue_the_file(tmp_path):
         ntk_blocks(one, p, x, block=2, file=file)
 
 
+def with_a_constant(scale):
+    """A function whose array belongs to a program that it calls."""
+    factors = jnp.full(4, scale)
+    return lambda p, x: jax.jit(lambda row: jnp.tanh(row * factors) @ p["w"])(x).sum()
+
+
+def with_a_rule(scale):
+    """A function whose derivative is another one than its program's."""
+
+    @jax.custom_vjp
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    layer.defvjp(lambda w, x: (layer(w, x), (w, x)), lambda saved, ct: (scale * saved[1].T @ ct, ct @ saved[0].T))
+    return lambda p, x: layer(p["w"], x).sum()
+
+
+@pytest.mark.parametrize("make", [with_a_constant, with_a_rule])
+def test_neither_does_a_function_with_other_arrays_or_rules(tmp_path, make):
+    rng = np.random.default_rng(0)
+    p, x = {"w": jnp.asarray(rng.normal(size=(4, 3)))}, jnp.asarray(rng.normal(size=(4, 5, 4)))
+    file = tmp_path / "kernel.npy"
+    first = np.array(ntk_blocks(make(1.0), p, x, block=2, file=file))
+    np.testing.assert_array_equal(ntk_blocks(make(1.0), p, x, block=2, file=file), first)  # made anew, but the same
+    with pytest.raises(InputError, match="holds blocks of another function"):
+        ntk_blocks(make(3.0), p, x, block=2, file=file)
+
+
 def test_memory_bounds_the_block():
     rng = np.random.default_rng(0)
     p = jnp.asarray(rng.normal(size=(64, 64)), np.float32)

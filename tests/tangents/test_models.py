@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from lensjax_kernels import head_cross_entropy
 
 from lensjax import InputError
-from lensjax.models import base, init_model
+from lensjax.models import init_model
 from lensjax.models.lora import add_lora
 from lensjax.tangents import explain, ntk, ntk_blocks, ntk_operator, ntk_outputs
-from lensjax.tangents.models import model_function
+from lensjax.tangents.models import WithFrozen, model_function
+from lensjax.tangents.problem import leaf_names
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 9}
 
@@ -70,12 +70,11 @@ def dense_loss_kernel(tied):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("execution", "remat", "tied"), [("unroll", False, True), ("scan", True, True),
                                                           ("scan", False, False)])  # fmt: skip
-def test_loss_kernel_of_gpt2(execution, remat, tied, fused, monkeypatch):
-    if fused:  # the head as one call, which the transformation knows
-        monkeypatch.setattr(base, "head_cross_entropy", jax.jit(head_cross_entropy))
+def test_loss_kernel_of_gpt2(execution, remat, tied, fused):
     with jax.enable_x64(True):
         model = gpt2(tie_word_embeddings=tied)
         model.execution, model.remat = execution, remat
+        model.head_chunk = None if fused else 4  # chunks of one's own are products like any other
         f, params = ntk_outputs(model)
         kernel, report = ntk(lambda p, e: f(p, e), params, batch(), return_report=True)
         assert relative(kernel, dense_loss_kernel(tied)) < 1e-10
@@ -220,6 +219,38 @@ def test_plain_jax():
 
         params = jax.tree.map(jnp.asarray, params)
         assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
+
+
+class Named(eqx.Module):
+    value: jax.Array
+
+
+def test_names_of_leaves_called_value():
+    class Attention(nnx.Module):
+        def __init__(self):
+            self.query, self.value = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)), nnx.Param(jnp.ones(2))
+
+    state = nnx.split(Attention(), nnx.Param, ...)[1]
+    assert leaf_names(state) == leaf_names(nnx.to_pure_dict(state)) == ("query.kernel", "value")
+    both = WithFrozen({"value": jnp.ones(2)}, {"m": Named(jnp.ones(2)), "s": state})
+    assert leaf_names(both) == ("value", "(frozen) m.value", "(frozen) s.query.kernel", "(frozen) s.value")
+    linen_params = linen.MultiHeadDotProductAttention(1, use_bias=False).init(jax.random.key(0), jnp.ones((2, 2)))
+    assert "params.value.kernel" in leaf_names(linen_params)
+    assert leaf_names({"m": Named(jnp.ones(2)), "v": nnx.Param({"value": jnp.ones(2)})}) == ("m.value", "v.value")
+    plain = {"attn": {name: jnp.ones(2) for name in ("query", "key", "value")}}
+
+    def f(p, e):
+        return sum(jnp.vdot(a, e) for a in jax.tree.leaves(p))
+
+    x = jnp.ones((2, 2))
+    assert set(ntk(f, plain, x, by_layer=True)) == {"attn"}
+    np.testing.assert_allclose(ntk(f, plain, x, parameters="attn.value"), 2.0)
+
+
+def test_an_output_is_of_models_only():
+    for call in (ntk, ntk_blocks, explain, ntk_operator):
+        with pytest.raises(InputError, match="output='gold_logit' is one of language models, but f is a function"):
+            call(lambda w, x: w @ x, jnp.ones(2), jnp.ones((3, 2)), output="gold_logit")
 
 
 def test_frozen_weights_under_adapters_are_arguments():

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax.tangents import explain, gradient_norms, ntk
+from lensjax.tangents import explain, gradient_norms, ntk, ntk_features
 
 SPEC = importlib.util.spec_from_file_location("programs", Path(__file__).with_name("programs.py"))
 programs = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(programs)
 WITH_SUBSETS = ("dense_layer", "tied_embedding", "frozen_layer_in_the_stack", "recurrent_network",
                 "stacked_then_scanned", "low_rank_product", "sum_of_two", "fused_projections",
-                "disjoint_slices")  # fmt: skip
+                "disjoint_slices", "stack_beside_stacked", "two_stacks_added")  # fmt: skip
 WITH_NORMS = ("dense_layer", "used_both_ways", "tied_embedding", "tied_fused_head", "untied_fused_head", "two_lookups",
               "stacked_and_shared_within", "recurrent_network", "frozen_layer_in_the_stack",
-              "relative_position_bias", "experts_by_one_hot")  # fmt: skip
+              "relative_position_bias", "experts_by_one_hot", "stack_beside_stacked", "two_stacks_added")  # fmt: skip
 
 
 def first(f):
@@ -82,6 +82,19 @@ def test_gradient_norms_are_the_diagonal(name):
         f, params, x, jacobians = reference(name)
         want = np.sqrt(sum(np.sum(j**2, axis=2) for j in jacobians.values()))
         np.testing.assert_allclose(gradient_norms(f, params, x), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chosen", [("a", "c"), ("a", "b", "c", "d"), ("b",)])
+def test_features_of_layers_that_a_loop_tells_apart(chosen):
+    """One iteration's share stands for two parameters: twice the kernel, not twice the features."""
+    with jax.enable_x64(True):
+        f, params, x, jacobians = reference("two_stacks_added")
+        want = sum(np.trace(gram(jacobians[key])) for key in chosen)
+        found = [
+            np.sum(np.square(ntk_features(first(f), params, x, width=64, key=jax.random.key(seed), parameters=chosen)))
+            for seed in range(40)
+        ]
+        assert abs(np.mean(found) / want - 1) < 4 * np.std(found) / want / np.sqrt(40) < 0.3
 
 
 def test_the_table_covers_every_treatment():
