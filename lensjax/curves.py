@@ -15,7 +15,7 @@ import numpy as np
 
 from lensjax import data
 from lensjax.errors import InputError
-from lensjax.hints import decode, did_you_mean, nearby, number_hint, ungrouped, wrong_delimiter
+from lensjax.hints import decode, nearby, number_hint, packaged_like, ungrouped, wrong_delimiter
 from lensjax.notebook import listed, table
 
 
@@ -177,15 +177,8 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     names = data.TABLES[kind]
     if name not in names:
         known = ", ".join(f"{kind}:{n}" for n in names)
-        raise InputError(f"{text}: no such {kind} table. There are: {known}.{_packaged_like(name)}")
+        raise InputError(f"{text}: no such {kind} table. There are: {known}.{packaged_like(name, data.TABLES)}")
     return _read_csv(data.path(kind, f"{name}.csv"), text)
-
-
-def _packaged_like(name: str) -> str:
-    """Name the packaged table that may be meant."""
-    homes = {name: kind for kind, names in data.TABLES.items() for name in names}
-    hint = did_you_mean(name, homes)
-    return next((hint.replace(n, f"{kind}:{n}") for n, kind in homes.items() if n in hint), "")
 
 
 def _read_csv(path: Path, source: str) -> Curves:
@@ -195,7 +188,7 @@ def _read_csv(path: Path, source: str) -> Curves:
         packaged = ", ".join(f"{kind}:{name}" for kind, names in data.TABLES.items() for name in names)
         raise InputError(
             f"{source}: no such file. Give a CSV file of losses or one of {packaged}."
-            f"{nearby(path) or _packaged_like(path.name)}"
+            f"{nearby(path) or packaged_like(path.name, data.TABLES)}"
         )
     lines = _lines(path, source)
     if not lines:

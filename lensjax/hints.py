@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LFS = b"version https://git-lfs"
@@ -22,17 +22,34 @@ MAGIC = {
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str], before: str = "") -> str:
     """Return " Did you mean NAME?" for the known name most like the one given, "" if none is.
+
+    What stands before all of them alike, such as the dashes of options, is only put into the hint.
 
     Examples
     --------
     >>> did_you_mean("Avraged", ["averaged", "lens"])
     ' Did you mean averaged?'
     """
-    folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(given.casefold(), folded, n=1)
-    return f" Did you mean {folded[found[0]]}?" if found else ""
+    return _meant(given, {name.casefold(): f"{before}{name}" for name in known})
+
+
+def packaged_like(given: str, tables: Mapping[str, Iterable[str]]) -> str:
+    """Return " Did you mean KIND:NAME?" for the packaged table whose name is most like the one given, "" if none is.
+
+    Examples
+    --------
+    >>> packaged_like("novel", {"live": ["novels", "packages"], "published": ["flan"]})
+    ' Did you mean live:novels?'
+    """
+    return _meant(given, {name.casefold(): f"{kind}:{name}" for kind, names in tables.items() for name in names})
+
+
+def _meant(given: str, known: Mapping[str, str]) -> str:
+    """Return the hint for the key most like a text, by its value."""
+    found = difflib.get_close_matches(given.casefold(), known, n=1)
+    return f" Did you mean {known[found[0]]}?" if found else ""
 
 
 def nearby(path: Path) -> str:

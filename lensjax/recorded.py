@@ -13,7 +13,7 @@ import numpy as np
 
 from lensjax import data
 from lensjax.errors import InputError
-from lensjax.hints import did_you_mean
+from lensjax.hints import packaged_like
 from lensjax.notebook import listed
 
 
@@ -136,7 +136,8 @@ def read_tangents(source: str | os.PathLike[str]) -> RecordedTangents:
     if text.startswith("live:"):
         if name not in data.LIVE:
             known = ", ".join(f"live:{n}" for n in data.LIVE)
-            raise InputError(f"{text}: nothing is recorded under this name. There are: {known}.{_like(name)}")
+            hint = packaged_like(name, {"live": data.LIVE})
+            raise InputError(f"{text}: nothing is recorded under this name. There are: {known}.{hint}")
         path = data.path("live", f"{name}.npz")
     else:
         path = Path(text)
@@ -155,7 +156,3 @@ def read_tangents(source: str | os.PathLike[str]) -> RecordedTangents:
             f"{text}: cannot be read as recorded tangents ({type(error).__name__}: {error}). Give live:NAME or a file "
             "that benchmarks/live/package.py wrote."
         ) from error
-
-
-def _like(name: str) -> str:
-    return did_you_mean(name, data.LIVE).replace("mean ", "mean live:")

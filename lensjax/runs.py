@@ -10,7 +10,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class Journal:
         Created if it does not exist. If it holds the journal of the same specification, its runs are kept.
     specification : mapping
         What is being selected, JSON-serialisable: two selections share a directory only if it is equal.
+    read_only : bool
+        Only look: nothing is made, locked or mended, whoever writes there; a line that is being written is left out.
 
     Raises
     ------
@@ -98,20 +100,28 @@ class Journal:
         differs.
     """
 
-    def __init__(self, directory: Path, specification: Mapping[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, specification: Mapping[str, Any], *, read_only: bool = False) -> None:
+        self.directory, self.read_only = directory, read_only
         self.notices: list[str] = []
         self._runs: dict[str, Run] = {}
         self._lines: list[Run] = []
-        self._open(specification)
-        self._lock()
+        self._release: Callable[[], object] = lambda: None
+        wanted = json.loads(json.dumps(specification))
+        begun = self._check(wanted)
+        if not begun:
+            if read_only:
+                self._check_place()
+            else:
+                self._make(wanted)
+        if not read_only:
+            self._release = lock_directory(directory, self, "lensjax.select", by=SPECIFICATION)
         self._read()
 
-    def _open(self, specification: Mapping[str, Any]) -> None:
+    def _check(self, wanted: Mapping[str, Any]) -> bool:
+        """Refuse a directory of anything else; return whether it is one of this selection, not one to be made."""
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"--out {self.directory}: is a file; name a directory.")
         path = self.directory / SPECIFICATION
-        wanted = json.loads(json.dumps(specification))
         if path.exists():
             try:
                 found = json.loads(path.read_text())
@@ -126,28 +136,26 @@ class Journal:
                     "or repeat the options of that run to continue it. "
                     f"It has {'; '.join(_differences(found, wanted))}."
                 )
-        elif self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
+            return True
+        if self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
             raise InputError(f"--out {self.directory}: is not empty and holds no lensjax run. Name a new directory.")
-        else:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(wanted, indent=2) + "\n")
-            except OSError as error:
-                raise InputError(
-                    f"--out {self.directory}: cannot be written ({error.strerror}). Name another directory."
-                ) from error
+        return False
 
-    def _lock(self) -> None:
-        """Keep other processes out for as long as this one lives; the system drops the lock when it dies."""
-        handle = os.open(self.directory / SPECIFICATION, os.O_RDONLY)
-        self._release = weakref.finalize(self, os.close, handle)
+    def _check_place(self) -> None:
+        """Refuse a directory that could not be made or written to."""
+        present = next(place for place in (self.directory, *self.directory.absolute().parents) if place.exists())
+        if not (present.is_dir() and os.access(present, os.W_OK)):
+            what = "cannot be written" if present.is_dir() else "is a file"
+            raise InputError(f"--out {self.directory}: {present} {what}. Name another directory.")
+
+    def _make(self, wanted: Mapping[str, Any]) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.directory / SPECIFICATION, json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
             raise InputError(
-                f"--out {self.directory}: another lensjax.select is running there. Wait for it or name a new directory."
-            ) from None
+                f"--out {self.directory}: cannot be written ({error.strerror}). Name another directory."
+            ) from error
 
     def close(self) -> None:
         """Let other processes use the directory."""
@@ -159,15 +167,11 @@ class Journal:
             return
         raw = path.read_bytes()
         whole, _, torn = raw.rpartition(b"\n")
-        if torn:
+        if torn and not self.read_only:
             # A kill in the middle of a write leaves a line without its end: that run is repeated.
             self.notices.append(f"{path}: the last line was cut off and is dropped; its run is repeated")
             with path.open("r+b") as file:
                 file.truncate(len(raw) - len(torn))
-        self._take(whole)
-
-    def _take(self, whole: bytes) -> None:
-        """Take in the whole lines of the file."""
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
                 run = Run(**json.loads(line))
@@ -202,7 +206,11 @@ class Journal:
         ------
         SelectionError
             If it cannot be written (a full disk, say); the journal is then as it was.
+        ValueError
+            If it is only looked at.
         """
+        if self.read_only:
+            raise ValueError(f"{self.directory}: the journal was opened to be looked at only")
         line = json.dumps(dataclasses.asdict(run)) + "\n"
         path = self.directory / JOURNAL
         before = path.stat().st_size if path.exists() else 0
@@ -258,6 +266,46 @@ def write_atomically(path: Path, text: str | bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def lock_directory(directory: Path, owner: object, program: str, *, by: str = "") -> Callable[[], object]:
+    """Keep other processes out of a directory for as long as an object lives; the lock dies with the process.
+
+    Parameters
+    ----------
+    directory : Path
+    owner : object
+    program : str
+        What the others would be, for the message.
+    by : str
+        A file in it that is locked in its stead.
+
+    Returns
+    -------
+    callable () -> object
+        Drops the lock now.
+
+    Raises
+    ------
+    InputError
+        If another process has it, or the file system knows no locks.
+    OSError
+        If the directory cannot be opened.
+    """
+    handle = os.open(directory / by, os.O_RDONLY)
+    release = weakref.finalize(owner, os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        release()
+        if isinstance(error, BlockingIOError):
+            raise InputError(
+                f"--out {directory}: another {program} is running there. Wait for it or name a new directory."
+            ) from None
+        raise InputError(
+            f"--out {directory}: cannot be locked ({error.strerror}). Name a directory on another file system."
+        ) from error
+    return release
 
 
 def sync_directory(directory: Path) -> None:

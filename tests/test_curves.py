@@ -134,6 +134,11 @@ def test_a_missing_table_is_named(tmp_path):
         read_losses(tmp_path / "nowhere.csv")
     with pytest.raises(InputError, match=r"published:mars: no such published table\. There are: published:flan"):
         read_losses("published:mars")
+    # Of whichever kind it is.
+    with pytest.raises(InputError, match=r"published:Novel: no such published table.*Did you mean live:novels\?$"):
+        read_losses("published:Novel")
+    with pytest.raises(InputError, match=r"flam: no such file.*Did you mean published:flan\?$"):
+        read_losses(tmp_path / "flam")
     with pytest.raises(InputError, match="is a directory"):
         read_losses(tmp_path)
 

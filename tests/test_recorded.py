@@ -9,6 +9,7 @@ import pytest
 
 import lensjax
 from lensjax.data import LIVE
+from lensjax.hints import packaged_like
 from lensjax.laws import kernel_residual
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "live" / "runs.jsonl"
@@ -81,6 +82,11 @@ def test_the_residual_of_eq_9_starts_at_the_squared_losses_and_falls():
 def test_a_wrong_name_is_told_with_those_there_are(tmp_path):
     with pytest.raises(lensjax.InputError, match=r"live:novel: nothing is recorded .* Did you mean live:novels\?"):
         lensjax.read_tangents("live:novel")
+    # Of published tables nothing is recorded, so none is meant.
+    with pytest.raises(lensjax.InputError, match=r"live:flam: nothing is recorded .* live:packages\.$"):
+        lensjax.read_tangents("live:flam")
+    assert packaged_like("Novel", {"a": ["flan"], "live": ["novels"]}) == " Did you mean live:novels?"
+    assert packaged_like("mars", {"live": ["novels"]}) == ""
     with pytest.raises(lensjax.InputError, match=r"live:flan: no such live table\. There are: live:definitions"):
         lensjax.read_losses("live:flan")
     other = tmp_path / "other.npz"

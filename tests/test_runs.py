@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from lensjax.errors import InputError, SelectionError
-from lensjax.runs import JOURNAL, Journal, Run, curves_of, key_of, write_atomically
+from lensjax.runs import JOURNAL, Journal, Run, curves_of, key_of, lock_directory, write_atomically
 
 SPECIFICATION = {"task": "t", "sizes": [1, 2]}
 WORKER = pathlib.Path(__file__).with_name("journal_worker.py")
@@ -86,6 +87,49 @@ def test_two_processes_cannot_use_one_directory_at_once(tmp_path):
         Journal(tmp_path, SPECIFICATION)
     journal.close()
     assert len(Journal(tmp_path, SPECIFICATION)) == 0
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    handles = len(os.listdir("/proc/self/fd"))
+    for what in (lambda: Journal(tmp_path / "r", SPECIFICATION), lambda: lock_directory(tmp_path, run(), "x")):
+        with pytest.raises(InputError, match=r"cannot be locked \(Operation not supported\)\. Name a directory on"):
+            what()
+    assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_who_only_looks_changes_nothing_and_waits_for_nobody(tmp_path):
+    writing = Journal(tmp_path / "r", SPECIFICATION)
+    writing.append(run("one"))
+    path = tmp_path / "r" / JOURNAL
+    path.write_bytes(path.read_bytes() + b'{"key": "t')
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    looked = Journal(tmp_path / "r", SPECIFICATION, read_only=True)
+    assert (len(looked), looked.get("one"), looked.notices) == (1, run("one"), [])
+    with pytest.raises(ValueError, match="to be looked at only"):
+        looked.append(run("two"))
+    looked.close()
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+    with pytest.raises(InputError, match="another lensjax"):
+        Journal(tmp_path / "r", SPECIFICATION)  # still locked by the one that writes
+    with pytest.raises(InputError, match="holds another run"):
+        Journal(tmp_path / "r", {"task": "u"}, read_only=True)
+
+
+def test_who_only_looks_makes_nothing_and_refuses_what_could_not_be_made(tmp_path, monkeypatch):
+    assert len(Journal(tmp_path / "new" / "r", SPECIFICATION, read_only=True)) == 0
+    (tmp_path / "empty").mkdir()
+    assert len(Journal(tmp_path / "empty", SPECIFICATION, read_only=True)) == 0
+    assert [p.name for p in tmp_path.rglob("*")] == ["empty"]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{tmp_path}/file is a file. Name another directory"):
+        Journal(tmp_path / "file" / "r", SPECIFICATION, read_only=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be written. Name another directory"):
+        Journal(tmp_path / "r", SPECIFICATION, read_only=True)
 
 
 def test_a_record_that_cannot_be_written_leaves_the_journal_as_it_was(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def own(tmp_path, monkeypatch):
     return tmp_path / "cache" / "tokens"
 
 
-def same(one, other):
+def assert_same(one, other):
     assert len(one) == len(other)
     for a, b in zip(one.ids, other.ids, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -36,7 +36,7 @@ def test_what_comes_back_is_what_was_made(own, tiny_models, separate, pack):
     made = encode(examples, tokenizer, 12, separate=separate, pack=pack)
     first = cached("k", lambda: made)
     assert first is made
-    same(cached("k", lambda: pytest.fail("it was made again")), made)
+    assert_same(cached("k", lambda: pytest.fail("it was made again")), made)
     assert [p.name for p in own.iterdir()] == ["k.npz"]
 
 
@@ -51,8 +51,10 @@ def test_a_damaged_file_is_made_again(own, damage):
     cached("k", lambda: made)
     path = own / "k.npz"
     path.write_bytes(path.read_bytes()[:100] if damage == "half" else damage)
-    same(cached("k", lambda: made), made)
-    same(cached("k", lambda: pytest.fail("it was not mended")), made)
+    assert cached("k", lambda: made) is made  # not what was read
+    mended = cached("k", lambda: pytest.fail("it was not mended"))
+    assert mended is not made
+    assert_same(mended, made)
 
 
 def test_where_nothing_can_be_written_tokens_are_made_each_time(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from lensjax.report.tables import SURE, name_of
 from lensjax.report.text import LAW_COLUMNS, comparison_cells, flops, number, percent, samples
 
 PACKAGES = ("lensjax", "jax", "jaxlib", "flax", "numpy", "transformers")
+ABSENT = "not installed"  # or run from its source
 METHODS = {
     "averaged": "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
     "family as data grow; every curve of it is weighted by how well it explains what was measured, and their average "
@@ -50,10 +51,11 @@ def render_html(selection: Selection) -> str:
     ----------
     selection : Selection
         Of its `facts`, all optional, these are shown: `next_command` (str: fine-tunes the winner), `next_note` (str:
-        what to know of that command), `command` (str: made this selection), `task` (str: fingerprint of the data),
-        `seed`, `seconds` (float), `versions` (mapping package -> version; default: those of this process), `notes`
-        (list of str), `specification` (mapping), `directory` (str), and `tangents`: mapping candidate ->
-        {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer -> number}, either of which may be missing.
+        what to know of that command), `metric` (str: which one of the runs the losses are), `command` (str: made this
+        selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package ->
+        version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory` (str),
+        and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer ->
+        number}, either of which may be missing.
 
     Returns
     -------
@@ -412,7 +414,7 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            found[package] = ABSENT
     return found
 
 
@@ -423,6 +425,7 @@ def _provenance(selection: Selection) -> str:
     known = facts.get("versions")
     shown: dict[str, Any] = {
         "Losses from": selection.source,
+        "Metric": facts.get("metric"),
         "Candidates": f"{len(curves)} ranked, {len(selection.failures)} failed",
         "Sizes measured": ", ".join(compact(size) for size in curves.sizes),
         "Method": selection.main.method,

@@ -116,8 +116,9 @@ DOCUMENT: dict[str, Any] = {
             "facts": {
                 "type": "object",
                 "description": "Everything else, none of it certain to be there: directory, seconds, task (fingerprint "
-                "of the data), seed, notes, specification, versions, command, next_command (fine-tunes the winner) and "
-                "next_note (what to know before), tangents, nlp_metrics, log_me, ...",
+                "of the data), metric (of the runs, which the losses are), seed, notes, specification, versions, "
+                "command, next_command (fine-tunes the winner) and next_note (what to know before), tangents, "
+                "nlp_metrics, log_me, ...",
             },
         },
     ),

@@ -185,6 +185,12 @@ def judgement(selection: Selection) -> str:
     return f"{text}; the best candidate was {truly}."
 
 
+def metric(selection: Selection) -> str:
+    """Say which metric the losses are, where one was chosen."""
+    name = selection.facts.get("metric")
+    return f"The losses are the metric {name} of {selection.source}." if name else ""
+
+
 def next_step(selection: Selection) -> str:
     """Say how to fine-tune the winner: the command on a line of its own, or a sentence where none is known."""
     command, note = (selection.facts.get(name) for name in ("next_command", "next_note"))
@@ -198,8 +204,8 @@ def next_step(selection: Selection) -> str:
 
 def render(selection: Selection) -> str:
     """Return the whole selection as text, the answer first."""
-    parts = [answer(selection), certainty(selection), cost(selection), judgement(selection), next_step(selection)]
-    parts = [*filter(None, parts), "", ranking(selection, selection.main)]
+    said = (answer, metric, certainty, cost, judgement, next_step)
+    parts = [*filter(None, (say(selection) for say in said)), "", ranking(selection, selection.main)]
     if len(selection.scores) > 1:
         parts += ["", "All methods:", comparison(selection)]
     lists = {

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, TextIO
 
 from lensjax.errors import InputError
 from lensjax.runs import write_atomically
-from lensjax.select.config import print_config, read_config
+from lensjax.select.complete import write_completion
+from lensjax.select.config import naming, print_config, read_config
 from lensjax.select.exits import FAILED, guarded
 from lensjax.select.options import (
     FIGURE_FORMATS,
     LIVE_ONLY,
     LORA_OPTIONS,
     LOSSES_ONLY,
-    METHODS,
     PROGRAM,
+    SCRIPT,
     TASK_OPTIONS,
     check_text,
     lora_of,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lensjax.report.selection import Selection
     from lensjax.select.prepare import Request
 
-SCRIPT = "lensjax-select"
 COMMAND, CONFIG, REPORT = "command.json", "config.toml", "report.html"
 TALK = ("--quiet", "--verbose")
 DESTINATIONS = ("--json", "--html", "--figures", "--figure-format", "--out")
@@ -63,14 +63,20 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool
         Before any long work, if something given cannot be used.
     """
     check_text(arguments)
-    given = parser().parse_args(arguments)
-    if given.completion is not None:
-        out.write(completion(given.completion))
+    if write_completion(parser(), SCRIPT, arguments, out):
         return 0
-    if given.config is not None:
-        now = _without(arguments, ("--config",))
-        arguments = [*_yielding(read_config(given.config), now), *now]
-        given = parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
+    if given.config is None:
+        return _run(given, arguments, out, err, own_process=own_process)
+    now = _without(arguments, ("--config",))
+    before = _yielding(read_config(given.config), now)
+    with naming(given.config, before, now):
+        arguments = [*before, *now]
+        return _run(parser().parse_args(arguments), arguments, out, err, own_process=own_process)
+
+
+def _run(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool) -> int:
+    """Run the command with all its options, those of a file too, or continue an earlier one."""
     own_process = own_process and not given.in_process
     if given.resume is not None:
         arguments, place = resumed(given.resume.absolute(), arguments, given)
@@ -94,27 +100,6 @@ def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
 def _yielding(before: Sequence[str], now: Sequence[str]) -> list[str]:
     """Return earlier arguments without those that the ones given now exclude instead of overriding them."""
     return _without(before, TALK) if any(flag in now for flag in TALK) else list(before)
-
-
-def completion(shell: str) -> str:
-    """Return a script that makes a shell complete the options of ``lensjax-select``.
-
-    Parameters
-    ----------
-    shell : str
-        One of `lensjax.select.options.SHELLS`.
-    """
-    import shtab
-
-    p = parser()
-    p.prog = SCRIPT
-    files = {"config", "losses", "html", "json", "task", "models"}
-    for action in p._actions:
-        if action.dest in files or action.type is Path:
-            action.complete = shtab.FILE if action.dest in files else shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.dest == "method":
-            action.choices = METHODS
-    return shtab.complete(p, shell=shell)
 
 
 def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
@@ -257,6 +242,7 @@ def _from_losses(given: argparse.Namespace) -> Selection:
         method=given.method,
         gamma=given.gamma,
         tau=given.tau,
+        metric=given.metric,
         tokens_per_sample=1.0 if given.tokens_per_sample is None else given.tokens_per_sample,
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import re
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def read_config(path: Path) -> list[str]:
     groups = _groups(parser())
     actions = {action.dest: action for members in groups.values() for action in members}
     arguments: list[str] = []
+    keys: dict[str, str] = {}
     for where, key, value in _entries(content, groups, path):
         name = key.replace("-", "_")
         action = actions.get(name)
@@ -74,11 +77,70 @@ def read_config(path: Path) -> list[str]:
         if where and where != f"{owner}.":
             raise InputError(f"--config {path}: {where}{key} belongs in the table [{owner}], or at the top.")
         arguments += _arguments(action, value, f"--config {path}: {where}{key}")
+        keys[action.option_strings[0]] = f"{where}{key}"
     try:
         parser().parse_args(arguments)
     except InputError as error:
-        raise InputError(f"--config {path}: {error}") from None
+        flag, _, reason = str(error).removeprefix("argument ").partition(": ")
+        said = f"{keys[flag]}: {reason}" if flag in keys else str(error)
+        raise InputError(f"--config {path}: {said}") from None
     return arguments
+
+
+INPUTS = ("task", "models", "losses")
+"""Options whose values a message may begin with instead of their names."""
+
+
+@contextlib.contextmanager
+def naming(path: Path, before: Sequence[str], now: Sequence[str]) -> Iterator[None]:
+    """Let what is refused later name the TOML file, and the keys in it that the message is about.
+
+    Parameters
+    ----------
+    path : Path
+    before, now : sequence of str
+        What `read_config` made of it; the arguments that come after and win.
+
+    Raises
+    ------
+    InputError
+        The one raised inside, with a sentence more if it names an option that the file sets.
+    """
+    try:
+        yield
+    except InputError as error:
+        overridden, found = _values(now), _values(before)
+        keys = [name for name in found if name not in overridden and _names(str(error), name, found[name])]
+        if not keys:
+            raise
+        raise InputError(f"{error} From --config {path}: {', '.join(keys)}.") from error
+
+
+def _values(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Return the options among arguments, called as in a file, and their values."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = re.sub("^--(no-)?", "", flag).replace("-", "_")
+            found[name] = [value] if equals else []
+        elif name:
+            found[name].append(argument)
+    return found
+
+
+def _names(message: str, name: str, values: Sequence[str]) -> bool:
+    """Return whether a message names an option: by its flag, in words, or by the file or model that is its value."""
+    words = name.replace("_", "[-_ ]")
+    ways = [rf"--{name.replace('_', '-')}(?![\w-])"]
+    # A single word may mean anything, but not where the message begins.
+    ways += [rf"\b{words}s?\b" if "_" in name else rf"^(?:the )?{words}\b"]
+    if name.startswith("lora_"):
+        ways.append(rf"^LoRA's {name.removeprefix('lora_')}\b")
+    if name in INPUTS:
+        ways += [rf"^{re.escape(value.removesuffix('+lora'))}(?![\w.-])" for value in values]
+    return any(re.search(way, message) for way in ways)
 
 
 def _entries(

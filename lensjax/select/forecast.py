@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lensjax.errors import InputError
 from lensjax.report.forecast import (
     AS_IT_IS,
     CHOICE,
@@ -24,13 +22,13 @@ from lensjax.report.forecast import (
     PlannedRun,
     amount,
 )
-from lensjax.runs import BESIDES, JOURNAL, LOG_ME, NLP_METRICS, PARTIAL, Journal, Run, key_of
+from lensjax.runs import BESIDES, LOG_ME, NLP_METRICS, Journal, Run, key_of
 from lensjax.select.budget import Ledger
 from lensjax.select.candidates import Candidate
 from lensjax.select.fitting import Fitting
 from lensjax.select.gauges import gauge_flops, gauge_key, gauge_size, gauges_of
 from lensjax.select.live import default_directory
-from lensjax.select.look import look_flops
+from lensjax.select.look import COUNTED, look_flops
 from lensjax.select.machine import Machine, free_disk, this_machine
 from lensjax.select.measure import STOPWATCH
 from lensjax.select.prepare import UNTRAINED, Prepared, Request, prepare, sizes_needed
@@ -71,7 +69,7 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
         directory = default_directory(prepared)
     runs_there: tuple[Run, ...] = ()
     if directory is not None and prepared.outlined is None:
-        runs_there = Glance(directory, prepared.specification).lines
+        runs_there = Journal(directory, prepared.specification, read_only=True).lines
     machine = machine or this_machine(request.plan.precision)
     shapes = {key: Shapes(tokens) for key, tokens in prepared.tokens.items()}
     memory = [Fitting(prepared, c, shapes[c.tokenizer], machine) for c in prepared.candidates]
@@ -87,7 +85,10 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     needs = [n if n.name in unfinished else dataclasses.replace(n, problem="", remedy="") for n in needs]
     places, problems = _disk(prepared, shapes, runs, directory)
     if request.tangents:
-        notes.append("what measuring kernels and Hessian traces (--tangents) takes of memory is not in the forecast")
+        notes.append(
+            "what measuring kernels and Hessian traces (--tangents) takes of memory is not in the forecast: only the "
+            "compiled programs tell"
+        )
     budget = "" if request.budget is None else ledger.say(ledger.amount)
     if ledger.spent:
         budget += f", of which {ledger.say(ledger.spent)} are spent"
@@ -112,35 +113,6 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
         notes=(*prepared.notes, *notes),
         problems=tuple(problems),
     )
-
-
-class Glance(Journal):
-    """A journal that is looked at only: nothing is made, locked or mended.
-
-    Raises
-    ------
-    InputError
-        As `Journal`.
-    """
-
-    def _open(self, specification: Mapping[str, object]) -> None:
-        new = not self.directory.exists()
-        if new:
-            present = next(place for place in self.directory.absolute().parents if place.exists())
-            if not (present.is_dir() and os.access(present, os.W_OK)):
-                what = "cannot be written" if present.is_dir() else "is a file"
-                raise InputError(f"--out {self.directory}: {present} {what}. Name another directory.")
-        if new or (self.directory.is_dir() and all(p.suffix == PARTIAL for p in self.directory.iterdir())):
-            return
-        super()._open(specification)
-
-    def _lock(self) -> None:
-        self._release = None  # type: ignore[assignment]
-
-    def _read(self) -> None:
-        path = self.directory / JOURNAL
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        self._take(whole)
 
 
 def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, runs: Sequence[Run]) -> list[PlannedRun]:
@@ -269,6 +241,8 @@ def _counted(prepared: Prepared) -> str:
     trials = request.search.trials(request.plan) - 1
     gauges = {NLP_METRICS: "products and eigenvalues of the weights", LOG_ME: "2 for each weight and token it reads"}
     other = "".join(f"; {what}: {gauges[what]}" for what in gauges_of(request.method))
+    if request.tangents:
+        other += f"; kernel and Hessian trace: {COUNTED}"
     return (
         f"6 for each trained weight{' (4 for each frozen one)' if lora else ''} and token, "
         f"{request.plan.max_epochs} passes{f' and {trials} trials' if trials > 1 else ''} at most; padding and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from lensjax.report.selection import Selection
 from lensjax.selectors import DEFAULT, SELECTORS, Scores, Selector, get_selector
 
 DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the paper's least demanding budget
+
+PER_BYTE = "test_loss_per_byte"  # of our own runs
 
 PERCENT = 20.0  # nats that no loss of a language model reaches: not knowing which of 500,000 tokens follows is 13
 
@@ -181,6 +184,34 @@ def _without(selector: Selector, curves: Curves, target: float, reasons: Mapping
     )
 
 
+def read_metric(source: str, metric: str) -> Curves:
+    """Read one metric of runs as their losses.
+
+    Parameters
+    ----------
+    source : str
+        A directory or journal, see `lensjax.interchange.read`; or a CSV file with a row for each run, or a chart.
+    metric : str
+        Its name there.
+
+    Raises
+    ------
+    InputError
+        If no run has it; if the source is a table of losses, which has no others.
+    """
+    path = Path(source)
+    if path.suffix == ".csv" and path.is_file():
+        # What reads the runs of Weights & Biases reads any table with a row for each.
+        curves = interchange.read_wandb(source, metric=metric)
+    else:
+        curves = interchange.read(source, metric=metric)
+        if not path.is_dir() and path.suffix != ".jsonl":
+            raise InputError(f"--metric {metric}: {source} is a table of losses and nothing else; remove --metric.")
+    if not np.isfinite(curves.losses).any():
+        raise InputError(f"--metric {metric}: no run in {source} has it. Name one that is recorded there.")
+    return curves
+
+
 def select_from_losses(
     source: str,
     *,
@@ -189,6 +220,7 @@ def select_from_losses(
     method: str = DEFAULT,
     gamma: int,
     tau: float,
+    metric: str | None = None,
     tokens_per_sample: float = 1.0,
 ) -> Selection:
     """Rank the candidates of a table.
@@ -203,15 +235,17 @@ def select_from_losses(
         A key of `lensjax.selectors.SELECTORS`, or "all".
     gamma, tau : int, float
         Stopping rule of Algorithm 1.
+    metric : str, optional
+        Which metric of the runs is the loss; default: see the readers in `lensjax.interchange`.
     tokens_per_sample : float
         Tokens trained on per sample, epochs and trials included; 1 gives the paper's 6 N D.
 
     Raises
     ------
     InputError
-        See `lensjax.interchange.read`, `resolve_sizes` and the selectors.
+        See `lensjax.interchange.read`, `read_metric`, `resolve_sizes` and the selectors.
     """
-    curves = interchange.read(source)
+    curves = interchange.read(source) if metric is None else read_metric(source, metric)
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)
@@ -230,4 +264,6 @@ def select_from_losses(
         full_flops=training_flops(parameters, tokens_per_sample * target),
         cost_note=f"6 N D with {tokens_per_sample:g} token(s) per sample",
         truth=truth if np.isfinite(truth).any() else None,
+        facts={} if metric is None else {"metric": metric},
+        loss_unit="byte" if metric == PER_BYTE else "token",
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lensjax.finetune import Plan, Search
     from lensjax.models import Lora
 
-PROGRAM = "lensjax.select"
+PROGRAM, SCRIPT = "lensjax.select", "lensjax-select"
 DESCRIPTION = """\
 Tells which language model to fine-tune on your data, what loss to expect, how sure that is, and what it cost to find
 out: by fine-tuning each candidate on small subsets, or from losses that you have measured already.
@@ -76,7 +76,7 @@ PLAN_OPTIONS = (
     *("max_epochs", "patience", "schedule", "weight_decay", "dropout", "micro_batch", "precision", "sharding"),
 )
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout")
-LOSSES_ONLY = ("tokens_per_sample",)
+LOSSES_ONLY = ("metric", "tokens_per_sample")
 LIVE_ONLY = (
     *TASK_OPTIONS,
     *PLAN_OPTIONS,
@@ -114,8 +114,10 @@ class Parser(argparse.ArgumentParser):
         if not name.startswith(DASHES):
             return " Each value follows the option that it is for; options that are switched on or off take none."
         name = "--" + name.lstrip("".join(DASHES)).replace("_", "-")
-        known = [flag for action in self._actions for flag in action.option_strings]
-        return f" Did you mean {ALIASES[name]}?" if name in ALIASES else did_you_mean(name, known)
+        if name in ALIASES:
+            return f" Did you mean {ALIASES[name]}?"
+        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        return did_you_mean(name[2:], known, "--")
 
 
 def parser() -> Parser:
@@ -138,6 +140,12 @@ def parser() -> Parser:
         metavar="TABLE",
         help="CSV file; directory of Trainer runs or of ours; export of Weights & Biases or MLflow; or published:flan, "
         "published:gigaword, published:wmt19, live:definitions, live:novels, live:packages",
+    )
+    table.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="which metric of the runs is the loss, by its name there (default: eval_loss and the like; of ours, "
+        "test_loss)",
     )
     table.add_argument(
         "--tokens-per-sample", type=number, metavar="X", help="for the cost (default 1: the paper's 6 N D)"
@@ -301,8 +309,13 @@ def _add_output(group: Any) -> None:
     talk = group.add_mutually_exclusive_group()
     talk.add_argument("--quiet", action="store_true", help="no progress, only the result")
     talk.add_argument("--verbose", action="store_true", help="say more: each evaluation, all options, tracebacks")
+    add_completion(group, SCRIPT)
+
+
+def add_completion(group: Any, script: str) -> None:
+    """Add the option that `lensjax.select.complete.write_completion` answers."""
     group.add_argument(
-        "--completion", choices=SHELLS, help="print what makes that shell complete lensjax-select's options, and stop"
+        "--completion", choices=SHELLS, help=f"print what makes that shell complete {script}'s options, and stop"
     )
 
 

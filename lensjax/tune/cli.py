@@ -11,9 +11,10 @@ from typing import TextIO
 
 from lensjax.errors import InputError
 from lensjax.select import options
+from lensjax.select.complete import write_completion
 from lensjax.select.exits import FAILED, INTERRUPTED, guarded
 
-PROGRAM = "lensjax.tune"
+PROGRAM, SCRIPT = "lensjax.tune", "lensjax-tune"
 DESCRIPTION = """\
 Fine-tunes one model on your data and keeps it: AdamW, early stopping on validation loss, the best weights on disk as
 soon as they are found, in Hugging Face format (MODEL+lora: adapters in peft's format). A selection ends with the
@@ -37,7 +38,7 @@ exit status: 0 done; 1 training gave no model or could not be finished; 2 the in
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> options.Parser:
     """Build the parser. What `lensjax.select` has too means the same here."""
     p = options.Parser(
         prog=f"python -m {PROGRAM}",
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     talk = output.add_mutually_exclusive_group()
     talk.add_argument("--quiet", action="store_true", help="no progress, only the result")
     talk.add_argument("--verbose", action="store_true", help="say more; tracebacks of errors")
+    options.add_completion(output, SCRIPT)
     return p
 
 
@@ -102,6 +104,8 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         Before any long work, if something given cannot be used.
     """
     options.check_text(arguments)
+    if write_completion(parser(), SCRIPT, arguments, out):
+        return 0
     given = parser().parse_args(arguments)
     from lensjax.report.progress import Console
     from lensjax.select.candidates import ADAPTED

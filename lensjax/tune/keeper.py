@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
-from lensjax.runs import PARTIAL, sync_directory, write_atomically
+from lensjax.runs import PARTIAL, lock_directory, sync_directory, write_atomically
 
 RECORD = "tune.json"
 WORK = ".unfinished"  # inside of the directory, which may be a file system of its own
@@ -129,23 +127,11 @@ class Keeper:
         check_directory(directory, overwrite=overwrite)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._release = lock_directory(directory, self, "lensjax.tune")
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
         except OSError as error:
             raise InputError(f"--out {directory}: cannot be written ({error.strerror}); name another.") from error
-
-    def _lock(self) -> None:
-        """Keep other processes out for as long as this one lives; the system drops the lock when it dies."""
-        handle = os.open(self.directory, os.O_RDONLY)
-        self._release = weakref.finalize(self, os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
-            raise InputError(
-                f"--out {self.directory}: another lensjax.tune is writing there. Wait for it or name a new directory."
-            ) from None
 
     def take(self, found: Weights) -> bool:
         """Take note of weights, as `lensjax.finetune.tune` tells of them; return whether they are on disk now.

@@ -9,7 +9,7 @@ import pytest
 
 from lensjax.errors import InputError
 from lensjax.report.figures import write_figures
-from lensjax.report.html import render_html
+from lensjax.report.html import render_html, versions
 from lensjax.report.paths import paths
 from lensjax.report.svg import Scale, compact, escaped, shortened
 from lensjax.selectors import SELECTORS
@@ -304,6 +304,12 @@ def test_what_failed_what_is_next_and_how_it_was_made_are_told(rich):
         "1.00e+09 of them went to candidates that failed",
     ):
         assert expected in page.text.replace("  ", " "), expected
+
+
+def test_a_package_that_is_not_installed_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr("lensjax.report.html.PACKAGES", ("numpy", "no-such-package"))
+    found = versions()
+    assert (found["numpy"], found["no-such-package"]) == (np.__version__, "not installed")
 
 
 def test_folds_are_there_only_with_something_inside(make, rich):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lensjax.errors import InputError
-from lensjax.select.cli import completion, run
+from lensjax.select.cli import run
+from lensjax.select.complete import completion
 from lensjax.select.config import print_config, read_config
-from lensjax.select.options import METHODS, SHELLS, parser
+from lensjax.select.options import METHODS, SCRIPT, SHELLS, parser
 from lensjax.selectors import DEFAULT, SELECTORS
 
 
@@ -94,7 +95,16 @@ class TestReadConfig:
             ("learning_rate = []", "learning_rate is []; it must hold at least one value."),
             ("models = [['a']]", "models is ['a']; it must be text or a number."),
             ("seed = 2026-11-22", "seed is datetime.date(2026, 11, 22); it must be text or a number."),
-            ("seed = -1", "argument --seed: -1 is not a whole number, 0 or more. See python -m lensjax.select --help."),
+            ("seed = -1", "seed: -1 is not a whole number, 0 or more. See python -m lensjax.select --help."),
+            (
+                "[training]\nlearning-rate = ['0,1']",
+                "training.learning-rate: '0,1' is not a number. Write 0.1: the decimal sign is a point. See python -m "
+                "lensjax.select --help.",
+            ),
+            (
+                "quiet = true\n[output]\nverbose = true",
+                "output.verbose: not allowed with argument --quiet. See python -m lensjax.select --help.",
+            ),
             (
                 "seed 1",
                 "is no TOML: Expected '=' after a key in a key/value pair (at line 1, column 6). Text stands in "
@@ -115,6 +125,55 @@ class TestReadConfig:
         assert refused("--config", missing) == f"--config {missing}: {hint}"
         assert refused("--config", tmp_path) == f"--config {tmp_path}: is a directory; name a TOML file."
         assert refused("--config", binary) == f"--config {binary}: is not UTF-8 (byte 5); save it as UTF-8."
+
+
+class TestNaming:
+    """What a file says is refused as what an option says is, and the file and the key are named."""
+
+    @pytest.mark.parametrize(
+        ("text", "message", "keys"),
+        [
+            ("learning_rate = -1", "--learning-rate is -1; it must be positive and finite.", "learning_rate"),
+            (
+                "losses = 'published:flan'\n[choice]\ntau = -1",
+                "tau is -1; the deviation allowed is a positive number. The paper uses 1 to 5.",
+                "tau",
+            ),
+            (
+                "[training]\nbatch-size = 8\nmicro-batch = 3",
+                "micro-batch 3 does not divide the batch size 8; choose one of its divisors.",
+                "batch_size, micro_batch",
+            ),
+            (
+                "models = ['a+lora', 'b']\nlora_dropout = 2",
+                "LoRA's dropout is 2.0; it must be at least 0 and less than 1.",
+                "lora_dropout",
+            ),
+            ("task = 'https://a.b/c'", "https://a.b/c: is an address; download it and name the file, or", "task"),
+            ("models = ['no/such/model', 'b']\nverify = true", "no/such/model", "models"),
+            ("losses = 'none.csv'\ntarget = 9", "none.csv: no such file. Give a CSV file of losses or one", "losses"),
+            (
+                "losses = 'published:flan'\ntarget = 200\nvisible = 400\ngamma = 3",
+                "--target 200 is not above the largest visible size 400. Raise --target, or hide sizes with --visible",
+                "target, visible",
+            ),
+            ("method = 'lenz'", "method 'lenz' is unknown; there are:", "method"),
+            ("seed = 3\nlosses = 'published:flan'", "--seed belongs to selection by fine-tuning; ", "seed, losses"),
+        ],
+    )
+    def test_of_what_is_refused_later(self, file, refused, text, message, keys):
+        path = file(text)
+        found = refused("--config", path)
+        assert found.startswith(message)
+        assert found.endswith(f" From --config {path}: {keys}.")
+
+    def test_not_of_what_the_command_line_says(self, file, refused):
+        path = file("losses = 'published:flan'\ntau = -1\nvisible = 400\nverify = true\ngamma = 3")
+        wrong = "--verify belongs to selection by fine-tuning; remove --verify or --losses."
+        assert refused("--config", path, "--tau", 2) == f"{wrong} From --config {path}: losses, verify."
+        assert refused("--config", path, "--no-verify", "--losses=none", "--tau", 2) == wrong
+        rule = "tau is 0; the deviation allowed is a positive number. The paper uses 1 to 5."
+        assert refused("--config", path, "--tau", 0) == rule
 
 
 class TestPrintConfig:
@@ -172,12 +231,12 @@ class TestPrintConfig:
 class TestCompletion:
     @pytest.mark.parametrize("shell", SHELLS)
     def test_knows_every_option(self, shell):
-        script = completion(shell)
+        script = completion(parser(), SCRIPT, shell)
         # fish writes long options without their dashes.
         assert all(action.option_strings[-1].removeprefix("--") in script for action in parser()._actions)
 
     def test_completes_in_bash(self, tmp_path):
-        (tmp_path / "completion").write_text(completion("bash"))
+        (tmp_path / "completion").write_text(completion(parser(), SCRIPT, "bash"))
         ask = (
             "source completion; complete -p lensjax-select | grep -o 'F _[a-z_]*' | cut -c3- > f; "
             'ask() { COMP_WORDS=(lensjax-select "$@"); COMP_CWORD=$#; COMPREPLY=(); $(<f); echo "${COMPREPLY[@]}"; }; '
@@ -187,7 +246,11 @@ class TestCompletion:
         assert done.stdout.split("\n")[:3] == ["--learning-rate", "rectified", "constant linear cosine"]
 
     def test_the_command_prints_it(self, command):
-        assert command("--completion", "bash") == (0, completion("bash"))
+        assert command("--completion", "bash") == (0, completion(parser(), SCRIPT, "bash"))
+
+    def test_a_shell_that_there_is_not_gets_a_near_one(self, refused):
+        message = "argument --completion: invalid choice: 'bas' (choose from bash, zsh, fish, tcsh). Did you mean bash?"
+        assert refused("--completion", "bas") == f"{message} See python -m lensjax.select --help."
 
 
 class TestHelp:

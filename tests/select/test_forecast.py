@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_place_where_nothing_can_be_made_is_refused(request_of, tiny_task, tmp
     with pytest.raises(InputError, match=rf"^--out {tiny_task}/out: {tiny_task} is a file. Name another directory.$"):
         forecast(request_of(), Path(tiny_task) / "out", machine=HERE)
     # Whoever runs the tests may write everywhere.
-    monkeypatch.setattr(module.os, "access", lambda place, _: place != tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path)
     with pytest.raises(InputError, match=rf"^--out {tmp_path}/a/b: {tmp_path} cannot be written. Name another dir"):
         forecast(request_of(), tmp_path / "a" / "b", machine=HERE)
 
@@ -230,6 +231,11 @@ def test_trials_verification_and_kernels_are_counted(request_of):
     assert kernel.flops == look_flops(small.parameters, int(train.first(5).token_counts.sum()), 5)
     assert "4 x 2" in found.render()
     assert any("--tangents" in note for note in found.notes)
+    said = "kernel and Hessian trace: 54 for each weight and token, 2 for each weight and pair of samples"
+    assert said in found.basis["FLOPs"]
+    assert "Hessian" not in once.basis["FLOPs"]
+    tokens = int(train.first(5).token_counts.sum())
+    assert look_flops(small.parameters, tokens, 5) == small.parameters * (54 * tokens + 2 * 5 * 5)
 
 
 def test_adapters_cost_less_and_are_said(foretold, tiny_models):

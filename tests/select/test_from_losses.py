@@ -236,3 +236,60 @@ def test_stopping_rule_of_the_options_reaches_the_methods(command, tmp_path):
         ranking = json.loads((tmp_path / "j.json").read_text())["methods"]["lens"]["ranking"]
         used.append(np.mean([len(r["sizes_used"]) for r in ranking]))
     assert used[0] < used[1]
+
+
+def runs(tmp_path):
+    """Runs of two models, one better by one metric and the other by the other."""
+    lines = ["Name,State,model,samples,eval_loss,eval_nll"]
+    for size in (200, 400, 800):
+        low, high = 2 + 3 / (2 + size**0.3), 3 + 3 / (2 + size**0.3)
+        lines += [f"x,finished,a,{size},{low},{high}", f"y,finished,b,{size},{high},{low}"]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_metric_that_is_the_loss_can_be_named(command, tmp_path):
+    path, document, page = runs(tmp_path), tmp_path / "j.json", tmp_path / "p.html"
+    _, text = command("--losses", path, "--target", 1e4, "--json", document, "--html", page)
+    assert text.startswith("Fine-tune a:")
+    assert "metric" not in text
+    assert "metric" not in json.loads(document.read_text())["facts"]
+    _, text = command("--losses", path, "--target", 1e4, "--metric", "eval_nll", "--json", document, "--html", page)
+    assert text.startswith("Fine-tune b:")
+    assert f"\nThe losses are the metric eval_nll of {path}.\n" in text
+    found = json.loads(document.read_text())
+    assert (found["facts"]["metric"], found["loss_unit"], problems(found)) == ("eval_nll", "nats per token", [])
+    assert "<dt>Metric</dt>\n<dd>eval_nll</dd>" in page.read_text()
+
+
+def test_losses_per_byte_of_our_own_runs_have_their_unit(command, tmp_path):
+    lines = []
+    for number, (name, size) in enumerate((n, s) for n in "ab" for s in (200, 400)):
+        facts = {"test_loss_per_byte": 1 + number / 10}
+        line = {"key": str(number), "candidate": name, "size": size, "test_loss": 4 - number / 10}
+        lines.append({**line, "facts": facts})
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--target", 1e4, "--method", "subtuning")
+    assert command("--losses", tmp_path, *options)[1].startswith("Fine-tune b")
+    file = tmp_path / "j.json"
+    assert command("--losses", tmp_path, *options, "--metric", "test_loss_per_byte", "--json", file)[1].startswith(
+        "Fine-tune a"
+    )
+    assert json.loads(file.read_text())["loss_unit"] == "nats per byte"
+
+
+def test_metrics_that_are_not_there(refused, tmp_path):
+    metric = ("--target", 1e6, "--metric", "eval_nll")
+    path, tabs = table(tmp_path), tmp_path / "table.tsv"
+    tabs.write_text(path.read_text().replace(",", "\t"))
+    for source in ("published:flan", tabs):
+        message = f"--metric eval_nll: {source} is a table of losses and nothing else; remove --metric."
+        assert refused("--losses", source, *metric) == message
+    message = "no column 'eval_nll' (metric); there are: model, 0, 200"
+    assert refused("--losses", path, *metric).startswith(f"{path}: {message}")
+    line = {"key": "k", "candidate": "a", "size": 200, "test_loss": 3.0, "facts": {}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"key": "l", "candidate": "b"}))
+    message = f"--metric eval_nll: no run in {tmp_path} has it. Name one that is recorded there."
+    assert refused("--losses", tmp_path, *metric) == message
+    assert refused(*metric) == "--metric needs --losses; remove --metric."

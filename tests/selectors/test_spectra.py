@@ -77,7 +77,7 @@ def log_likelihood(values, xmin, alpha, rate):
     return float(-alpha * np.log(s).mean() - rate * xmin * (s.mean() - 1) - math.log(total) - peak)
 
 
-def check(values, found, at, want):
+def assert_close(values, found, at, want):
     assert found.xmin[at] == pytest.approx(want["xmin"], rel=1e-12)
     assert found.tail[at] == want["tail"]
     assert found.pl_alpha[at] == pytest.approx(want["pl_alpha"], rel=1e-8)
@@ -96,8 +96,9 @@ def test_laws_are_those_that_powerlaw_finds():
     sets = spectra()
     assert list(golden) == list(sets)
     found = fit_tails(list(sets.values()))
+    assert len(found.pl_alpha) == len(sets) == 6
     for at, (name, values) in enumerate(sets.items()):
-        check(values, found, at, golden[name])
+        assert_close(values, found, at, golden[name])
 
 
 @pytest.mark.peer
@@ -108,8 +109,9 @@ def test_laws_are_those_of_the_powerlaw_package():
         w = rng.standard_normal((300, 120)) if scale is None else rng.standard_t(scale, (300, 120))
         sets[name] = np.linalg.eigvalsh(w.T @ w)
     found = fit_tails(list(sets.values()))
+    assert len(found.pl_alpha) == len(sets) == 9
     for at, values in enumerate(sets.values()):
-        check(values, found, at, peer(values))
+        assert_close(values, found, at, peer(values))
 
 
 def test_truncated_law_is_where_the_likelihood_is_largest():

@@ -23,6 +23,7 @@ from lensjax.report.progress import Console
 from lensjax.report.text import render
 from lensjax.select import cli as select_cli
 from lensjax.select.from_losses import select_from_losses
+from lensjax.select.options import SHELLS
 from lensjax.select.prepare import Request
 from lensjax.tasks import encode, load_task
 from lensjax.tune import cli, job
@@ -374,6 +375,16 @@ def test_losses_per_byte_are_held_against_an_expectation_per_byte(
 def test_help_begins_with_what_it_does_and_examples():
     text = cli.parser().format_help()
     assert text.index("Fine-tunes one model") < text.index("examples:") < text.index("options:")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_every_option_and_needs_no_other(tune_command, shell):
+    status, script, _ = tune_command("--completion", shell)
+    assert status == 0
+    # fish writes long options without their dashes.
+    assert all(action.option_strings[-1].removeprefix("--") in script for action in cli.parser()._actions)
+    assert "lensjax-tune" in script or "lensjax_tune" in script
+    assert "lensjax-select" not in script
 
 
 def test_steps_losses_and_time_left_are_shown_on_a_terminal(tiny_models, tiny_task, tmp_path, scripted):
