@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lensjax.models import from_pretrained
     from lensjax.recorded import RecordedTangents, read_tangents
     from lensjax.selectors import SELECTORS, Scores
-    from lensjax.tangents import hessian_trace, kernel_dynamics, ntk
+    from lensjax.tangents import hessian_trace, kernel_dynamics, ntk, ntk_blocks, ntk_features
 
 _HOME = {
     "Curves": "lensjax.curves",
@@ -30,6 +30,8 @@ _HOME = {
     "hessian_trace": "lensjax.tangents",
     "kernel_dynamics": "lensjax.tangents",
     "ntk": "lensjax.tangents",
+    "ntk_blocks": "lensjax.tangents",
+    "ntk_features": "lensjax.tangents",
     "SELECTORS": "lensjax.selectors",
     "Scores": "lensjax.selectors",
 }
@@ -48,6 +50,8 @@ __all__ = [
     "kernel_dynamics",
     "lens_law",
     "ntk",
+    "ntk_blocks",
+    "ntk_features",
     "power_law",
     "read_losses",
     "read_tangents",

@@ -1,15 +1,20 @@
-"""The examples in the docstrings of lensjax's public names, run; and how results show themselves in a notebook."""
+"""The examples of the README and of public names' docstrings, run; and how results show themselves in a notebook."""
 
 import doctest
 import inspect
+import re
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 import lensjax
+from lensjax import data
 
-SHOWN = [name for name in lensjax.__all__ if name not in ("SELECTORS", "UnsupportedBackendError")]
+README = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.DOTALL)
+IN_README = ("ntk_blocks", "ntk_features")  # a model and a file are more than a docstring should show
+SHOWN = [name for name in lensjax.__all__ if name not in ("SELECTORS", "UnsupportedBackendError", *IN_README)]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -22,6 +27,24 @@ def test_examples_are_true(name):
     results = [runner.run(test) for test in found]
     assert sum(result.attempted for result in results) > 0
     assert sum(result.failed for result in results) == 0
+
+
+@pytest.mark.parametrize("place", range(len(README)))
+def test_the_readme_is_true(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "gpt2").symlink_to(data.path("demo", "models", "bible-tiny"))
+    own = {}
+    exec(compile(README[place], "README.md", "exec"), own)
+    if "layers" in own:
+        assert set(IN_README) <= set(re.findall(r"lensjax\.(\w+)\(", README[place]))
+        assert capsys.readouterr().out.startswith("NTK by transform")
+        assert own["layers"]["layers.0.mlp_in"].shape == own["kernel"].shape == (3, 3)
+        assert own["features"].shape == (3, 64)
+        assert own["report"].method == "transform"
+    else:
+        assert own["fits"].predict(1_638_400).shape == (30,)
+        assert own["kernel"].shape == (5, 5)
 
 
 def test_a_notebook_shows_the_report_with_names_escaped():

@@ -9,13 +9,12 @@ from lensjax_kernels.gram import (
     weighted_gram,
 )
 from lensjax_kernels.head import head_cross_entropy
-from lensjax_kernels.head_gram import head_left_times, head_losses, head_pull, head_pull_by_tokens
+from lensjax_kernels.head_gram import head_losses, head_pull, head_pull_by_tokens
 from lensjax_kernels.signs import pack_random_signs, random_signs_like, unpack_signs
 
 __all__ = [
     "crossed_gram",
     "head_cross_entropy",
-    "head_left_times",
     "head_losses",
     "head_pull",
     "head_pull_by_tokens",

@@ -118,37 +118,6 @@ def rows_at(weight: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(weight, jnp.minimum(start, weight.shape[0] - size), size)
 
 
-def head_left_times(
-    hidden: jax.Array,
-    weight: jax.Array,
-    labels: jax.Array,
-    log_normalizers: jax.Array,
-    logits: jax.Array | None,
-    matrix: jax.Array,
-) -> jax.Array:
-    """Return (softmax - one-hot) @ matrix, a chunk of the vocabulary at a time.
-
-    Parameters
-    ----------
-    hidden, weight, labels, log_normalizers, logits : see `head_pull`
-    matrix : float array (V, k)
-
-    Returns
-    -------
-    float array (B, T, k)
-    """
-    dtype = log_normalizers.dtype
-    size, pieces = split_columns(weight.shape[0], log_normalizers.size * dtype.itemsize, LOGIT_BYTES)
-
-    def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
-        factor = rows_at(matrix, start, size).astype(dtype)
-        return total + jnp.einsum("btv,vk->btk", left, factor, precision=EXACT), None
-
-    zero = jnp.zeros((*labels.shape, matrix.shape[1]), dtype)
-    return jax.lax.scan(step, zero, jnp.arange(pieces) * size)[0]
-
-
 def head_pull(
     hidden: jax.Array,
     weight: jax.Array,

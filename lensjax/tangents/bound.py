@@ -150,7 +150,7 @@ def generalization_bound(
         leads to. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0, for such noise
         then costs nothing.
     loss_bound : float
-        C, the largest loss an example can have.
+        C, the largest loss an example can have; so not less than `train_loss`, their mean.
     epsilon : float
         Greater than 0. The smaller, the larger the constant in xi.
     test_loss : float, optional
@@ -163,7 +163,8 @@ def generalization_bound(
     Raises
     ------
     InputError
-        If neither or both of `forms` and `traces` are given, layers differ, or a number is out of range or not finite.
+        If neither or both of `forms` and `traces` are given, layers differ, or a number is out of range (`loss_bound`
+        below `train_loss` is) or not finite.
 
     References
     ----------
@@ -181,6 +182,11 @@ def generalization_bound(
     numbers = [train_loss, *([] if test_loss is None else [test_loss]), *given.values(), *distances.values()]
     if not all(math.isfinite(x) for x in numbers) or min(distances.values()) < 0:
         raise InputError(f"losses, distances and curvatures must be finite and distances not negative: {numbers}.")
+    if loss_bound < train_loss:
+        raise InputError(
+            f"loss_bound={loss_bound} is less than train_loss={train_loss}, but it is the largest loss an example can "
+            "have: give one that no example exceeds."
+        )
     layers = {}
     for name, distance in distances.items():
         form = max(float(given[name]), 0.0) * (1.0 if forms is not None else distance**2)

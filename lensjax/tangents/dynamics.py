@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -150,6 +151,10 @@ class KernelDynamics:
         outputs : float array (M,) or (M, C)
             Before training.
 
+        Returns
+        -------
+        float array (..., M) or (..., M, C), in units of the outputs.
+
         Raises
         ------
         InputError
@@ -225,7 +230,8 @@ def kernel_dynamics(
     Raises
     ------
     InputError
-        If shapes do not fit, something is not finite, the kernel is not symmetric, or is indefinite with "refuse".
+        If the kernel is a dict of layers, shapes do not fit, something is not finite, the kernel is not symmetric, or
+        is indefinite with "refuse".
 
     Notes
     -----
@@ -241,6 +247,11 @@ def kernel_dynamics(
     """
     if negative not in ("clip", "keep", "refuse"):
         raise InputError(f"negative={negative!r} is not known; choose 'clip', 'keep' or 'refuse'.")
+    if isinstance(kernel, Mapping):
+        raise InputError(
+            f"kernel is a dict of {len(kernel)} layers, as from ntk(by_layer=...): add them up, "
+            "sum(kernel.values()), or choose one."
+        )
     theta, start = np.asarray(kernel, np.float64), np.asarray(outputs, np.float64)
     shape = theta.shape[: theta.ndim // 2]
     if theta.ndim not in (2, 4) or theta.shape != (*shape, *shape) or theta.size == 0:

@@ -17,7 +17,7 @@ from lensjax.errors import InputError
 from lensjax.tangents.forms import dot, gauss_newton_forms, hessian_forms
 from lensjax.tangents.losses import Composed, ModelLoss, opened_loss, with_frozen, without_frozen
 from lensjax.tangents.models import is_model
-from lensjax.tangents.problem import ByLayer, Select, abstract, compiled, layer_name, leaf_names, select
+from lensjax.tangents.problem import ByLayer, Select, abstract, compiled, layer_name, leaf_names, selection
 
 Matrix = Literal["hessian", "gauss_newton"]
 Leaves = list[jax.Array]
@@ -283,7 +283,7 @@ def facts_of(
             "matrix='gauss_newton' needs the loss in two parts: give Composed(outputs, loss) or a language model."
         )
     leaves, names = jax.tree.leaves(params), leaf_names(params)
-    chosen = [select(parameters, n, a) for n, a in zip(names, leaves, strict=True)]
+    chosen = selection(parameters, names, leaves) if leaves else []
     if leaves and not any(chosen):
         raise InputError(
             f"parameters={parameters!r} selects none of the {len(names)} parameters ({', '.join(names[:8])}, ...)."

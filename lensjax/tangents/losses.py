@@ -52,6 +52,11 @@ def model_loss(model: Any) -> tuple[ModelLoss, Any]:
         Hashable; the same object for models of the same structure without frozen weights.
     params : nnx.State of the model's parameters
 
+    Raises
+    ------
+    InputError
+        By `f`, if a batch is not a mapping with input_ids and labels.
+
     Notes
     -----
     Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.

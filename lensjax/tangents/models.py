@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lensjax_kernels.head import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
+from lensjax.tangents.problem import FROZEN, leaf_names
 
 OUTPUTS = {
     "loss": "mean loss over the example's labelled tokens, nats per token",
@@ -70,10 +71,6 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Mod
     return (dataclasses.replace(f, frozen=frozen) if jax.tree.leaves(frozen) else f), params
 
 
-FROZEN = "(frozen) "
-"""What the names of arrays begin with that a model holds beside its parameters."""
-
-
 @jax.tree_util.register_pytree_with_keys_class
 class WithFrozen:
     """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
@@ -88,10 +85,9 @@ class WithFrozen:
         """Return the leaves with their names, and the structure of both parts."""
         children, structures = [], []
         for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
-            leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-            names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-            names = [prefix + name.removesuffix(".value") for name in names]
-            children += [(jax.tree_util.DictKey(name), leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+            leaves, structure = jax.tree.flatten(tree)
+            names = [prefix + name for name in leaf_names(tree)]
+            children += [(jax.tree_util.DictKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
             structures.append((structure, len(leaves)))
         return children, tuple(structures)
 
@@ -126,8 +122,13 @@ def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
     Raises
     ------
     InputError
-        If a model is given all of them.
+        If a model is given all of them, or another function an `output`, which would mean nothing.
     """
+    if not is_model(f) and output != "loss":
+        raise InputError(
+            f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
+            "which says itself what it returns; leave `output` out, or give a model of `lensjax.models`."
+        )
     if not is_model(f):
         return (*frozen_as_arguments(f, params), *given)
     return (*model_function(f, output), *moved_up(f, params, *given))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -51,14 +52,14 @@ def ntk(
     x1, x2 : pytrees whose leaves have a leading axis of N and M examples
         The kernel's rows and columns. Without `x2` the columns are the rows.
     output : str
-        For models, what the model's outputs are: see `lensjax.tangents.models.OUTPUTS`.
+        For models, what the model's outputs are: see `lensjax.tangents.models.OUTPUTS`. Refused for other functions.
     method : {"auto", "transform", "jacobian", "ntvp"}
         "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
         parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
         and the second where an example has more outputs than there are parameters, but not with `memory`, or where
         reverse mode does not exist (`while_loop`); the report says which and why.
     parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
-        Which parameters count; default all floating-point ones. The others are constants.
+        Which parameters count; default all floating-point ones. The others are constants. Each pattern must match.
     by_layer : bool, "parameter", or callable path -> layer name
         Return one kernel for each layer; these add up to the whole. True: a layer is a path without its last part.
     outputs : {"full", "trace", "diagonal"}
@@ -68,7 +69,8 @@ def ntk(
         account; the kernel counts where all examples go at once, and only that of two blocks where they do not.
         For method "transform". Models of `lensjax.models` then run their layers in a loop and recompute as much of
         them on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed
-        in blocks as by `ntk_blocks(memory=)`, which repeats the backward pass for each block. The report says which.
+        in blocks as by `ntk_blocks(memory=)`, which repeats the backward pass for each block and cannot be done under
+        `jax.jit`. The report says which.
     return_report : bool
         Return `(kernel, report)`.
 
@@ -80,8 +82,9 @@ def ntk(
     Raises
     ------
     InputError
-        If the input does not fit together, or with `memory` nothing fits, or the method cannot be "transform"; see
-        the message.
+        If the input does not fit together, parameters that count are no real arrays, or a method that goes backwards
+        is asked for where `f` cannot be; or if with `memory` nothing fits, the method cannot be "transform", or there
+        have to be blocks under `jax.jit`; see the message.
     UnsupportedBackendError
         Where the installed jaxlib computes wrong derivatives.
 
@@ -89,7 +92,11 @@ def ntk(
     -----
     The kernel is exact. Weights that are applied once have their share taken in passing; weights with several uses
     keep their inputs and cotangents; whatever else is done to a parameter has its per-example gradients made, for
-    that parameter only. The report names those. Compiled once for each `f` object and shapes.
+    that parameter only. The report names those.
+
+    Compiled once for each `f` object and shapes. As with `jax.jit`, what `f` holds beside its arguments is read then:
+    what changes between calls belongs to `params` or the examples. A bound method counts as the same object as long as
+    the one that it is of. Callable objects that cannot be hashed or referenced weakly are compiled anew in each call.
 
     References
     ----------
@@ -110,20 +117,28 @@ def ntk(
     crossed = is_crossed(problem, outputs)
     if memory is not None:
         check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
-        choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
+        with reverse_mode(f"memory={memory}", "leave it out, and choose method='auto' or 'jacobian'"):
+            choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
         problem = dataclasses.replace(problem, function=choice.way.function)
         params, reason = choice.way.params, f"{reason}; {choice.how}"
         if choice.block is not None:
             from lensjax.tangents.blocks import by_blocks
 
-            made, report = by_blocks(
-                problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
-            )
+            try:
+                made, report = by_blocks(
+                    problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
+                )
+            except jax.errors.TracerArrayConversionError:
+                raise InputError(
+                    f"memory={memory} bytes allows blocks of {choice.block} examples only, and blocks cannot be "
+                    "computed under jax.jit or another transformation; call ntk outside of it, or allow more."
+                ) from None
             return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
-    if chosen == "transform":
-        blocks = transformed(problem, Pairs(problem.rows, problem.columns, crossed), params, x1, x2)
-    else:
-        blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
+    with reverse_mode(f"method={method!r}", "choose method='auto' or 'jacobian'"):
+        if chosen == "transform":
+            blocks = transformed(problem, Pairs(problem.rows, problem.columns, crossed), params, x1, x2)
+        else:
+            blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
     result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
     kernel = result if by_layer else result[""]
     if not return_report:
@@ -141,7 +156,21 @@ def explain(
     method: Method = "auto",
     parameters: Select = None,
 ) -> NtkReport:
-    """Return the report of `ntk` without computing anything; arguments as there, arrays may be shapes."""
+    """Return the report of `ntk` without computing anything.
+
+    Parameters
+    ----------
+    f, params, x1, x2, output, method, parameters : as in `ntk`
+        Arrays may be shapes, `jax.ShapeDtypeStruct`.
+
+    Returns
+    -------
+    NtkReport
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `ntk`
+    """
     f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, False, method=method)
     return report_of(problem, *choose(problem, method, params, x1), params, x1)
@@ -159,15 +188,35 @@ def gradient_norms(
     Returns
     -------
     float array (N,), or (N, C) if f returns several numbers; with `by_layer` a dict of them.
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `ntk`
+        Also if `f` cannot be differentiated backwards.
     """
     f, params, x = opened(f, output, params, x)
     problem = checked(f, params, x, None, parameters, by_layer)
-    squares = transformed(problem, Norms(problem.rows), params, x, None)
+    with reverse_mode("gradient_norms", "take the root of the diagonal of ntk(f, ..., method='jacobian')"):
+        squares = transformed(problem, Norms(problem.rows), params, x, None)
     result = {}
     for layer, name in enumerate(problem.layer_names):
         norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T
         result[name] = norms[:, 0] if problem.scalar else norms
     return result if by_layer else result[""]
+
+
+@contextlib.contextmanager
+def reverse_mode(what: str, remedy: str) -> Iterator[None]:
+    """Raise InputError where something that goes backwards meets a function that cannot be."""
+    try:
+        yield
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise InputError(
+            f"f has a while_loop (or a fori_loop of unknown length), which cannot be differentiated backwards as "
+            f"{what} needs it; {remedy}, or use a scan in f."
+        ) from None
 
 
 def checked(

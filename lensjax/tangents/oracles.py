@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from lensjax_kernels.gram import pad_axis
 
 from lensjax.backend import require_exact_backend
 from lensjax.errors import InputError
@@ -57,11 +58,14 @@ class NtkOperator:
         axes the C are left out.
     """
 
-    def __init__(self, problem: Problem, params: Any, x1: Any, x2: Any, layer: int | None = None) -> None:
+    def __init__(
+        self, problem: Problem, params: Any, x1: Any, x2: Any, layer: int | None = None, batch: int = 64
+    ) -> None:
         columns = problem.rows if problem.columns is None else problem.columns
         count = () if problem.scalar else (problem.outputs,)
         self.shape = (problem.rows, *count, columns, *count)
         self._problem, self._params, self._x1, self._x2, self._layer = problem, params, x1, x2, layer
+        self._batch = batch
         self._product = jax.jit(self._multiply, static_argnames="transposed")
 
     def __matmul__(self, v: jax.Array) -> jax.Array:
@@ -91,10 +95,12 @@ class NtkOperator:
     def _apply(self, v: jax.Array, transposed: bool) -> jax.Array:
         half = len(self.shape) // 2
         expected = self.shape[:half] if transposed else self.shape[half:]
-        if v.shape != expected:
-            raise InputError(
-                f"The kernel {self.shape} multiplies arrays of shape {expected}, not {v.shape}; reshape it."
+        given = getattr(v, "shape", None)
+        if given != expected:
+            what, remedy = (
+                (given, "reshape it") if given is not None else (f"a {type(v).__name__}", "give jnp.asarray(v)")
             )
+            raise InputError(f"The kernel {self.shape} multiplies arrays of shape {expected}, not {what}; {remedy}.")
         return self._product(v, self._params, self._x1, self._x2, transposed=transposed)
 
     def _multiply(self, v: jax.Array, params: Any, x1: Any, x2: Any, transposed: bool) -> jax.Array:
@@ -107,22 +113,48 @@ class NtkOperator:
         def over(x: Any) -> Any:
             return lambda chosen: jax.vmap(lambda one: problem.flat(params, chosen, one))(x)
 
-        y2, pull = jax.vjp(over(x2), chosen)
-        (direction,) = pull(v.reshape(y2.shape).astype(y2.dtype))
+        def pulled(total: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
+            y, pull = jax.vjp(over(jax.tree.map(lambda a: a[batch[0]], x2)), chosen)
+            (own,) = pull(batch[1].reshape(y.shape).astype(y.dtype))
+            return jax.tree.map(jnp.add, total, own), None
+
+        def pushed(places: jax.Array) -> jax.Array:
+            return jax.jvp(over(jax.tree.map(lambda a: a[places], x1)), (chosen,), (direction,))[1]
+
+        columns = self._batches(len(v))
+        # The last batch is filled up with copies of the last example, which count nothing.
+        weights = pad_axis(v, 0, columns.size - len(v)).reshape(*columns.shape, *v.shape[1:])
+        direction = jax.lax.scan(pulled, jax.tree.map(jnp.zeros_like, chosen), (columns, weights))[0]
         if self._layer is not None:
             direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
-        out = jax.jvp(over(x1), (chosen,), (direction,))[1]
+        count = self.shape[len(self.shape) // 2] if transposed else self.shape[0]
+        out = jax.lax.map(pushed, self._batches(count))
+        out = out.reshape(-1, out.shape[-1])[:count]
         return out[:, 0] if problem.scalar else out
+
+    def _batches(self, examples: int) -> jax.Array:
+        """Return the places of the examples of each batch, (batches, examples of one)."""
+        size = min(self._batch, examples)
+        return jnp.minimum(jnp.arange(-(-examples // size) * size), examples - 1).reshape(-1, size)
 
 
 def ntk_operator(
-    f: Any, params: Any, x1: Any = None, x2: Any = None, *, output: str = "loss", parameters: Select = None
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    parameters: Select = None,
+    batch: int = 64,
 ) -> NtkOperator:
     """Return the kernel as a linear operator that never makes it: for N where even the kernel is too large.
 
     Parameters
     ----------
     f, params, x1, x2, output, parameters : as in `lensjax.tangents.ntk`
+    batch : int
+        Examples that go through the function together.
 
     Returns
     -------
@@ -130,16 +162,18 @@ def ntk_operator(
 
     Raises
     ------
-    InputError, UnsupportedBackendError : as `lensjax.tangents.ntk`
+    InputError, UnsupportedBackendError : as `lensjax.tangents.ntk`; InputError also if `batch` is below 1
 
     Notes
     -----
-    All examples go through the function together, with the memory of one gradient over them. A solver such as
+    A product takes the memory of one gradient over `batch` examples, however many there are. A solver such as
     `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs nothing else.
     """
     require_exact_backend()
+    if batch < 1:
+        raise InputError(f"batch={batch} must be at least 1.")
     f, params, x1, x2 = opened(f, output, params, x1, x2)
-    return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2)
+    return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2, batch=batch)
 
 
 def by_products(problem: Problem, params: Any, x1: Any, x2: Any, crossed: bool) -> dict[int, jax.Array]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import sys
+import types
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,12 +16,14 @@ import jax.numpy as jnp
 
 from lensjax.errors import InputError
 from lensjax.tangents import ir
-from lensjax.tangents.models import FROZEN
 from lensjax.tangents.plan import Plan, make_plan
 
 Function = Callable[[Any, Any], Any]
 Select = Callable[[str, Any], bool] | str | Sequence[str] | None
 ByLayer = bool | Literal["parameter"] | Callable[[str], str]
+
+FROZEN = "(frozen) "
+"""What the names of arrays begin with that a model holds beside its parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +80,15 @@ def one_example(x: Any) -> Any:
 
 def leaf_names(params: Any) -> tuple[str, ...]:
     """Return the path of each parameter, as "layers.0.mlp_in.kernel"."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-    return tuple(name.removesuffix(".value") for name in names)  # Flax NNX: a Variable holds its array as "value"
+    nnx = sys.modules.get("flax.nnx")  # where that was never imported there are no Variables
+    variable = () if nnx is None else nnx.Variable
+    names = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, variable)):
+        for inside, _ in jax.tree_util.tree_leaves_with_path(leaf):
+            # A Variable holds its array as an attribute, "value", that no path of a model has.
+            parts = (*path, *inside[isinstance(leaf, variable) :])
+            names.append(jax.tree_util.keystr(parts, simple=True, separator="."))
+    return tuple(names)
 
 
 def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer) -> Problem:
@@ -87,9 +97,10 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
     Raises
     ------
     InputError
-        If there are no examples or parameters, sizes disagree, no parameter is selected, or the function's output
-        is not real.
+        If there are no examples or parameters, sizes disagree, a parameter that counts is no real array, a pattern
+        selects none, there is no such `by_layer`, or the function's output is not real.
     """
+    function = held(function)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     rows = count_examples(x1, "x1")
     columns = None if x2 is None else count_examples(x2, "x2")
@@ -98,15 +109,13 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
             f"x1 and x2 must agree in structure, shapes and dtypes after the first axis: {one_example(x1)} is not "
             f"{one_example(x2)}; pad or cast one of them."
         )
-    chosen = [
-        not name.startswith(FROZEN) and select(parameters, name, leaf) for name, leaf in zip(names, leaves, strict=True)
-    ]
-    chosen = [c and bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for c, leaf in zip(chosen, leaves, strict=True)]
+    named = list(zip(names, leaves, strict=True))
+    _refuse((n, a) for n, a in named if not (_is_array(a) or isinstance(a, int | float | complex)))
+    chosen = selection(parameters, names, leaves)
+    _refuse((n, a) for (n, a), c in zip(named, chosen, strict=True) if c and not (_is_array(a) and _is_real(a)))
+    chosen = [c and bool(jnp.issubdtype(a.dtype, jnp.floating)) for a, c in zip(leaves, chosen, strict=True)]
     if not any(chosen):
-        raise InputError(
-            f"parameters={parameters!r} selects none of the {len(names)} parameters ({', '.join(names[:8])}, ...); "
-            "give a predicate (path, array) -> bool or patterns such as 'layers.*.kernel'."
-        )
+        raise _none(f"parameters={parameters!r}", names)
     of_layer = [layer_name(by_layer, name) for name in names]
     layer_names = tuple(dict.fromkeys(n for n, c in zip(of_layer, chosen, strict=True) if c))
     layers = tuple(layer_names.index(n) if c else None for n, c in zip(of_layer, chosen, strict=True))
@@ -137,6 +146,53 @@ def count_examples(x: Any, name: str) -> int:
     return int(sizes.pop())  # type: ignore[arg-type]
 
 
+def selection(parameters: Select, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return which of the leaves count; frozen ones never do.
+
+    Raises
+    ------
+    InputError
+        If `parameters` is none of the things it may be, or a pattern is of no parameter.
+    """
+    if parameters is not None and not callable(parameters):
+        # An iterator would be used up by whoever reads it first.
+        if not isinstance(parameters, Collection) or not all(isinstance(p, str) for p in parameters):
+            raise InputError(
+                f"parameters={parameters!r} must be a predicate (path, array) -> bool, a pattern such as "
+                "'layers.*.kernel', or a list of patterns."
+            )
+        for pattern in [parameters] if isinstance(parameters, str) else parameters:
+            if not fnmatch.filter([n for n in names if not n.startswith(FROZEN)], pattern):
+                raise _none(f"parameters: {pattern!r}", names)
+    return [not n.startswith(FROZEN) and select(parameters, n, a) for n, a in zip(names, leaves, strict=True)]
+
+
+def _none(what: str, names: Sequence[str]) -> InputError:
+    own = [name for name in names if not name.startswith(FROZEN)]
+    some = ", ".join(own[:8]) + (", ..." if len(own) > 8 else "")
+    return InputError(
+        f"{what} selects none of the {len(own)} parameters ({some}) or none with real floating-point numbers; give a "
+        "predicate (path, array) -> bool or patterns such as 'layers.*.kernel'."
+    )
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_real(leaf: Any) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+
+
+def _refuse(leaves: Iterable[tuple[str, Any]]) -> None:
+    wrong = [f"{name or 'the whole'} ({getattr(leaf, 'dtype', type(leaf).__name__)})" for name, leaf in leaves]
+    if wrong:
+        raise InputError(
+            f"params: {', '.join(wrong[:4])} cannot be differentiated. Make numbers arrays (jnp.asarray), hold complex "
+            "arrays as two real ones, keep functions outside of params, or leave such leaves out (parameters=...)."
+        )
+
+
 def select(parameters: Select, name: str, leaf: Any) -> bool:
     """Whether a parameter counts."""
     if parameters is None:
@@ -148,11 +204,19 @@ def select(parameters: Select, name: str, leaf: Any) -> bool:
 
 
 def layer_name(by_layer: ByLayer, name: str) -> str:
-    """Return the layer that a parameter belongs to."""
+    """Return the layer that a parameter belongs to.
+
+    Raises
+    ------
+    InputError
+        If there is no such `by_layer`.
+    """
     if callable(by_layer):
         return by_layer(name)
     if by_layer == "parameter":
         return name
+    if isinstance(by_layer, str):
+        raise InputError(f"by_layer={by_layer!r} is not known; choose True, 'parameter' or a function path -> layer.")
     if by_layer:
         return name.rpartition(".")[0] or name
     return ""
@@ -164,11 +228,15 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKey
 def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
     """Return `make(get_function)`, kept as long as `function` lives, so that a second call compiles nothing.
 
-    `make` must not hold `function` itself, or neither would ever be freed.
+    A bound method is a new object wherever it is written, and counts as the same one as long as its object lives. For
+    what cannot be referenced weakly or hashed nothing is kept: see `held`. `make` must not hold `function` itself, or
+    neither would ever be freed.
     """
+    owner, method = _parts(function)
     try:
-        reference = weakref.ref(function)
-        kept = _COMPILED.setdefault(function, {})
+        reference, unbound = weakref.ref(owner), None if method is None else weakref.ref(method)
+        kept = _COMPILED.setdefault(owner, {})
+        key = key, unbound
         hash(key)
     except TypeError:
         return make(lambda: function)
@@ -176,8 +244,31 @@ def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Fun
     def get() -> Function:
         found = reference()
         assert found is not None
-        return found
+        if unbound is None:
+            return found
+        of_class = unbound()
+        assert of_class is not None
+        return types.MethodType(of_class, found)
 
     if key not in kept:
         kept[key] = make(get)
     return kept[key]
+
+
+def held(function: Function) -> Function:
+    """Return the function, or what stands for it in one call where `compiled` can keep nothing with it.
+
+    That is for callable objects without hash, which may change between calls, or without weak references.
+    """
+    try:
+        owner, _ = _parts(function)
+        hash(owner)
+        weakref.ref(owner)
+    except TypeError:
+        return lambda params, example: function(params, example)
+    return function
+
+
+def _parts(function: Any) -> tuple[Any, Any]:
+    """Return what a bound method is of, and the function in its class; of anything else it and None."""
+    return (function.__self__, function.__func__) if isinstance(function, types.MethodType) else (function, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -86,42 +85,45 @@ class Features:
     Attributes
     ----------
     examples : int
-    left, right : int
-        A matrix gradient is projected from both sides to (left, right) entries; left * right is the width.
+    width : int
+        Number of features.
     """
 
     examples: int
-    left: int
-    right: int
+    width: int
     crossed: bool = False
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
-        """Refuse: a projection depends on where in the gradient an entry stands; see `sketch` and `signs`."""
+        """Refuse: a projection depends on where in the gradient an entry stands; see `hashed` and `sketch`."""
         raise NotImplementedError
-
-    @property
-    def width(self) -> int:
-        """Number of features."""
-        return self.left * self.right
 
     def shape(self, outputs: int) -> tuple[int, ...]:
         """Shape of a result for `outputs` outputs an example."""
         return (outputs, self.examples, self.width)
 
-    def signs(self, key: jax.Array, rows: int, side: str, dtype: jnp.dtype) -> jax.Array:
-        """Return the random projection (rows, left or right) of one side of a matrix; rows have unit norm."""
-        columns = self.left if side == "left" else self.right
-        key = jax.random.fold_in(key, 0 if side == "left" else 1)
-        return jax.random.rademacher(key, (rows, columns), dtype) * (1 / math.sqrt(columns))
+    def hashed(self, key: jax.Array, entries: int, side: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Return the feature that each entry of one side of a matrix goes to, and its sign there.
+
+        Entry (i, j) goes to the sum of both sides' features, modulo the width, with the product of both signs.
+        """
+        place, sign = jax.random.split(jax.random.fold_in(key, 0 if side == "left" else 1))
+        if entries <= self.width:  # no two in one place: less variance
+            bucket = jax.random.permutation(place, self.width)[:entries]
+        else:
+            bucket = jax.random.randint(place, (entries,), 0, self.width)
+        return bucket, jax.random.rademacher(sign, (entries,), dtype)
+
+    def spread(self, x: jax.Array, bucket: jax.Array) -> jax.Array:
+        """Add entries (..., K) up in their features: (..., width)."""
+        # Entries first, for whole rows to be added: several times as fast on CPU.
+        rows = x.reshape(-1, x.shape[-1]).T.astype(accumulator(x))
+        summed = jnp.zeros((self.width, rows.shape[1]), rows.dtype).at[bucket].add(rows)
+        return summed.T.reshape(*x.shape[:-1], self.width)
 
     def sketch(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
         """Return features (C, B, width) of vector gradients (B, C, K): each entry, signed, goes to a random feature."""
-        entries = gradient.shape[-1]
-        place, sign = jax.random.split(key)
-        bucket = jax.random.randint(place, (entries,), 0, self.width)
-        signed = gradient * jax.random.rademacher(sign, (entries,), gradient.dtype)
-        summed = jnp.zeros((*gradient.shape[:2], self.width), accumulator(gradient)).at[:, :, bucket].add(signed)
-        return jnp.swapaxes(summed, 0, 1)
+        bucket, signs = self.hashed(key, gradient.shape[-1], "left", gradient.dtype)
+        return jnp.swapaxes(self.spread(gradient * signs, bucket), 0, 1)
 
 
 Reducer = Pairs | Norms | Features

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from lensjax.tangents import ir
 from lensjax.tangents.plan import Plan, Site
 from lensjax.tangents.problem import Problem, one_example
 
@@ -23,9 +25,10 @@ class Treatment:
     how : {"share", "factors", "materialised", "unused"}
         "share": taken in passing. "factors": used more than once, so the inputs and cotangents of the uses are kept.
         "materialised": per-example gradients exist. "unused": the function does not depend on them.
-    operations : the primitives that read them
+    operations : the primitives that read them, with method "transform"; of materialised ones each named once
     reason : why they are materialised, else ""
-    bytes : memory that this alone needs, for all examples and outputs
+    bytes : of the factors that are kept, or of the per-example gradients, for all examples and outputs. Not counted are
+        the copies of a materialised parameter, one for each example, that a program may make on the way forward.
     """
 
     parameters: tuple[str, ...]
@@ -103,11 +106,23 @@ def _planned(plan: Plan, problem: Problem, examples: int) -> list[Treatment]:
     for site in plan.sites:
         seen |= site.node.leaves
         how = {"share": "share", "group": "factors", "lift": "materialised"}[site.how]
-        operations = tuple(use.operation.name for use in site.uses)
+        read = [use.operation.name for use in site.uses]
+        operations = tuple(read if site.uses else dict.fromkeys(_readers(plan.block, {site.node.value})))
         names = tuple(problem.names[i] for i in sorted(site.node.leaves))
         treatments.append(Treatment(names, how, operations, site.reason, _memory(site, examples, problem.outputs)))
     unused = [i for i, layer in enumerate(problem.layers) if layer is not None and i not in seen]
     return treatments + [Treatment((problem.names[i],), "unused", (), "", 0) for i in unused]
+
+
+def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
+    """Yield the name of each operation that reads one of the values; regions and loops stand for what is in them."""
+    for operation in block.operations:
+        read = [isinstance(a, ir.Value) and a in values for a in operation.inputs]
+        if operation.body is not None:
+            inside = {inner for inner, r in zip(operation.body.inputs, read, strict=True) if r}
+            yield from _readers(operation.body, values | inside)
+        elif any(read):
+            yield operation.name
 
 
 def _memory(site: Site, examples: int, outputs: int) -> int:

@@ -13,6 +13,7 @@ from lensjax_kernels.gram import (
     EXACT,
     accumulator,
     add_rows,
+    pad_axis,
     reduce_products,
     reduce_weight_gradients,
     row_gram,
@@ -20,7 +21,7 @@ from lensjax_kernels.gram import (
     symmetric_token_gram,
     token_gram,
 )
-from lensjax_kernels.head_gram import head_left_times, head_pull, head_pull_by_tokens
+from lensjax_kernels.head_gram import LOGIT_BYTES, head_left, head_pull, head_pull_by_tokens, rows_at
 
 from lensjax.tangents.reducers import Features, Pairs, Reducer
 from lensjax.tangents.uses import Canonical
@@ -35,7 +36,12 @@ LARGEST_PAIRS = 2**26
 """Bytes of the fused head's products of token pairs, at most."""
 
 OUTER_BYTES = 2**25
-"""Memory for the rows that looked-up cotangents are added to at once, and for the factors of products there."""
+"""Memory for the rows that looked-up cotangents are added to at once, for the factors of products there, and for
+factors spread over features."""
+
+SCATTERED, MULTIPLIED, TRANSFORMED = 0.7, 0.01, 2.5
+"""What sketches take, in nanoseconds: to add an entry, to multiply for a token of one, and for a token's feature to be
+Fourier transformed (CPU)."""
 
 RowsOf = Callable[[jax.Array, int], jax.Array]
 
@@ -85,11 +91,9 @@ def of_factors(
     (examples, tokens, d), (_, outputs, _, e) = left.shape, right.shape
     if isinstance(reducer, Features):
         assert key is not None
-        sides = ("left", "right") if inputs_first else ("right", "left")
-        a = jnp.einsum("btd,dp->btp", left, reducer.signs(key, d, sides[0], left.dtype))
-        g = jnp.einsum("bcte,eq->bctq", right, reducer.signs(key, e, sides[1], right.dtype))
-        order = "btp,bctq->cbpq" if inputs_first else "btp,bctq->cbqp"
-        return jnp.einsum(order, a, g, preferred_element_type=accumulator(a, g)).reshape(reducer.shape(outputs))
+        if not inputs_first:
+            return sketched(right, left[:, None], reducer, key)
+        return sketched(left[:, None], right, reducer, key)
     if isinstance(reducer, Pairs):
         if tokens == 1:
             return _one_token(left[:, 0], right[:, :, 0], reducer)
@@ -122,10 +126,11 @@ def of_rows(
     (examples, tokens), (_, outputs, _, width) = ids.shape, right.shape
     if isinstance(reducer, Features):
         assert key is not None
-        left = jnp.where(ids[..., None] < 0, 0, reducer.signs(key, height, "left", right.dtype)[ids])
-        g = jnp.einsum("bcte,eq->bctq", right, reducer.signs(key, width, "right", right.dtype))
-        out = jnp.einsum("btp,bctq->cbpq", left, g, preferred_element_type=accumulator(g))
-        return out.reshape(reducer.shape(outputs))
+        bucket, signs = reducer.hashed(key, height, "left", right.dtype)
+        columns, column_signs = reducer.hashed(key, width, "right", right.dtype)
+        signs = jnp.where(ids < 0, 0, signs[ids])
+        right = right * signs[:, None, :, None] * column_signs
+        return _one_by_one(lambda b, c: _added(right[b, c], bucket[ids[b]], columns, reducer), examples, outputs)
     if shared and tokens < height:
         unique, places = jnp.unique(ids[0], return_inverse=True, size=tokens)
         places = jnp.where(ids[0] < 0, -1, places.reshape(-1))
@@ -200,13 +205,80 @@ def of_head(
     if not isinstance(reducer, Features):
         return head_pull(hidden, weight, labels, normalizers, logits, cotangents, reducer)
     assert key is not None
-    dtype, width = normalizers.dtype, hidden.shape[-1]
-    signs = reducer.signs(key, weight.shape[0], "left", dtype)
-    both = head_left_times(
-        hidden, weight, labels, normalizers, logits, jnp.concatenate([weight.astype(dtype), signs], 1)
-    )
+    dtype, (vocabulary, width) = normalizers.dtype, weight.shape
+    bucket, signs = reducer.hashed(key, vocabulary, "left", dtype)
+    columns, column_signs = reducer.hashed(key, width, "right", dtype)
     scaled = cotangents.astype(dtype)[..., None]
-    right = jnp.einsum("btd,dq->btq", hidden.astype(dtype), reducer.signs(key, width, "right", dtype))
-    share = jnp.einsum("btp,bctq->cbpq", both[..., width:], scaled * right[:, None])
-    pulled = (scaled * both[:, None, :, :width]).astype(hidden.dtype)
-    return pulled, share.reshape(reducer.shape(cotangents.shape[1]))
+    right = scaled * (hidden.astype(dtype) * column_signs)[:, None]
+    # Besides the logits' gradients, a chunk of the vocabulary takes as many rows of the gradient of one example.
+    bytes_per_row = max(normalizers.size, 2 * width) * dtype.itemsize
+    size, pieces = split_columns(vocabulary, bytes_per_row, LOGIT_BYTES)
+
+    def step(total: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        left = head_left(hidden, weight, labels, normalizers, logits, start=start, size=size)
+        rows = rows_at(weight, start, size).astype(dtype)
+        direction = jnp.einsum("btv,vd->btd", left, rows, precision=EXACT)
+        own, places = left * rows_at(signs, start, size), rows_at(bucket, start, size)
+        share = _by_products(own[:, None], right, places, columns, reducer)
+        return (total[0] + direction, total[1] + share), None
+
+    zero = (jnp.zeros((*labels.shape, width), dtype), jnp.zeros(reducer.shape(cotangents.shape[1]), dtype))
+    direction, share = jax.lax.scan(step, zero, jnp.arange(pieces) * size)[0]
+    return (scaled * direction[:, None]).astype(hidden.dtype), share
+
+
+def sketched(left: jax.Array, right: jax.Array, reducer: Features, key: jax.Array) -> jax.Array:
+    """Return features (C, B, width) of `left[b, c].T @ right[b, c]`, factors (B, C or 1, T, d) and (B, C or 1, T, e).
+
+    Few tokens: the sketch of an outer product is the circular convolution of both factors' sketches (Pham & Pagh
+    2013, "Fast and scalable polynomial kernels via explicit feature maps"). Many: one example's product at a time is
+    made and its entries added where the convolution would put them, which is the same.
+    """
+    (examples, _, tokens, d), e, dtype = left.shape, right.shape[3], accumulator(left, right)
+    outputs = max(left.shape[1], right.shape[1])
+    rows, row_signs = reducer.hashed(key, d, "left", dtype)
+    columns, column_signs = reducer.hashed(key, e, "right", dtype)
+    left, right = left * row_signs, right * column_signs
+    by_products = outputs * d * e * (SCATTERED + tokens * MULTIPLIED)
+    if by_products < tokens * (1 + outputs) * reducer.width * TRANSFORMED:
+        return _by_products(left, right, rows, columns, reducer)
+
+    def convolved(factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+        spread = (reducer.spread(x, places) for x, places in zip(factors, (rows, columns), strict=True))
+        first, second = (jnp.fft.rfft(x) for x in spread)
+        return jnp.fft.irfft((first * second).sum(2), n=reducer.width)
+
+    size = OUTER_BYTES // (tokens * (1 + outputs) * reducer.width * dtype.itemsize)
+    size = min(max(size, 1), examples)
+    pieces = -(-examples // size)
+    factors = (pad_axis(x, 0, pieces * size - examples) for x in (left, right))
+    left, right = (x.reshape(pieces, size, *x.shape[1:]) for x in factors)
+    features = jax.lax.map(convolved, (left, right)) if pieces > 1 else convolved((left[0], right[0]))
+    return jnp.swapaxes(features.reshape(pieces * size, outputs, -1)[:examples], 0, 1)
+
+
+def _by_products(
+    left: jax.Array, right: jax.Array, rows: jax.Array, columns: jax.Array, reducer: Features
+) -> jax.Array:
+    """Return features of signed factors from their products, one at a time."""
+
+    def one(b: jax.Array, c: jax.Array) -> jax.Array:
+        # Where the outputs share a factor it has an axis of 1, to which indices are clamped.
+        own, others = (x[b, jnp.minimum(c, x.shape[1] - 1)] for x in (left, right))
+        product = jnp.einsum("td,te->de", own, others, precision=EXACT, preferred_element_type=accumulator(own, others))
+        return _added(product, rows, columns, reducer)
+
+    return _one_by_one(one, left.shape[0], max(left.shape[1], right.shape[1]))
+
+
+def _added(entries: jax.Array, rows: jax.Array, columns: jax.Array, reducer: Features) -> jax.Array:
+    """Add signed entries (n, e) up in the features that their rows and columns go to."""
+    places = (rows[:, None] + columns) % reducer.width
+    return jnp.zeros(reducer.width, accumulator(entries)).at[places.reshape(-1)].add(entries.reshape(-1))
+
+
+def _one_by_one(one: Callable[[jax.Array, jax.Array], jax.Array], examples: int, outputs: int) -> jax.Array:
+    """Return `one(example, output)` for all, (C, B, width)."""
+    pairs = jnp.arange(outputs * examples)
+    features = jax.lax.map(lambda n: one(n % examples, n // examples), pairs)
+    return features.reshape(outputs, examples, -1)

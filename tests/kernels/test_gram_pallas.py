@@ -22,8 +22,13 @@ def dense(left1, right1, left2, right2):
 
 @pytest.mark.parametrize(
     ("shape1", "shape2"),
-    [((2, 1, 32, 32, 32), (3, 1, 32, 32, 32)), ((3, 2, 7, 5, 9), (2, 3, 40, 5, 9)), ((1, 1, 70, 33, 65),) * 2],
-    ids=["whole tiles", "several outputs", "several tiles"],
+    [
+        ((2, 1, 32, 32, 32), (3, 1, 32, 32, 32)),
+        ((3, 2, 7, 5, 9), (2, 3, 40, 5, 9)),
+        ((1, 1, 70, 33, 65),) * 2,
+        ((2, 1, 260, 33, 2100), (1, 1, 40, 33, 2100)),
+    ],
+    ids=["whole tiles", "several outputs", "several tiles", "over a million cotangents"],
 )
 def test_interpreted_kernel_against_dense_gradients(shape1, shape2):
     with jax.enable_x64(True):

@@ -29,8 +29,8 @@ def test_terms_by_hand():
     assert bound.remainder == pytest.approx(400**-0.75)
     assert bound.violated is False
     assert bound.looseness == pytest.approx(4.5 / 3.5)
-    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=1.0, test_loss=2.3).violated is True
-    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=1.0).violated is None
+    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=2.0, test_loss=2.3).violated is True
+    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=2.0).violated is None
 
 
 def test_traces_stand_for_noise_of_one_size():
@@ -47,6 +47,15 @@ def test_distances_of_layers():
     assert layer_distances(params, initial) == {"scale": 0.0, "up": pytest.approx(np.sqrt(12))}
     with pytest.raises(InputError, match="same structure"):
         layer_distances(params, {"up": initial["up"]})
+    with pytest.raises(InputError, match="by_layer='layer' is not known"):
+        layer_distances(params, initial, by_layer="layer")
+
+
+def test_a_leaf_called_value_is_named():
+    attention = {"attn": {"query": jnp.ones(2), "value": jnp.ones(3)}}
+    moved = jax.tree.map(lambda a: 2 * a, attention)
+    assert layer_distances(moved, attention) == {"attn": pytest.approx(np.sqrt(5))}
+    assert set(layer_distances(moved, attention, by_layer="parameter")) == {"attn.query", "attn.value"}
 
 
 def test_fall_of_a_power():
@@ -131,6 +140,10 @@ def test_errors():
         (lambda: generalization_bound(1.0, 10, {"a": 1.0}, forms={"b": 1.0}, **good), "use one by_layer"),
         (lambda: generalization_bound(1.0, 0, {"a": 1.0}, forms={"a": 1.0}, **good), "n=0"),
         (lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=0.0), "loss_bound=0.0"),
+        (
+            lambda: generalization_bound(5.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=0.1),
+            "less than train_loss=5.0",
+        ),
         (lambda: generalization_bound(np.nan, 9, {"a": 1.0}, forms={"a": 1.0}, **good), "must be finite"),
         (
             lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, test_loss=np.nan, **good),

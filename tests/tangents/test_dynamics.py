@@ -198,6 +198,7 @@ def test_errors():
         ((good * np.nan, np.ones(3)), {}, "must be finite"),
         ((np.triu(np.ones((3, 3))), np.ones(3)), {}, "differs from its transpose by 1"),
         ((good, np.ones(3)), {"negative": "flip"}, "choose 'clip', 'keep' or 'refuse'"),
+        (({"a": good, "b": good}, np.ones(3)), {}, r"dict of 2 layers.*sum\(kernel.values\(\)\), or choose one"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(InputError, match=message):

@@ -1,6 +1,9 @@
 """The public functions: methods against each other and against dense references, shapes, reports, refusals."""
 
+import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from lensjax import InputError, UnsupportedBackendError, backend
-from lensjax.tangents import explain, gradient_norms, ntk, ntk_operator
+from lensjax.tangents import explain, gradient_norms, ntk, ntk_blocks, ntk_operator
 
 
 def network(params, example):
@@ -153,6 +156,26 @@ def test_a_while_loop_is_differentiated_forwards():
         assert "while_loop" in report.reason
 
 
+def test_a_while_loop_is_refused_where_it_has_to_go_backwards():
+    def f(p, e):
+        return jax.lax.while_loop(lambda y: jnp.sum(y) < 9.0, lambda y: y + p * e, p).sum()
+
+    given = f, jnp.ones(2), jnp.ones((3, 2))
+    for method in ("transform", "ntvp"):
+        with pytest.raises(InputError, match=f"backwards as method='{method}' needs it; choose method='auto'"):
+            ntk(*given, method=method)
+    with pytest.raises(InputError, match="backwards as memory=99999 needs it"):
+        ntk(*given, method="transform", memory=99999)
+    with pytest.raises(InputError, match=r"backwards as gradient_norms needs it; .*method='jacobian'"):
+        gradient_norms(*given)
+
+
+def test_blocks_for_memory_are_refused_under_jit():
+    w, x = jnp.ones(256), jnp.ones((64, 256))
+    with pytest.raises(InputError, match=r"blocks of \d+ examples only, and blocks cannot be computed under jax.jit"):
+        jax.jit(lambda w, x: ntk(jnp.dot, w, x, memory=4 * 64 * 32))(w, x)
+
+
 def test_report_says_what_is_kept_and_what_is_freed():
     params, x = inputs(4, dtype=np.float32)
     report = explain(network, params, x)
@@ -166,6 +189,25 @@ def test_report_says_what_is_kept_and_what_is_freed():
     }
     assert str(report).splitlines()[0] == "NTK by transform (exact in one backward pass): 4 examples, 5 outputs each"
     assert {t.bytes for t in report.materialised} == {4 * 5 * 8 * 4, 4 * 5 * 4 * 4}
+    read_by = {p: t.operations for t in report.treatments for p in t.parameters}
+    assert read_by["layers.0.kernel"] == ("dot_general",)
+    assert (read_by["layers.0.bias"], read_by["norm"]) == (("add",), ("mul",))
+
+
+def test_report_names_the_readers_in_loops_and_recomputed_regions():
+    @jax.checkpoint
+    def layer(x, shift, both):
+        return jnp.sin(x + shift) * both
+
+    def f(p, e):
+        out, _ = jax.lax.scan(lambda x, shift: (layer(x, shift, p["both"]), None), e, p["shifts"])
+        return jnp.sum(out - p["both"])
+
+    report = explain(f, {"both": jnp.ones(4), "shifts": jnp.ones((3, 4))}, jnp.ones((2, 4)), method="transform")
+    assert {p: t.operations for t in report.treatments for p in t.parameters} == {
+        "both": ("mul", "sub"),
+        "shifts": ("add",),
+    }
 
 
 def test_the_same_function_is_traced_once():
@@ -181,6 +223,58 @@ def test_the_same_function_is_traced_once():
     second = ntk(f, 2 * p, x)
     assert len(traces) == count
     assert not np.allclose(first, second)
+
+
+class Scaled:
+    """Counts how often its method is traced."""
+
+    def __init__(self, scale):
+        self.scale, self.traces = scale, 0
+
+    def apply(self, p, e):
+        self.traces += 1
+        return self.scale * jnp.sum(jnp.tanh(e @ p))
+
+    def other(self, p, e):
+        return -jnp.sum(e @ p)
+
+
+def test_a_bound_method_is_traced_once_and_keeps_nothing_alive():
+    p, x = jnp.ones((3, 2)), jnp.ones((4, 5, 3))
+    one, two = Scaled(1.0), Scaled(2.0)
+    first = ntk(one.apply, p, x)
+    count = one.traces
+    for _ in range(3):
+        np.testing.assert_array_equal(ntk(one.apply, p, x), first)
+    assert one.traces == count + 3  # the check of its output, and nothing else
+    np.testing.assert_allclose(ntk(two.apply, p, x), 4 * first, rtol=1e-6)
+    np.testing.assert_allclose(ntk(one.other, p, x), np.full((4, 4), 2 * 75.0))
+    freed = weakref.ref(one)
+    del one
+    gc.collect()
+    assert freed() is None
+
+
+@dataclasses.dataclass
+class Unhashable:
+    scale: float
+    traces: int = 0
+
+    def __call__(self, p, e):
+        self.traces += 1
+        return self.scale * jnp.sum(e @ p)
+
+
+def test_what_cannot_be_hashed_is_compiled_once_in_each_call_and_may_change_between_them():
+    p, x = jnp.ones(3), jnp.ones((12, 3))
+    f, g = Unhashable(2.0), Scaled(2.0)
+    np.testing.assert_allclose(ntk_blocks(f, p, x, block=2), 12.0)
+    ntk_blocks(g.apply, p, x, block=2)
+    assert f.traces == g.traces  # not once for each of the 21 pairs of blocks
+    f.scale = 3.0
+    np.testing.assert_allclose(ntk_blocks(f, p, x, block=2), 27.0)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(f)
 
 
 def test_works_inside_jit_and_is_symmetric():
@@ -213,6 +307,11 @@ def test_integers_among_parameters_and_examples_are_constants():
         ({"method": "magic"}, "method='magic' is not known; choose one of auto, transform, jacobian, ntvp"),
         ({"outputs": "some"}, "outputs='some' is not known; choose one of full, trace, diagonal"),
         ({"parameters": "head.*"}, "selects none of the 5 parameters"),
+        ({"parameters": lambda path, leaf: False}, "selects none of the 5 parameters"),
+        ({"parameters": ["norm", "typo"]}, "parameters: 'typo' selects none of the 5 parameters .layers.0.bias,"),
+        ({"parameters": (p for p in ["norm"])}, "parameters=<generator .* or a list of patterns"),
+        ({"parameters": 3}, "parameters=3 must be a predicate"),
+        ({"by_layer": "paramter"}, "by_layer='paramter' is not known; choose True, 'parameter' or a function"),
         ({"x1": {"x": np.ones((2, 6, 4), np.float32), "scale": np.ones(3, np.float32)}}, "x1: every leaf needs"),
         ({"x2": {"x": np.ones((2, 6, 3), np.float32), "scale": np.ones(2, np.float32)}}, "x1 and x2 must agree"),
         ({"f": 3}, "f must be a function"),
@@ -225,6 +324,28 @@ def test_bad_input_is_named(change, message):
     f, x1, x2 = (arguments.pop(name) for name in ("f", "x1", "x2"))
     with pytest.raises(InputError, match=message):
         ntk(f, params, x1, x2, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (2.0, r"params: b \(float\) cannot be differentiated"),
+        (jnp.tanh, r"params: b \(.*\) cannot be differentiated. .* keep functions outside"),
+        (jnp.ones(2, jnp.complex64), r"params: b \(complex64\) cannot be differentiated. .* as two real ones"),
+    ],
+)
+def test_parameters_that_are_no_real_arrays_are_named(leaf, message):
+    def f(p, e):
+        return jnp.real(p["a"] @ e)
+
+    params, x = {"a": jnp.ones(2), "b": leaf}, jnp.ones((3, 2))
+    for call in (ntk, gradient_norms, explain, ntk_operator):
+        with pytest.raises(InputError, match=message):
+            call(f, params, x)
+    if not callable(leaf):
+        np.testing.assert_allclose(ntk(f, params, x, parameters="a"), 2.0)
+    with pytest.raises(InputError, match=r"params: the whole \(complex64\) cannot be"):
+        ntk(lambda p, e: jnp.real(p @ e), jnp.ones(2, jnp.complex64), x)
 
 
 def test_refuses_the_jaxlib_that_is_wrong(monkeypatch):

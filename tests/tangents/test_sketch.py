@@ -7,7 +7,8 @@ import pytest
 from lensjax_kernels import head_cross_entropy
 
 from lensjax import InputError
-from lensjax.tangents import ntk, ntk_features, sketch_error
+from lensjax.tangents import ntk, ntk_features, shares, sketch_error
+from lensjax.tangents.reducers import Features
 
 
 def f(p, ids):
@@ -44,6 +45,92 @@ def test_features_are_unbiased_and_their_error_falls_with_width():
             assert np.abs(error.mean(0) / standard_error).max() < 4.5
             spread[width] = error.std()
         assert 2.5 < spread[16] / spread[256] < 6.5  # about sqrt(256 / 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 24])  # by Fourier transforms, and by products
+def test_error_falls_with_any_width_also_for_wide_layers_and_gradients_of_low_rank(tokens):
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=(256, 256)) / 16, np.float32) for _ in range(2)]
+    x = jnp.asarray(rng.normal(size=(12, tokens, 256)), np.float32)
+
+    def network(w, x):
+        return jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]).sum()
+
+    for width in (256, 1009, 1024):  # a prime, too
+        errors = []
+        for seed in range(4):
+            phi = ntk_features(network, params, x, width=width, key=jax.random.key(seed))
+            errors.append(sketch_error(network, params, x, phi, key=jax.random.key(9)).diagonal)
+        assert 0.6 < np.sqrt(np.mean(np.square(errors)) * width / 2) < 1.5
+
+
+@pytest.mark.parametrize("width", [31, 8])  # more than rows and columns, and fewer
+@pytest.mark.parametrize("outputs", [(1, 1), (1, 3), (3, 1)])
+def test_both_ways_of_sketching_are_the_sum_of_signed_entries(width, outputs, monkeypatch):
+    with jax.enable_x64(True):
+        rng, key, reducer = np.random.default_rng(5), jax.random.key(4), Features(5, width)
+        left, right = rng.normal(size=(5, outputs[0], 3, 12)), rng.normal(size=(5, outputs[1], 3, 9))
+        rows, row_signs = map(np.asarray, reducer.hashed(key, 12, "left", np.float64))
+        columns, column_signs = map(np.asarray, reducer.hashed(key, 9, "right", np.float64))
+        gradient = np.einsum("bctd,bkte->ckbde", left, right).reshape(max(outputs), 5, 12, 9)
+        want = np.zeros((max(outputs), 5, width))
+        for i, j in np.ndindex(12, 9):
+            want[:, :, (rows[i] + columns[j]) % width] += row_signs[i] * column_signs[j] * gradient[:, :, i, j]
+        for transformed, memory in ((1e9, 2**25), (0, 2**25), (0, 1), (0, 2 * 8 * 3 * 4 * width)):
+            monkeypatch.setattr(shares, "TRANSFORMED", transformed)
+            monkeypatch.setattr(shares, "OUTER_BYTES", memory)
+            got = jax.jit(lambda a, g: shares.sketched(a, g, reducer, key))(left, right)
+            np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_chunks_of_the_vocabulary_do_not_change_the_features_of_a_head(monkeypatch):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(6)
+        hidden, weight = jnp.asarray(rng.normal(size=(3, 4, 5))), jnp.asarray(rng.normal(size=(301, 5)))
+        labels = jnp.asarray(rng.integers(0, 301, (3, 4))).at[0, 1].set(-100)
+        saved = (hidden, labels, jax.nn.logsumexp(hidden @ weight.T, axis=-1), None)
+        cotangents = jnp.asarray(rng.normal(size=(3, 2, 4)))
+
+        def of_head():
+            # Compiled anew: chunks are chosen while tracing.
+            compiled = jax.jit(lambda *a: shares.of_head(*a[:3], Features(3, 16), a[3]))
+            return compiled(saved, weight, cotangents, jax.random.key(0))
+
+        whole = of_head()
+        monkeypatch.setattr(shares, "LOGIT_BYTES", 1)
+        parts = of_head()
+        left = jax.nn.softmax(hidden @ weight.T) - jax.nn.one_hot(labels, 301)
+        left = jnp.where(labels[..., None] < 0, 0, left)[:, None]
+        right = cotangents[..., None] * hidden[:, None]
+        want = jax.jit(lambda a, g: shares.sketched(a, g, Features(3, 16), jax.random.key(0)))(left, right)
+        for got in (whole, parts):
+            np.testing.assert_allclose(got[0], cotangents[..., None] * (left @ weight), rtol=1e-11, atol=1e-11)
+            np.testing.assert_allclose(got[1], want, rtol=1e-11, atol=1e-11)
+
+
+def test_all_uses_of_a_parameter_have_the_same_projection():
+    """The features of a sum of two uses with the same gradient are twice those of one, also where one transposes."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(7)
+        w, c = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(4, 6, 3)))
+        ids = jnp.asarray(rng.integers(0, 5, (4, 6)))
+
+        def looked_up(w, x):
+            return (w[x[0]] * x[1]).sum()
+
+        def multiplied(w, x):
+            return ((jax.nn.one_hot(x[0], 5) @ w) * x[1]).sum()
+
+        def transposed(w, x):
+            return ((x[1] @ w.T) * jax.nn.one_hot(x[0], 5)).sum()
+
+        def features(f):
+            return ntk_features(f, w, (ids, c), width=16, key=jax.random.key(2))
+
+        want = 2 * features(looked_up)
+        for one, other in ((looked_up, multiplied), (looked_up, transposed), (multiplied, transposed)):
+            got = features(lambda w, x, one=one, other=other: one(w, x) + other(w, x))
+            np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
 def test_features_are_linear_in_the_gradient():
