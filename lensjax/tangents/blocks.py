@@ -228,7 +228,7 @@ def _fingerprint(problem: Problem, params: Any, x1: Any, x2: Any, outputs: str, 
     digest = hashlib.sha256()
     facts = (program, problem.names, problem.layers, problem.rows, problem.columns, outputs, block)
     digest.update(repr(facts).encode())
-    for leaf in jax.tree.leaves((_constants(closed), params, x1, x2)):
+    for leaf in map(jnp.asarray, jax.tree.leaves((_constants(closed), params, x1, x2))):
         array = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(np.ascontiguousarray(array).view(np.uint8).data if np.size(array) else b"")
     return digest.hexdigest()

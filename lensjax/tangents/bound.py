@@ -182,7 +182,7 @@ def generalization_bound(
     numbers = [train_loss, *([] if test_loss is None else [test_loss]), *given.values(), *distances.values()]
     if not all(math.isfinite(x) for x in numbers) or min(distances.values()) < 0:
         raise InputError(f"losses, distances and curvatures must be finite and distances not negative: {numbers}.")
-    if loss_bound < train_loss:
+    if loss_bound < train_loss * (1 - 1e-6):  # a mean of equal losses may be rounded up
         raise InputError(
             f"loss_bound={loss_bound} is less than train_loss={train_loss}, but it is the largest loss an example can "
             "have: give one that no example exceeds."

@@ -220,7 +220,7 @@ class _Walk:
     def _use(self, operation: ir.Operation, operands: list[Any], which: int) -> list[Any] | None:
         """Return the output of an operation that is linear in a moving parameter."""
         w, primitive = operands[which], operation.primitive
-        if primitive in BILINEAR:
+        if primitive in BILINEAR and jnp.issubdtype(operation.inputs[1 - which].aval.dtype, jnp.floating):
             others = [operands[1 - which]]
 
             def apply(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -228,8 +228,10 @@ class _Walk:
 
             return [_used(apply, self.second)(w.step, w.value, w.direction, *others)]
         if primitive is jp.gather_p and which == 0:
-            looked_up = w.seen(lambda table: operation.bind(table, *operands[1:])[0])
-            return [self.still(looked_up)]
+            # What fills up in place of rows that are not there stays where it is.
+            filled = dataclasses.replace(operation, params={**operation.params, "fill_value": 0})
+            rows, moving = operation.bind(w.value, *operands[1:])[0], filled.bind(w.direction, *operands[1:])[0]
+            return [self.still(_Moving(rows, moving, w.step))]
         return None
 
     def _remat(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:

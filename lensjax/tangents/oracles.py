@@ -116,7 +116,7 @@ class NtkOperator:
         def pulled(total: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
             y, pull = jax.vjp(over(jax.tree.map(lambda a: a[batch[0]], x2)), chosen)
             (own,) = pull(batch[1].reshape(y.shape).astype(y.dtype))
-            return jax.tree.map(jnp.add, total, own), None
+            return [a + b.astype(a.dtype) for a, b in zip(total, own, strict=True)], None
 
         def pushed(places: jax.Array) -> jax.Array:
             return jax.jvp(over(jax.tree.map(lambda a: a[places], x1)), (chosen,), (direction,))[1]
@@ -124,7 +124,9 @@ class NtkOperator:
         columns = self._batches(len(v))
         # The last batch is filled up with copies of the last example, which count nothing.
         weights = pad_axis(v, 0, columns.size - len(v)).reshape(*columns.shape, *v.shape[1:])
-        direction = jax.lax.scan(pulled, jax.tree.map(jnp.zeros_like, chosen), (columns, weights))[0]
+        start = [jnp.zeros(a.shape, jnp.promote_types(jnp.float32, a.dtype)) for a in chosen]
+        sums = jax.lax.scan(pulled, start, (columns, weights))[0]
+        direction = [s.astype(a.dtype) for s, a in zip(sums, chosen, strict=True)]
         if self._layer is not None:
             direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
         count = self.shape[len(self.shape) // 2] if transposed else self.shape[0]

@@ -250,9 +250,10 @@ def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Fun
         assert of_class is not None
         return types.MethodType(of_class, found)
 
-    if key not in kept:
-        kept[key] = make(get)
-    return kept[key]
+    # Another owner that compares equal may have made it, and be gone.
+    if key not in kept or kept[key][0]() is None:
+        kept[key] = reference, make(get)
+    return kept[key][1]
 
 
 def held(function: Function) -> Function:

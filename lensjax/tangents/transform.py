@@ -389,7 +389,7 @@ class Transform:
                     places = np.flatnonzero(factor)
                     part = jnp.tensordot(factor[places], share[places], axes=1, precision=EXACT)
                 else:
-                    part = share if factor == 1.0 else share * factor
+                    part = share if factor == 1.0 else share * float(factor)
                 results[layer] = results[layer] + part if layer in results else part
 
         done = set()

@@ -98,6 +98,13 @@ def lookup_outside_the_table(p, ids):
     return total(jnp.take(p["e"], ids * 2 - 3, axis=0, mode="fill", fill_value=0.0))
 
 
+@program({"e": (7, 4)}, "tokens", e=FACTORS)
+def lookup_filled_with_a_number(p, ids):
+    found = jnp.take(p["e"], ids * 2 - 3, axis=0, mode="fill", fill_value=1.5)
+    masked = jnp.where((ids < 3)[:, None], jnp.take(p["e"], ids * 3, axis=0), 0.0)  # not a number where it is masked
+    return total(found**2 + masked[::-1] ** 2)
+
+
 @program({"e": (7, 4)}, "tokens", e=SHARE)
 def clipped_lookup(p, ids):
     return total(jnp.take(p["e"], ids * 3 - 4, axis=0, mode="clip"))

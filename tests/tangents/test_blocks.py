@@ -108,6 +108,18 @@ def with_a_rule(scale):
     return lambda p, x: layer(p["w"], x).sum()
 
 
+def test_numbers_that_do_not_count_are_part_of_the_computation(tmp_path):
+    x, file = jnp.ones((4, 2)), tmp_path / "kernel.npy"
+
+    def scaled(p, x):
+        return p["scale"] * jnp.dot(p["w"], x)
+
+    kernel = ntk_blocks(scaled, {"w": jnp.ones(2), "scale": 2.0}, x, parameters="w", block=2, file=file)
+    np.testing.assert_allclose(kernel, 8.0)
+    with pytest.raises(InputError, match="holds blocks of another function"):
+        ntk_blocks(scaled, {"w": jnp.ones(2), "scale": 3.0}, x, parameters="w", block=2, file=file)
+
+
 @pytest.mark.parametrize("make", [with_a_constant, with_a_rule])
 def test_neither_does_a_function_with_other_arrays_or_rules(tmp_path, make):
     rng = np.random.default_rng(0)

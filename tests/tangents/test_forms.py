@@ -111,6 +111,17 @@ def test_what_has_only_a_backward_rule_is_multiplied_instead():
         assert estimate.trace == pytest.approx(float(jnp.sum(6 * params["w"] * x)), rel=1e-12)  # a diagonal matrix
 
 
+def test_a_product_with_integers():
+    signs = jnp.asarray([[1, -1, 1], [1, 1, -1]], jnp.int8)
+
+    def loss(leaves):
+        return jnp.sum(jnp.sin(jax.lax.dot(leaves[0], signs.T, preferred_element_type=jnp.float32)))
+
+    w, v = jnp.asarray([[0.1, 0.2, 0.3]]), jnp.asarray([[1.0, 2.0, -1.0]])
+    product = jax.jvp(jax.grad(lambda w: loss([w])), (w,), (v,))[1]
+    np.testing.assert_allclose(hessian_forms(loss, [w], [v])[0], jnp.vdot(v, product), rtol=1e-5)
+
+
 def dots(jaxpr):
     """Return the output shapes of all matrix products in a program."""
     return [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]

@@ -365,3 +365,25 @@ def test_another_number_of_parameters_is_another_choice():
     x = jnp.ones((2, 5))
     assert [explain(f, jnp.ones(n), x).method for n in (3, 300)] == ["jacobian", "transform"]
     assert [explain(f, jnp.ones(4), jnp.ones((2, n))).method for n in (3, 5)] == ["transform", "jacobian"]
+
+
+def test_objects_that_compare_equal_share_no_program_of_one_that_is_gone():
+    class Scaled:
+        """As modules do that hash and compare by their fields."""
+
+        def __init__(self, scale):
+            self.scale = scale
+
+        def __eq__(self, other):
+            return self.scale == other.scale
+
+        def __hash__(self):
+            return hash(self.scale)
+
+        def apply(self, w, x):
+            return self.scale * jnp.dot(w, x)
+
+    kept, w, x = Scaled(2.0), jnp.ones(3), jnp.eye(3)
+    ntk(kept.apply, w, x)
+    np.testing.assert_allclose(gradient_norms(Scaled(2.0).apply, w, x), 2.0)
+    np.testing.assert_allclose(gradient_norms(kept.apply, jnp.ones(5), jnp.ones((3, 5))), 2.0 * np.sqrt(5), rtol=1e-6)

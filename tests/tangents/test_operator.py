@@ -64,3 +64,11 @@ def test_wrong_arguments_are_named():
         operator @ jnp.ones(4)
     with pytest.raises(InputError, match="batch=0 must be at least 1"):
         ntk_operator(network, w, x, batch=0)
+
+
+def test_many_batches_add_up_in_float32():
+    """The pull-backs of 300 batches, each as large as the others, with weights of eight significant bits."""
+    w, x = jnp.ones(2, jnp.bfloat16), jnp.ones((64 * 300, 2), jnp.bfloat16)
+    operator = ntk_operator(lambda w, x: jnp.dot(w, x), w, x)
+    product = operator @ jnp.ones(len(x), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(product, np.float32), 2.0 * len(x), rtol=2**-7)
