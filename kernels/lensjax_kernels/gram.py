@@ -119,11 +119,11 @@ def reduce_products(
 
 def _arranged(products: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
     """Return products with the rows of the left factor where they are fastest: before the tokens for one output."""
-    single = [left.ndim == 3 and right.shape[1] == 1 for left, right in products]
-    return [(rows_first(x) if one else x, y) for (x, y), one in zip(products, single, strict=True)]
+    return [(rows_first(x) if _row_axis(x, y) == 1 else x, y) for x, y in products]
 
 
 def _row_axis(left: jax.Array, right: jax.Array) -> int:
+    """Return where `_arranged` has the rows of a left factor."""
     return 1 if left.ndim == 3 and right.shape[1] == 1 else left.ndim - 1
 
 

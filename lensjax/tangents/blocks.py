@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr
 
 from lensjax.errors import InputError
+from lensjax.tangents import ir
 from lensjax.tangents.memory import Blocks, Way, too_little, within
 from lensjax.tangents.models import frozen_as_arguments, opened
 from lensjax.tangents.ntk import Outputs, check_bounded, checked, choose, ntk
@@ -234,11 +235,10 @@ def _fingerprint(problem: Problem, params: Any, x1: Any, x2: Any, outputs: str, 
     return digest.hexdigest()
 
 
-def _constants(closed: Any) -> list[Any]:
+def _constants(program: Any) -> list[Any]:
     """Return the arrays that a program and those that it calls close over."""
-    inner = jax.tree.leaves([e.params for e in closed.jaxpr.eqns], is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr))
-    programs = [ClosedJaxpr(x, ()) if isinstance(x, Jaxpr) else x for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
-    return [*closed.consts, *(c for program in programs for c in _constants(program))]
+    own = program.consts if isinstance(program, ClosedJaxpr) else []
+    return [*own, *(c for eqn in program.eqns for inner in ir.called(eqn) for c in _constants(inner))]
 
 
 def _pairs(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tuple[int, int]]:

@@ -108,7 +108,7 @@ def _along(
     It is for steps of 0, one `jax.jvp` with all tangents 1, and a `jax.grad` around that.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(leaves)
-    if ir.holds(closed.jaxpr, jp.custom_vjp_call_p):
+    if ir.holds(closed, jp.custom_vjp_call_p):
         return None
     block, structure = ir.elaborate(closed, heads=False), jax.tree.structure(out)
 
@@ -221,12 +221,11 @@ class _Walk:
         """Return the output of an operation that is linear in a moving parameter."""
         w, primitive = operands[which], operation.primitive
         if primitive in BILINEAR and jnp.issubdtype(operation.inputs[1 - which].aval.dtype, jnp.floating):
-            others = [operands[1 - which]]
 
             def apply(w: jax.Array, x: jax.Array) -> jax.Array:
                 return operation.bind(*((w, x) if which == 0 else (x, w)))[0]
 
-            return [_used(apply, self.second)(w.step, w.value, w.direction, *others)]
+            return [_used(apply, self.second)(w.step, w.value, w.direction, operands[1 - which])]
         if primitive is jp.gather_p and which == 0:
             # What fills up in place of rows that are not there stays where it is.
             filled = dataclasses.replace(operation, params={**operation.params, "fill_value": 0})

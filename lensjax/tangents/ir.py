@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, subjaxprs
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.extend.core import primitives as jp
 from lensjax_kernels import head_cross_entropy
 
@@ -103,9 +103,18 @@ def elaborate(closed: ClosedJaxpr, *, heads: bool = True) -> Block:
     return block
 
 
-def holds(jaxpr: Jaxpr, primitive: Any) -> bool:
+def called(eqn: Any) -> list[Any]:
+    """Return the programs that an equation calls, jaxprs with their constants where these belong to them."""
+    return [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, Jaxpr | ClosedJaxpr)
+
+
+def holds(program: Any, primitive: Any) -> bool:
     """Whether a program or one that it calls has an equation of the primitive."""
-    return any(e.primitive is primitive for e in jaxpr.eqns) or any(holds(j, primitive) for j in subjaxprs(jaxpr))
+    return any(e.primitive is primitive or any(holds(p, primitive) for p in called(e)) for e in program.eqns)
 
 
 def prevents_cse(operation: Operation) -> bool:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.core import primitives as jp
 
 from lensjax.errors import InputError
+from lensjax.tangents import ir
 from lensjax.tangents.models import is_model, model_function
 from lensjax.tangents.problem import Problem, abstract
 from lensjax.tangents.program import program
@@ -256,7 +256,7 @@ def operations(jaxpr: Any) -> float:
     """
     total = 0.0
     for eqn in jaxpr.eqns:
-        inner = [operations(j) for j in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(j)]
+        inner = [operations(program) for program in ir.called(eqn)]
         if eqn.primitive is jp.cond_p:
             total += max(inner)
             continue
@@ -270,10 +270,6 @@ def operations(jaxpr: Any) -> float:
         # What a scatter or a reduction calls stands for one number of those that it makes.
         total += max(made, sum(inner) * (eqn.params["length"] if eqn.primitive is jp.scan_p else 1))
     return total
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 def too_little(memory: int, takes: int, size: int) -> InputError:

@@ -124,14 +124,14 @@ def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
     InputError
         If a model is given all of them, or another function an `output`, which would mean nothing.
     """
-    if not is_model(f) and output != "loss":
+    if is_model(f):
+        return (*model_function(f, output), *moved_up(f, params, *given))
+    if output != "loss":
         raise InputError(
             f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
             "which says itself what it returns; leave `output` out, or give a model of `lensjax.models`."
         )
-    if not is_model(f):
-        return (*frozen_as_arguments(f, params), *given)
-    return (*model_function(f, output), *moved_up(f, params, *given))
+    return (*frozen_as_arguments(f, params), *given)
 
 
 def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:

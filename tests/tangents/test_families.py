@@ -12,15 +12,9 @@ from flax import nnx
 from lensjax.models import init_model
 from lensjax.tangents import ntk, ntk_outputs
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 FAMILIES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "models" / "families.py"))
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile():
-    """Models of a few thousand weights: nearly all of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 MIXED = ("gemma3_text", "switch_transformers", "llama")

@@ -30,15 +30,9 @@ from lensjax.tangents import (
 from lensjax.tangents.models import FROZEN
 from lensjax.tangents.ntk import checked
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 6}
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile():
-    """Nearly all of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def adapted(seed, rank=3):

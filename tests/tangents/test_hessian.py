@@ -24,15 +24,6 @@ from lensjax.tangents import (
 )
 from lensjax.tangents.losses import head_gauss_newton
 
-
-@pytest.fixture
-def quick_to_compile():
-    """Models of a few hundred weights: nearly all of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 MODELS = {
     "gpt2": {"vocab_size": 11, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 8},
 }

@@ -14,6 +14,8 @@ from lensjax_kernels import random_signs_like
 from lensjax.models import init_model
 from lensjax.tangents import hessian_trace, model_loss
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 FAMILIES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "models" / "families.py"))
 VOCABULARY = 11
 
@@ -27,14 +29,6 @@ TINY = {
 """Sizes under every name that some family has for them."""
 
 SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile():
-    """Models of a few hundred weights: nearly all of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make(name):

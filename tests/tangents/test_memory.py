@@ -34,14 +34,6 @@ CONFIG = {
 EXAMPLES = 16
 
 
-@pytest.fixture
-def quick_to_compile():
-    """Nearly all of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def model_and_batch(dtype=jnp.float32):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (EXAMPLES, 32)))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": jnp.ones_like(ids)}
