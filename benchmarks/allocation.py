@@ -16,7 +16,8 @@ import numpy as np
 from environment import write_result
 from published_selection import FULL, TABLES
 
-from lensjax.curves import Curves, read_losses
+from lensjax.losses.curves import Curves
+from lensjax.losses.table import read_losses
 from lensjax.metrics import rel_acc
 from lensjax.selectors import averaged
 from lensjax.selectors.allocation import RACE, Race, full_cost, propose

@@ -25,8 +25,9 @@ from environment import RESULTS, without_nan, write_result
 
 from lensjax import models
 from lensjax.finetune import FineTuner, Plan, Search, Weights, tune
-from lensjax.select.candidates import Candidate
-from lensjax.select.prepare import DEMO_LEARNING_RATE, Request, prepare
+from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.request import DEMO_LEARNING_RATE
+from lensjax.select.request import Request, prepare
 from lensjax.tangents import (
     compare_phases,
     example_forms,

@@ -17,10 +17,11 @@ import numpy as np
 from environment import write_result
 from published_selection import FULL, RATIOS, TABLES
 
-from lensjax.curves import Curves, read_losses
+from lensjax.losses.curves import Curves
+from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.selectors import CERTAINTY, ats, averaged, smallest_set
-from lensjax.selectors.ensemble import SETTINGS, Settings, forecast
+from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
 
 RESTRAINTS = (0.0, 0.1, 0.2, 0.3, 0.4)
 POOLS, POOLS_TO_CHOOSE = 200, 20

@@ -29,11 +29,11 @@ from environment import RESULTS, write_result
 
 from lensjax import data, models
 from lensjax.finetune import Plan
+from lensjax.journal import JOURNAL
 from lensjax.models import Lora
-from lensjax.runs import JOURNAL
-from lensjax.select.forecast import forecast
-from lensjax.select.machine import matmul_speed
-from lensjax.select.prepare import Request
+from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.machine import matmul_speed
+from lensjax.select.request import Request
 
 DEMO = ("bible-tiny", "mixed-medium", "bible-xl")
 MEDIUM = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 256}

@@ -20,7 +20,7 @@ from environment import write_result
 from flax import nnx
 
 from lensjax.models import from_pretrained
-from lensjax.models.gguf import GGUFFile
+from lensjax.models.checkpoints.gguf import GGUFFile
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "tests" / "models" / "golden" / "tokenizers.json"

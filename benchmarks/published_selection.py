@@ -10,9 +10,9 @@ import functools
 import numpy as np
 from environment import write_result
 
-from lensjax.curves import read_losses
+from lensjax.journal import GAUGES
+from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
-from lensjax.runs import GAUGES
 from lensjax.selectors import SELECTORS, lens
 
 FULL = 1_638_400

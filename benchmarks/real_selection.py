@@ -18,7 +18,7 @@ from pathlib import Path
 from environment import write_result
 
 from lensjax import data
-from lensjax.runs import JOURNAL
+from lensjax.journal import JOURNAL
 
 OPTIONS = (
     *("--input-field", "word", "--target-field", "definition", "--smallest", "200", "--visible", "1600"),

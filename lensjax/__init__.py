@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Any
 from lensjax.errors import InputError, UnsupportedBackendError
 
 if TYPE_CHECKING:
-    from lensjax.curves import Curves, read_losses
+    from lensjax.data.live_benchmark import RecordedTangents, read_tangents
     from lensjax.laws import Fits, fit, lens_law, power_law, rectified_law
+    from lensjax.losses.curves import Curves
+    from lensjax.losses.table import read_losses
     from lensjax.models import from_pretrained
-    from lensjax.recorded import RecordedTangents, read_tangents
     from lensjax.selectors import SELECTORS, Scores
     from lensjax.tangents import hessian_trace, kernel_dynamics, ntk, ntk_blocks, ntk_features
 
 _HOME = {
-    "Curves": "lensjax.curves",
-    "read_losses": "lensjax.curves",
+    "Curves": "lensjax.losses.curves",
+    "read_losses": "lensjax.losses.curves",
     "Fits": "lensjax.laws",
     "fit": "lensjax.laws",
     "lens_law": "lensjax.laws",
     "power_law": "lensjax.laws",
     "rectified_law": "lensjax.laws",
     "from_pretrained": "lensjax.models",
-    "RecordedTangents": "lensjax.recorded",
-    "read_tangents": "lensjax.recorded",
+    "RecordedTangents": "lensjax.data.live_benchmark",
+    "read_tangents": "lensjax.data.live_benchmark",
     "hessian_trace": "lensjax.tangents",
     "kernel_dynamics": "lensjax.tangents",
     "ntk": "lensjax.tangents",

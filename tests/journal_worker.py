@@ -14,7 +14,7 @@ import signal
 import sys
 from functools import partial
 
-from lensjax import runs
+from lensjax import journal as journal_module
 
 KILLS = 60
 SIZES = (200, 400, 800, 1600)
@@ -45,14 +45,16 @@ class Torn:
 
 def work(directory, report):
     """Make the runs that are not there yet; `report` is told of each run begun and each that is safe."""
-    journal = runs.Journal(directory, SPECIFICATION)
+    journal = journal_module.Journal(directory, SPECIFICATION)
     for candidate in CANDIDATES:
         for size in SIZES:
-            key = runs.key_of({"candidate": candidate, "size": size})
+            key = journal_module.key_of({"candidate": candidate, "size": size})
             if journal.get(key) is None:
                 report("begun", key)
                 loss = 3.0 + len(candidate) / size + ord(candidate) / 100
-                journal.append(runs.Run(key, candidate, size, loss, steps=size // 32, facts={"long": "x" * 3000}))
+                journal.append(
+                    journal_module.Run(key, candidate, size, loss, steps=size // 32, facts={"long": "x" * 3000})
+                )
                 report("safe", key)
     journal.close()
 
@@ -62,7 +64,7 @@ def kill_at_line(number):
     left = [number]
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename != runs.__file__:
+        if frame.f_code.co_filename != journal_module.__file__:
             return None
         if event == "line":
             left[0] -= 1
@@ -130,14 +132,14 @@ def main():
         # What was reported safe must be there, and nothing that was never begun; the worker's lock is gone.
         with contextlib.suppress(StopIteration):
             next(directory.iterdir())
-            journal = runs.Journal(directory, SPECIFICATION)
+            journal = journal_module.Journal(directory, SPECIFICATION)
             torn += bool(journal.notices)
             missing = [key for key in safe if journal.get(key) is None]
             if missing or len(journal) > len(set(begun)):
                 raise SystemExit(f"after kill {kills}: {missing} lost, or a run that was never made")
             journal.close()
     work(directory, lambda what, key: begun.append(key) if what == "begun" else safe.append(key))
-    lines = (directory / runs.JOURNAL).read_text().splitlines()
+    lines = (directory / journal_module.JOURNAL).read_text().splitlines()
     repeated = len(safe) - len(set(safe))
     print(json.dumps({"kills": kills, "torn": torn, "repeated": repeated, "runs": [json.loads(x) for x in lines]}))
 

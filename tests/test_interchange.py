@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lensjax import interchange
+from lensjax import losses as losses_module
 from lensjax.errors import InputError
-from lensjax.interchange import read, read_journal, read_mlflow, read_trainer_states, read_wandb
+from lensjax.losses import read, read_journal, read_mlflow, read_trainer_states, read_wandb
 
 
 def trainer_state(path, evaluations, *, metric="eval_loss", training=True):
@@ -351,7 +351,7 @@ def test_our_own_journal(tmp_path):
 
 
 def test_what_the_journal_of_a_selection_holds_is_what_is_read(tmp_path):
-    from lensjax.runs import Journal, Run
+    from lensjax.journal import Journal, Run
 
     log = Journal(tmp_path / "out", {"sizes": [50]})
     for name in ("a", "b"):
@@ -384,4 +384,4 @@ def test_what_is_none_of_these(tmp_path):
     table.write_text("model,0,200\na,3,2\nb,4,3\n")
     assert read(table).at(200).tolist() == [2, 3]
     assert read("published:flan").names[0]
-    assert set(interchange.__all__) == {n for n in dir(interchange) if n.startswith("read") and n != "read_losses"}
+    assert set(losses_module.__all__) == {n for n in dir(losses_module) if n.startswith("read") and n != "read_losses"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lensjax
-from lensjax.curves import Curves
-from lensjax.notebook import MOST_ROWS, cell, listed, table
+from lensjax._display import MOST_ROWS, cell, listed, table
+from lensjax.losses.curves import Curves
 from lensjax.tangents import generalization_bound
 
 HOSTILE = "<script>alert('a & b')</script>"

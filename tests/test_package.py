@@ -8,7 +8,7 @@ import jaxlib
 import pytest
 
 import lensjax
-from lensjax import backend, data
+from lensjax import data, environment
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("flax", "jaxopt", "optax", "transformers", "datasets", "matplotlib", "torch", "lensjax.models", "lensjax.laws")
@@ -34,11 +34,11 @@ def test_every_public_name_exists():
 
 
 def test_a_jaxlib_with_wrong_jacobians_is_refused_on_cpu_only(monkeypatch):
-    backend.require_exact_backend()
+    environment.require_exact_backend()
     monkeypatch.setattr(jaxlib, "__version__", "0.10.2")
     with pytest.raises(lensjax.UnsupportedBackendError, match=r"jaxlib 0\.10\.2 computes wrong LayerNorm Jacobians"):
-        backend.require_exact_backend()
-    backend.require_exact_backend("gpu")
+        environment.require_exact_backend()
+    environment.require_exact_backend("gpu")
 
 
 def test_jax_and_flax_are_pinned_as_a_pair():

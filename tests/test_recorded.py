@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lensjax
+from lensjax._messages import packaged_like
 from lensjax.data import LIVE
-from lensjax.hints import packaged_like
 from lensjax.laws import kernel_residual
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "live" / "runs.jsonl"

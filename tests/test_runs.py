@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from lensjax._files import lock_directory, write_atomically
 from lensjax.errors import InputError, SelectionError
-from lensjax.runs import JOURNAL, Journal, Run, curves_of, key_of, lock_directory, write_atomically
+from lensjax.journal import JOURNAL, Journal, Run, curves_of, key_of
 
 SPECIFICATION = {"task": "t", "sizes": [1, 2]}
 WORKER = pathlib.Path(__file__).with_name("journal_worker.py")

@@ -34,8 +34,8 @@ from look import look
 from make_data import DEMO, END_OF_TEXT
 
 from lensjax.finetune import DivergedError, FineTuner, Plan, Search, Weights, target_features, tune
+from lensjax.jobs.pretrained_scores import POSITIONS, samples_for
 from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained
-from lensjax.select.untuned import POSITIONS, samples_for
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded, batches, bucket_lengths, encode, load_task
 

@@ -18,8 +18,8 @@ import numpy as np
 from look import OUTPUTS
 
 from lensjax import data
-from lensjax.recorded import PER_OUTPUT
-from lensjax.select.untuned import EXPONENTS
+from lensjax.data.live_benchmark import PER_OUTPUT
+from lensjax.jobs.pretrained_scores import EXPONENTS
 
 RESULTS = Path(__file__).parents[1] / "results" / "live"
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are run by pat
 
 from environment import RESULTS, write_result
 
-from lensjax.curves import Curves, read_losses
+from lensjax.losses.curves import Curves
+from lensjax.losses.table import read_losses
 
 FULL = 1_638_400
 RATIOS = (8, 16, 32, 64, 128, 256, 512)

@@ -30,7 +30,7 @@ import optax
 from study import agreement, central, finish, require
 
 import lensjax
-from lensjax.selectors.ensemble import forecast
+from lensjax.selectors.bayesian_average import forecast
 
 VISIBLE, TARGET = 6_400.0, 1_638_400.0
 NOISE = 0.01  # of a measured log loss

@@ -1,5 +1,7 @@
 """The hot numerical primitives of lensjax: plain JAX, any device, each with one signature."""
 
+from lensjax_kernels.cross_entropy import head_cross_entropy
+from lensjax_kernels.cross_entropy_gram import head_losses, head_pull, head_pull_by_tokens
 from lensjax_kernels.gram import (
     crossed_gram,
     reduce_products,
@@ -8,9 +10,7 @@ from lensjax_kernels.gram import (
     token_gram,
     weighted_gram,
 )
-from lensjax_kernels.head import head_cross_entropy
-from lensjax_kernels.head_gram import head_losses, head_pull, head_pull_by_tokens
-from lensjax_kernels.signs import pack_random_signs, random_signs_like, unpack_signs
+from lensjax_kernels.rademacher import pack_random_signs, random_signs_like, unpack_signs
 
 __all__ = [
     "crossed_gram",

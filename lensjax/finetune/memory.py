@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from lensjax.finetune.plan import Plan
+from lensjax.finetune.config import Plan
 from lensjax.finetune.tuner import FineTuner
 from lensjax.models import Lora, add_lora, init_model, parameter_counts
 from lensjax.models.registry import ModelConfig

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from lensjax.finetune.plan import DivergedError, Outcome, Progress, Search, Trial, Weights
+from lensjax.finetune.config import Search
+from lensjax.finetune.results import DivergedError, Outcome, Progress, Trial, Weights
 from lensjax.finetune.tuner import FineTuner
 from lensjax.tasks import Encoded
 

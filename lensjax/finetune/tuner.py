@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from lensjax.finetune.config import Plan
 from lensjax.finetune.cost import xla_flops
-from lensjax.finetune.lanes import Lanes
-from lensjax.finetune.plan import DivergedError, Outcome, Plan, Progress, Trial, Weights
+from lensjax.finetune.results import DivergedError, Outcome, Progress, Trial, Weights
 from lensjax.finetune.sharding import place
+from lensjax.finetune.training_loop import Lanes
 from lensjax.models import LanguageModel
 from lensjax.models.lora import add_lora, parameter_counts, with_dropout
 from lensjax.tasks import Batch, Encoded, batches

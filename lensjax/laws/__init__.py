@@ -1,7 +1,7 @@
 """Scaling laws, and one differentiable `fit` for all of them."""
 
-from lensjax.laws.fit import fit
 from lensjax.laws.fits import Fits
+from lensjax.laws.fitting import fit
 from lensjax.laws.laws import (
     LAWS,
     kernel_residual,

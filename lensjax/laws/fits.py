@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lensjax._display import table
 from lensjax.errors import InputError
-from lensjax.laws.coordinates import FORMS
 from lensjax.laws.laws import LAWS, kernel_residual, phase_transition
-from lensjax.notebook import table
+from lensjax.laws.parametrization import FORMS
 
 
 def concrete(value: Any) -> np.ndarray | None:

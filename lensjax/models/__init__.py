@@ -1,7 +1,8 @@
 """Language models in Flax NNX, loaded from and saved to Hugging Face checkpoints."""
 
 from lensjax.models.base import LanguageModel
-from lensjax.models.checkpoints import (
+from lensjax.models.checkpoints.adapters import load_lora, save_lora
+from lensjax.models.checkpoints.pretrained import (
     check_checkpoint,
     count_parameters,
     from_pretrained,
@@ -14,7 +15,6 @@ from lensjax.models.checkpoints import (
 )
 from lensjax.models.execution import stack_layers, unstack_layers
 from lensjax.models.lora import Lora, ParameterCounts, add_lora, merge_lora, parameter_counts
-from lensjax.models.lora_files import load_lora, save_lora
 from lensjax.models.registry import FAMILIES, ModelConfig
 
 __all__ = [

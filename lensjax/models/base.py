@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from lensjax_kernels import head_cross_entropy
-from lensjax_kernels.head import IGNORED, next_token_labels
+from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
 from lensjax.models.execution import run_layers

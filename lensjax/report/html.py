@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lensjax.report import figures, tables
-from lensjax.report.paths import paths
-from lensjax.report.progress import duration
-from lensjax.report.selection import Selection, losses_fingerprint
+from lensjax._display import duration, flops, number, percent, samples
+from lensjax.environment import versions
+from lensjax.report import tables
+from lensjax.report.figures import svg_figures
+from lensjax.report.figures.svg import PALETTE, compact, escaped, shortened
+from lensjax.report.predicted_curves import paths
 from lensjax.report.style import STYLE
-from lensjax.report.svg import PALETTE, compact, escaped, shortened
 from lensjax.report.tables import SURE, name_of
-from lensjax.report.text import LAW_COLUMNS, comparison_cells, flops, number, percent, samples
+from lensjax.report.text import LAW_COLUMNS, comparison_cells
+from lensjax.selection import Selection, losses_fingerprint
 
-PACKAGES = ("lensjax", "jax", "jaxlib", "flax", "numpy", "transformers")
-ABSENT = "not installed"  # or run from its source
 METHODS = {
     "averaged": "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
     "family as data grow; every curve of it is weighted by how well it explains what was measured, and their average "
@@ -229,11 +227,11 @@ LEGEND = (
 def _curves(selection: Selection) -> str:
     scores = selection.main
     found = paths(selection, scores)
-    axes = figures.frame(selection, found)
+    axes = svg_figures.frame(selection, found)
     drawn = []
     for rank, r in enumerate(scores.order, start=1):
         row = int(r)
-        picture = figures.curve(selection, row, found, axes, name=f"curve-{rank}")
+        picture = svg_figures.curve(selection, row, found, axes, name=f"curve-{rank}")
         drawn.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
     shown = {
         "measured, not used by the method": bool((np.isfinite(selection.curves.losses) & ~scores.used).any()),
@@ -303,7 +301,7 @@ def _cost(selection: Selection) -> str:
     else:
         text += f" With the winner's own fine-tuning ({flops(winner)}), nothing is saved at this size."
     parts.append(_paragraph(escaped(text)))
-    drawn = figures.cost(selection, name="cost-figure")
+    drawn = svg_figures.cost(selection, name="cost-figure")
     if drawn:
         caption = "Floating-point operations, as shares of fine-tuning all candidates."
         parts.append(f'<figure class="narrow">{drawn}<figcaption>{caption}</figcaption></figure>')
@@ -397,25 +395,14 @@ def _tangents(selection: Selection) -> str:
     drawn = []
     for place, (name, found) in enumerate(tangents.items(), start=1):
         pictures = [
-            ("Kernel spectrum", figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
-            ("Trace by layer", figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
+            ("Kernel spectrum", svg_figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
+            ("Trace by layer", svg_figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
         ]
         inside = "".join(f"<figure>{p}<figcaption>{c}</figcaption></figure>" for c, p in pictures if p)
         drawn.append(
             f'<h3>{name_of(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
         )
     return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *drawn])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a selection depends on, in this process."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = ABSENT
-    return found
 
 
 def _provenance(selection: Selection) -> str:

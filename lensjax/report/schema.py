@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lensjax.report.selection import SCHEMA
+from lensjax.selection import SCHEMA
 
 _NUMBER: dict[str, Any] = {"type": ["number", "null"]}
 _TEXTS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}

@@ -1,6 +1,6 @@
 """The style sheet of the HTML report: light and dark, from a phone's width up, no script and no font to load."""
 
-from lensjax.report.svg import PALETTE
+from lensjax.report.figures.svg import PALETTE
 
 PAGE = """
 :root{color-scheme:light dark;--page:#f4f6f9;--card:#fff;--text:#1c2430;--dim:#566275;--rule:#d9dfe8;--link:#0b62b8;

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lensjax.report import figures
-from lensjax.report.selection import Selection
-from lensjax.report.svg import escaped
-from lensjax.report.text import flops, interval, number, percent, samples
+from lensjax._display import flops, number, percent, samples
+from lensjax.report.figures import svg_figures
+from lensjax.report.figures.svg import escaped
+from lensjax.report.text import interval
+from lensjax.selection import Selection
 from lensjax.selectors import CERTAINTY, Scores
 
 SURE = percent(CERTAINTY, 0)
@@ -57,10 +58,14 @@ def _cells(selection: Selection, row: int, predicts: bool) -> list[tuple[str, st
     scores = selection.main
     cells = []
     if predicts:
-        scale = figures.interval_scale(selection, 6, 134)
+        scale = svg_figures.interval_scale(selection, 6, 134)
         cells.append(("Expected loss", "n", number(float(scores.predicted_loss[row]), 4)))
         cells.append(
-            ("Range" if scores.interval is not None else "Position", "", figures.interval_bar(selection, row, scale))
+            (
+                "Range" if scores.interval is not None else "Position",
+                "",
+                svg_figures.interval_bar(selection, row, scale),
+            )
         )
     else:
         cells.append(("Score", "n", number(float(scores.score[row]), 4)))

@@ -6,29 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lensjax.report.selection import Selection
+from lensjax._display import flops, number, percent, samples
+from lensjax.selection import Selection
 from lensjax.selectors import CERTAINTY, Scores
 
 NAMES_SHOWN = 5  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Format a number of a law: short, and a dash where there is none."""
-    if np.isnan(value):
-        return "-"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:.1e}"
-
-
-def samples(value: float) -> str:
-    """Format a number of samples."""
-    if not np.isfinite(value):
-        return "-"
-    if value >= 1e9:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,20 +94,10 @@ def comparison(selection: Selection) -> str:
     return text
 
 
-def percent(value: float, digits: int = 1) -> str:
-    """Format a share in percent."""
-    return "-" if np.isnan(value) else f"{100 * value:.{digits}f}"
-
-
 def interval(scores: Scores, row: int) -> str:
     """Format the interval of a candidate's predicted loss."""
     assert scores.interval is not None
     return " to ".join(number(float(bound), 4) for bound in scores.interval[row])
-
-
-def flops(value: float) -> str:
-    """Format a count of floating-point operations."""
-    return "unknown" if np.isnan(value) else f"{value:.2e}"
 
 
 def answer(selection: Selection) -> str:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.hints import did_you_mean
-from lensjax.runs import BESIDES, GAUGES, Run
+from lensjax.journal import BESIDES, GAUGES, Run
 
 Kind = Literal["share", "flops", "seconds", "samples"]
 

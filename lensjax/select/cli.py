@@ -12,28 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lensjax._files import write_atomically
+from lensjax.commands.completion import write_completion
+from lensjax.commands.exit_codes import FAILED, guarded
+from lensjax.commands.options import LORA_OPTIONS, TASK_OPTIONS, check_text, lora_of, plan_of
 from lensjax.errors import InputError
-from lensjax.runs import write_atomically
-from lensjax.select.complete import write_completion
-from lensjax.select.config import naming, print_config, read_config
-from lensjax.select.exits import FAILED, guarded
-from lensjax.select.options import (
-    FIGURE_FORMATS,
-    LIVE_ONLY,
-    LORA_OPTIONS,
-    LOSSES_ONLY,
-    PROGRAM,
-    SCRIPT,
-    TASK_OPTIONS,
-    check_text,
-    lora_of,
-    parser,
-    plan_of,
-)
+from lensjax.select.config_file import naming, print_config, read_config
+from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, SCRIPT, parser
 
 if TYPE_CHECKING:
-    from lensjax.report.selection import Selection
-    from lensjax.select.prepare import Request
+    from lensjax.select.request import Request
+    from lensjax.selection import Selection
 
 COMMAND, CONFIG, REPORT = "command.json", "config.toml", "report.html"
 TALK = ("--quiet", "--verbose")
@@ -138,7 +127,7 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
         out.write(print_config(given))
         return 0
     _check(given)
-    from lensjax.report.figures import write_figures
+    from lensjax.report.figures.export import write_figures
     from lensjax.report.html import render_html
     from lensjax.report.text import render
 
@@ -170,7 +159,7 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
 
 
 def _dry_run(given: argparse.Namespace, out: TextIO) -> int:
-    from lensjax.select.forecast import forecast
+    from lensjax.select.dry_run.estimate import forecast
 
     request = _request(given)
     found = forecast(request, request.out)
@@ -182,7 +171,7 @@ def _dry_run(given: argparse.Namespace, out: TextIO) -> int:
 
 def _check(given: argparse.Namespace) -> None:
     """Refuse options that contradict each other or name what cannot be written, before anything is read."""
-    from lensjax.report.figures import check_formats
+    from lensjax.report.figures.export import check_formats
     from lensjax.selectors import DEFAULT, GAMMA, TAU, check_rule, get_selector
 
     # What was given for both ways of choosing has one default.
@@ -248,7 +237,7 @@ def _from_losses(given: argparse.Namespace) -> Selection:
 
 
 def _request(given: argparse.Namespace) -> Request:
-    from lensjax.select.prepare import Request
+    from lensjax.select.request import Request
 
     names = (
         *TASK_OPTIONS,
@@ -262,9 +251,9 @@ def _request(given: argparse.Namespace) -> Request:
 
 def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
     """Select by fine-tuning; `arguments` are what a later session is to be started with."""
-    from lensjax.report.progress import Console
+    from lensjax.progress.console import Console
     from lensjax.select.live import LiveSelection, default_directory
-    from lensjax.select.prepare import prepare
+    from lensjax.select.request import prepare
 
     request = _request(given)
     console = Console(err, quiet=given.quiet, verbose=given.verbose)

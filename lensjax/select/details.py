@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lensjax._display import number, percent
 from lensjax.finetune import Trial
-from lensjax.report.text import number, percent
-from lensjax.runs import Run
+from lensjax.journal import Run
 from lensjax.selectors import Scores
 
 

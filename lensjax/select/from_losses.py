@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lensjax import interchange
-from lensjax.curves import Curves
+from lensjax import losses
 from lensjax.data import TABLES
 from lensjax.errors import InputError
+from lensjax.losses.curves import Curves
 from lensjax.metrics import training_flops
-from lensjax.report.selection import Selection
+from lensjax.selection import Selection
 from lensjax.selectors import DEFAULT, SELECTORS, Scores, Selector, get_selector
 
 DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the paper's least demanding budget
@@ -190,7 +190,7 @@ def read_metric(source: str, metric: str) -> Curves:
     Parameters
     ----------
     source : str
-        A directory or journal, see `lensjax.interchange.read`; or a CSV file with a row for each run, or a chart.
+        A directory or journal, see `lensjax.losses.read`; or a CSV file with a row for each run, or a chart.
     metric : str
         Its name there.
 
@@ -202,9 +202,9 @@ def read_metric(source: str, metric: str) -> Curves:
     path = Path(source)
     if path.suffix == ".csv" and path.is_file():
         # What reads the runs of Weights & Biases reads any table with a row for each.
-        curves = interchange.read_wandb(source, metric=metric)
+        curves = losses.read_wandb(source, metric=metric)
     else:
-        curves = interchange.read(source, metric=metric)
+        curves = losses.read(source, metric=metric)
         if not path.is_dir() and path.suffix != ".jsonl":
             raise InputError(f"--metric {metric}: {source} is a table of losses and nothing else; remove --metric.")
     if not np.isfinite(curves.losses).any():
@@ -228,7 +228,7 @@ def select_from_losses(
     Parameters
     ----------
     source : str
-        See `lensjax.interchange.read`.
+        See `lensjax.losses.read`.
     visible, target : float, optional
         See `resolve_sizes`.
     method : str
@@ -236,16 +236,16 @@ def select_from_losses(
     gamma, tau : int, float
         Stopping rule of Algorithm 1.
     metric : str, optional
-        Which metric of the runs is the loss; default: see the readers in `lensjax.interchange`.
+        Which metric of the runs is the loss; default: see the readers in `lensjax.losses`.
     tokens_per_sample : float
         Tokens trained on per sample, epochs and trials included; 1 gives the paper's 6 N D.
 
     Raises
     ------
     InputError
-        See `lensjax.interchange.read`, `read_metric`, `resolve_sizes` and the selectors.
+        See `lensjax.losses.read`, `read_metric`, `resolve_sizes` and the selectors.
     """
-    curves = interchange.read(source) if metric is None else read_metric(source, metric)
+    curves = losses.read(source) if metric is None else read_metric(source, metric)
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)

@@ -9,21 +9,21 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from lensjax.environment import versions
 from lensjax.errors import SelectionError
-from lensjax.report.html import versions
-from lensjax.report.progress import Console
-from lensjax.report.selection import Selection
-from lensjax.runs import BESIDES, LOG_ME, TANGENTS, curves_of, key_of
+from lensjax.journal import BESIDES, LOG_ME, TANGENTS, curves_of, key_of
+from lensjax.progress.console import Console
 from lensjax.select.budget import paid
-from lensjax.select.descent import descend_all
+from lensjax.select.extra_measurements import gauge, gauges_of
 from lensjax.select.from_losses import score_all
-from lensjax.select.gauges import gauge, gauges_of
 from lensjax.select.looks import look_all, with_residuals
-from lensjax.select.measure import COMPILED, LOGS, Measurements
-from lensjax.select.prepare import Prepared, sizes_needed
 from lensjax.select.race import race
 from lensjax.select.records import by_xla
-from lensjax.select.winner import next_facts
+from lensjax.select.request import Prepared, sizes_needed
+from lensjax.select.session import COMPILED, LOGS, Measurements
+from lensjax.select.strategies import descend_all
+from lensjax.select.tune_command import next_facts
+from lensjax.selection import Selection
 
 
 def default_directory(prepared: Prepared) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lensjax.report.progress import Running, duration
-from lensjax.runs import TANGENTS, Run, key_of
-from lensjax.select.look import kernel_residual, look_flops
-from lensjax.select.measure import Measurements
+from lensjax._display import duration
+from lensjax.jobs.runner import RunFailedError
+from lensjax.jobs.tangent_measurements import kernel_residual, look_flops
+from lensjax.journal import TANGENTS, Run, key_of
+from lensjax.progress.board import Running
 from lensjax.select.records import common_facts, run_key
-from lensjax.select.workers import RunFailedError
+from lensjax.select.session import Measurements
 
 
 def look_all(made: Measurements, samples: int) -> None:

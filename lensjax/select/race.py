@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.select.measure import Measurements
-from lensjax.select.workers import OutOfTimeError, RunFailedError
+from lensjax.jobs.runner import OutOfTimeError, RunFailedError
+from lensjax.select.session import Measurements
 from lensjax.selectors import RACE, propose
 
 

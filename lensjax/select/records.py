@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lensjax.environment import versions
 from lensjax.finetune import Trial
-from lensjax.report.html import versions
-from lensjax.runs import Run, key_of
-from lensjax.select.candidates import Candidate
-from lensjax.select.prepare import Prepared
-from lensjax.select.workers import Result
+from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.runner import Result
+from lensjax.journal import Run, key_of
+from lensjax.select.request import Prepared
 
 
 def run_key(prepared: Prepared, candidate: Candidate, size: int) -> str:

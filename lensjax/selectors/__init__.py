@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
+from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.hints import did_you_mean
 from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
-from lensjax.selectors.base import Scores, Selector, require_points
 from lensjax.selectors.baselines import ats, by_log_me, by_nlp_metrics, model_size, subtuning, zero_shot
+from lensjax.selectors.bayesian_average import averaged
 from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
-from lensjax.selectors.ensemble import averaged
 from lensjax.selectors.logme import log_me
 from lensjax.selectors.scaling import lens, power, rectified
+from lensjax.selectors.scores import Scores, Selector, require_points
 from lensjax.selectors.spectra import NlpMetrics, nlp_metrics
 from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
 

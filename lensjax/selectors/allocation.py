@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from lensjax.curves import Curves
 from lensjax.errors import InputError
-from lensjax.selectors.ensemble import SETTINGS, Settings, forecast
+from lensjax.losses.curves import Curves
+from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lensjax.curves import Curves
 from lensjax.errors import InputError
-from lensjax.selectors.base import Scores, require_points
+from lensjax.losses.curves import Curves
+from lensjax.selectors.scores import Scores, require_points
 from lensjax.selectors.stopping import GAMMA, TAU, check_rule, deviation, line
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lensjax.curves import Curves
 from lensjax.laws import Fits, fit
-from lensjax.selectors.base import Scores, require_points
+from lensjax.losses.curves import Curves
+from lensjax.selectors.scores import Scores, require_points
 from lensjax.selectors.stopping import GAMMA, TAU, check_rule, descend
 
 LAW_POINTS = 4  # every law here has four parameters

@@ -1,7 +1,6 @@
 """Neural tangent kernels and curvature of language models, and of any differentiable function."""
 
-from lensjax.tangents.blocks import block_for, ntk_blocks
-from lensjax.tangents.bound import (
+from lensjax.bound import (
     Bound,
     Phases,
     PowerFall,
@@ -11,16 +10,17 @@ from lensjax.tangents.bound import (
     layer_distances,
     power_fall,
 )
+from lensjax.tangents.curvature.lanczos import QuadraticForm, Spectrum, example_forms, quadratic_form, spectrum
+from lensjax.tangents.curvature.losses import Composed, model_loss
+from lensjax.tangents.curvature.operator import CurvatureOperator, curvature_operator, gauss_newton_product, hvp
+from lensjax.tangents.curvature.trace import TraceEstimate, hessian_trace
 from lensjax.tangents.dynamics import KernelDynamics, kernel_dynamics
-from lensjax.tangents.hessian import CurvatureOperator, curvature_operator, gauss_newton_product, hvp
-from lensjax.tangents.lanczos import QuadraticForm, Spectrum, example_forms, quadratic_form, spectrum
-from lensjax.tangents.losses import Composed, model_loss
-from lensjax.tangents.models import OUTPUTS, ntk_outputs
-from lensjax.tangents.ntk import explain, gradient_norms, ntk
-from lensjax.tangents.oracles import NtkOperator, ntk_operator
-from lensjax.tangents.report import NtkReport, Treatment
-from lensjax.tangents.sketch import SketchError, ntk_features, sketch_error
-from lensjax.tangents.trace import TraceEstimate, hessian_trace
+from lensjax.tangents.kernel.blockwise import block_for, ntk_blocks
+from lensjax.tangents.kernel.features import SketchError, ntk_features, sketch_error
+from lensjax.tangents.kernel.ntk import explain, gradient_norms, ntk
+from lensjax.tangents.kernel.operator import NtkOperator, ntk_operator
+from lensjax.tangents.kernel.report import NtkReport, Treatment
+from lensjax.tangents.language_models import OUTPUTS, ntk_outputs
 
 __all__ = [
     "OUTPUTS",

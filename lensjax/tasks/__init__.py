@@ -1,7 +1,7 @@
 """Tasks: samples from files and data sets, split once, and token batches of few shapes for a given tokenizer."""
 
 from lensjax.tasks.cache import cached
-from lensjax.tasks.encode import IGNORED, Batch, Encoded, batches, bucket_lengths, encode
+from lensjax.tasks.encoding import IGNORED, Batch, Encoded, batches, bucket_lengths, encode
 from lensjax.tasks.presets import PRESETS, Preset
 from lensjax.tasks.task import CHAT, PROMPT, Example, Task, load_task
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lensjax.tasks.encode import Encoded
+from lensjax.tasks.encoding import Encoded
 from lensjax.tasks.task import Example
 
 FORMAT = 1  # changes with what `encode` does

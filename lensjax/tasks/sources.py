@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lensjax._messages import did_you_mean, nearby
+from lensjax._textfiles import LFS, POINTER, decode, wrong_delimiter
 from lensjax.errors import InputError
-from lensjax.hints import LFS, POINTER, decode, did_you_mean, nearby, wrong_delimiter
 from lensjax.tasks.presets import PRESETS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".txt", ".txt.gz")

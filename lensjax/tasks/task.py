@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.hints import did_you_mean
 from lensjax.tasks.presets import PRESETS
 from lensjax.tasks.sources import SUFFIXES, Row, dataset_rows, file_rows, missing
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from lensjax.commands import options
+from lensjax.commands.completion import write_completion
+from lensjax.commands.exit_codes import FAILED, INTERRUPTED, guarded
 from lensjax.errors import InputError
-from lensjax.select import options
-from lensjax.select.complete import write_completion
-from lensjax.select.exits import FAILED, INTERRUPTED, guarded
 
 PROGRAM, SCRIPT = "lensjax.tune", "lensjax-tune"
 DESCRIPTION = """\
@@ -107,9 +107,9 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     if write_completion(parser(), SCRIPT, arguments, out):
         return 0
     given = parser().parse_args(arguments)
-    from lensjax.report.progress import Console
-    from lensjax.select.candidates import ADAPTED
-    from lensjax.select.prepare import Request
+    from lensjax.jobs.candidates import ADAPTED
+    from lensjax.progress.console import Console
+    from lensjax.select.request import Request
     from lensjax.tune.job import Tuning, TuningError, prepare_job
 
     for flag in options.LORA_OPTIONS:

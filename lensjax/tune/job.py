@@ -14,19 +14,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from lensjax import backend, models
+from lensjax import environment, models
+from lensjax._display import duration
+from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
-from lensjax.models.checkpoints import is_gguf
-from lensjax.models.lora_files import WEIGHTS as ADAPTER_WEIGHTS
-from lensjax.report.html import versions
-from lensjax.report.progress import Board, Console, Place, Running, duration
-from lensjax.select.candidates import ADAPTED, Candidate, find_candidate
-from lensjax.select.prepare import Request, Tokens, task_of, tokens_of
-from lensjax.select.workers import Assignment, Bench, reason
+from lensjax.jobs.candidates import ADAPTED, Candidate, find_candidate
+from lensjax.jobs.request import task_of
+from lensjax.jobs.runner import Assignment, Bench, reason
+from lensjax.jobs.tokens import Tokens, tokens_of
+from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from lensjax.models.checkpoints.pretrained import is_gguf
+from lensjax.progress.board import Board, Place, Running
+from lensjax.progress.console import Console
+from lensjax.select.request import Request
 from lensjax.tasks import Task
-from lensjax.tune.expectation import Expectation, read_expectation
-from lensjax.tune.keeper import FINISHED, Keeper, check_directory
+from lensjax.tune.best_checkpoint import FINISHED, Keeper, check_directory
+from lensjax.tune.comparison import Expectation, read_expectation
 
 MODEL_WEIGHTS = "model.safetensors"
 ONE_FILE = 2**62  # bytes: weights in shards could not be replaced at once
@@ -106,7 +110,7 @@ def prepare_job(
         See `load_task`, `lensjax.models.check_checkpoint`, `check_directory` and `read_expectation`; more samples than
         there are; a tokenizer that does not fit the model.
     """
-    backend.require_exact_backend()
+    environment.require_exact_backend()
     check_directory(out, overwrite=overwrite)
     request.plan.check()
     request.search.check(request.plan)

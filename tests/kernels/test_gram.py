@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lensjax_kernels import gram, head_gram
+from lensjax_kernels import cross_entropy_gram, gram
 
 SHAPES = [(3, 2, 5, 7, 9), (4, 1, 1, 6, 2), (2, 3, 4, 1, 5)]
 """Examples, outputs, tokens, width of the inputs, width of the cotangents."""
@@ -106,7 +106,7 @@ def head_inputs(rows, vocabulary, width, dtype):
 def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch):
     with jax.enable_x64(True):
         if rows == 5:  # several chunks of tokens and of the vocabulary even here
-            monkeypatch.setattr(head_gram, "LOGIT_BYTES", 500)
+            monkeypatch.setattr(cross_entropy_gram, "LOGIT_BYTES", 500)
             monkeypatch.setattr(gram, "LEAST_COLUMNS", 1)
         hidden, weight, labels = head_inputs(rows, vocabulary, width, dtype)
         cotangents = draw(3, 2, rows, dtype=dtype)
@@ -118,13 +118,13 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
 
         wide = (hidden.astype(float), weight.astype(float))
         flat = (hidden.reshape(-1, width), weight, labels.reshape(-1))
-        got, normalizers, logits = head_gram.head_losses(*flat, keep=keep)
+        got, normalizers, logits = cross_entropy_gram.head_losses(*flat, keep=keep)
         assert (logits is not None) == keep
         assert worst(got.reshape(labels.shape), losses(*wide)) < tolerance
         logits = logits.reshape(*labels.shape, -1) if keep else None
         known = (hidden, weight, labels, normalizers.reshape(labels.shape), logits)
-        pulled, share = head_gram.head_pull(*known, cotangents, pairs)
-        again, by_tokens = head_gram.head_pull_by_tokens(*known, cotangents, rows=1)
+        pulled, share = cross_entropy_gram.head_pull(*known, cotangents, pairs)
+        again, by_tokens = cross_entropy_gram.head_pull_by_tokens(*known, cotangents, rows=1)
         for c in range(2):
             (into_hidden,) = jax.vjp(lambda h: losses(h, wide[1]), wide[0])[1](cotangents[:, c].astype(float))
             assert worst(pulled[:, c], into_hidden) < tolerance
@@ -136,10 +136,10 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
         want = np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)
         assert worst(share, want) < tolerance
         assert worst(by_tokens, want[:1, :, 1:]) < tolerance
-        first = head_gram.head_pull_by_tokens(*known, cotangents[:, :1], rows=None)
+        first = cross_entropy_gram.head_pull_by_tokens(*known, cotangents[:, :1], rows=None)
         assert worst(first[0], np.asarray(pulled[:, :1])) < tolerance
         assert worst(first[1], want[:, :1, :, :1]) < tolerance
-        assert head_gram.head_pull(*known, cotangents, None)[1] is None
+        assert cross_entropy_gram.head_pull(*known, cotangents, None)[1] is None
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ from lensjax.models import (
     resolve,
     save_pretrained,
 )
-from lensjax.models.checkpoints import export_tensors
+from lensjax.models.checkpoints.mapping import parameter_shapes
+from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.registry import Rule, Table, family, transposed
-from lensjax.models.weights import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(
     def read(*_):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("lensjax.models.checkpoints.SafeTensors.rows", read)
+    monkeypatch.setattr("lensjax.models.checkpoints.pretrained.SafeTensors.rows", read)
     assert check_checkpoint(saved) == load_config(saved)
 
 

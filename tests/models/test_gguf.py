@@ -19,9 +19,9 @@ from lensjax.models import (
     load_model,
     save_pretrained,
 )
-from lensjax.models.checkpoints import export_tensors
-from lensjax.models.gguf import GGUFFile, load_gguf
-from lensjax.models.gguf.config import LLAMA3, llama3_scaling
+from lensjax.models.checkpoints.gguf import GGUFFile, load_gguf
+from lensjax.models.checkpoints.gguf.config import LLAMA3, llama3_scaling
+from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.layers import Rotary
 
 BLOCK = {
@@ -435,7 +435,7 @@ def test_parameters_have_the_dtype_asked_for(dtype, tmp_path):
 
 
 def test_tensors_of_many_slabs_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("lensjax.models.weights.SLAB", 70)
+    monkeypatch.setattr("lensjax.models.checkpoints.mapping.SLAB", 70)
     model = write(tmp_path / "m.gguf", quantise=gguf.GGMLQuantizationType.Q8_0)
     few = export_tensors(load_gguf(tmp_path / "m.gguf"))
     monkeypatch.undo()

@@ -15,9 +15,9 @@ import lensjax
 from lensjax.errors import InputError
 from lensjax.models import count_parameters, init_model, layers, load_model, save_pretrained
 from lensjax.models.base import Seq2SeqLM
+from lensjax.models.checkpoints.adapters import load_lora, save_lora
 from lensjax.models.execution import stack_layers, unstack_layers
 from lensjax.models.lora import Frozen, Lora, adaptable, adapters, add_lora, chosen, merge_lora, parameter_counts
-from lensjax.models.lora_files import load_lora, save_lora
 
 shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
 FAMILIES, make_config, make_batch = shared["FAMILIES"], shared["make_config"], shared["make_batch"]

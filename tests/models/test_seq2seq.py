@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from lensjax.errors import InputError
 from lensjax.models import count_parameters, init_model, layers, load_config, load_model, save_pretrained
-from lensjax.models.checkpoints import export_tensors
-from lensjax.models.switch_transformers import SparsePerceptron
-from lensjax.models.t5 import relative_buckets
+from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.families.switch_transformers import SparsePerceptron
+from lensjax.models.families.t5 import relative_buckets
 
 HERE = Path(__file__).parent
 CASES = (

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lensjax.curves import Curves
-from lensjax.report.selection import Selection
+from lensjax.losses.curves import Curves
+from lensjax.selection import Selection
 from lensjax.selectors import SELECTORS
 
 HOSTILE = (

@@ -2,11 +2,11 @@ import doctest
 
 import pytest
 
-from lensjax import interchange
+from lensjax import losses
 from lensjax.report import html, schema
 
 
-@pytest.mark.parametrize("module", [html, schema, interchange], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [html, schema, losses], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert found.attempted > 0

@@ -7,11 +7,12 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from lensjax.environment import versions
 from lensjax.errors import InputError
-from lensjax.report.figures import write_figures
-from lensjax.report.html import render_html, versions
-from lensjax.report.paths import paths
-from lensjax.report.svg import Scale, compact, escaped, shortened
+from lensjax.report.figures.export import write_figures
+from lensjax.report.figures.svg import Scale, compact, escaped, shortened
+from lensjax.report.html import render_html
+from lensjax.report.predicted_curves import paths
 from lensjax.selectors import SELECTORS
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -307,7 +308,7 @@ def test_what_failed_what_is_next_and_how_it_was_made_are_told(rich):
 
 
 def test_a_package_that_is_not_installed_is_not_passed_over(monkeypatch):
-    monkeypatch.setattr("lensjax.report.html.PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr("lensjax.environment.PACKAGES", ("numpy", "no-such-package"))
     found = versions()
     assert (found["numpy"], found["no-such-package"]) == (np.__version__, "not installed")
 

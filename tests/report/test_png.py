@@ -12,9 +12,9 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from lensjax.errors import InputError
-from lensjax.report import figures, png
-from lensjax.report.figures import check_formats, write_figures
-from lensjax.report.paths import paths
+from lensjax.report.figures import data, png_figures, svg_figures
+from lensjax.report.figures.export import check_formats, write_figures
+from lensjax.report.predicted_curves import paths
 
 LOOK = {"kernel_spectrum": [9.0, 0.5, 0.01, -1e-9], "trace_by_layer": {"tokens": 2.0, "layers.0.mlp": -0.5}}
 
@@ -35,7 +35,7 @@ def texts(figure):
 
 def curve_of(selection, row):
     found = paths(selection, selection.main)
-    return png.curve(selection, row, found, figures.frame(selection, found))
+    return png_figures.curve(selection, row, found, svg_figures.frame(selection, found))
 
 
 def test_there_is_a_png_for_each_svg(rich, tmp_path):
@@ -51,8 +51,8 @@ def test_there_is_a_png_for_each_svg(rich, tmp_path):
         assert image.std() > 0.02  # something is drawn
         assert (image[:3] > 0.99).mean() > 0.9  # and not beyond the edge
         widths[name] = image.shape[1]
-    assert widths.pop("ranking") == 8 * png.DPI
-    assert set(widths.values()) == {round(6.4 * png.DPI)}
+    assert widths.pop("ranking") == 8 * png_figures.DPI
+    assert set(widths.values()) == {round(6.4 * png_figures.DPI)}
 
 
 def test_a_curve_shows_what_was_measured_fitted_and_expected(rich):
@@ -99,7 +99,7 @@ def test_the_phase_transition_is_marked(make):
 
 
 def test_the_ranking_shows_each_candidate_with_its_interval(rich):
-    figure = png.ranking(rich)
+    figure = png_figures.ranking(rich)
     (axes,) = figure.axes
     order = rich.main.order
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -118,24 +118,24 @@ def test_the_ranking_shows_each_candidate_with_its_interval(rich):
 
 
 def test_the_cost_is_that_of_the_svg(rich):
-    figure = png.cost(rich)
+    figure = png_figures.cost(rich)
     (axes,) = figure.axes
     widths = [bar.get_width() for bar in axes.patches]
     spent, winner = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
     assert widths == [spent, spent, winner, rich.full_flops.sum()]
     shown = [text for text in texts(figure) if text.endswith(" %")]
-    drawn = ET.fromstring(figures.cost(rich, name="cost", alone=True))
+    drawn = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
     assert shown == [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
 
 
 def test_kernels_and_traces():
-    kept, dropped = figures.eigenvalues(LOOK["kernel_spectrum"])
-    figure = png.spectrum(kept, dropped, "beta")
+    kept, dropped = data.eigenvalues(LOOK["kernel_spectrum"])
+    figure = png_figures.spectrum(kept, dropped, "beta")
     (line,) = figure.axes[0].lines
     np.testing.assert_array_equal(line.get_xydata(), [[1, 9.0], [2, 0.5], [3, 0.01]])
     assert "rank of the eigenvalue (1 not above 0 left out)" in texts(figure)
     assert "beta: kernel spectrum" in texts(figure)
-    figure = png.traces(figures.layers(LOOK["trace_by_layer"]), "beta")
+    figure = png_figures.traces(data.layers(LOOK["trace_by_layer"]), "beta")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, -0.5]
     assert {"beta: Hessian trace by layer", "tokens", "layers.0.mlp", "2", "-0.5"} <= set(texts(figure))
 
@@ -143,7 +143,7 @@ def test_kernels_and_traces():
 def test_hostile_names_are_shown_as_they_are(make, hostile):
     names = ("$\\frac{1}{0}$ and $", *hostile, "\N{CJK UNIFIED IDEOGRAPH-4E2D}\n_^%#&")
     selection = make("averaged", names=names, facts={"tangents": {names[0]: LOOK}})
-    written = png.drawn(selection)
+    written = png_figures.drawn(selection)
     assert len(written) == 2 + 6 + 2
     assert all(content.startswith(b"\x89PNG") for content in written.values())
     titles = [texts(curve_of(selection, row))[0] for row in range(6)]
@@ -155,13 +155,13 @@ def test_hostile_names_are_shown_as_they_are(make, hostile):
         children = curve_of(selection, row).axes[0].get_children()
         (title,) = [child for child in children if isinstance(child, Text) and child.get_text() == titles[row]]
         assert not title.get_parse_math()
-    assert not any(label.get_parse_math() for label in png.ranking(selection).axes[0].get_yticklabels())
+    assert not any(label.get_parse_math() for label in png_figures.ranking(selection).axes[0].get_yticklabels())
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "subtuning", "ats", "rectified"])
 def test_methods_that_say_less_have_figures_too(make, method):
     selection = make(method, complete=True, flops=np.full((3, 5), np.nan))
-    written = png.drawn(selection)
+    written = png_figures.drawn(selection)
     assert len(written) == 1 + 3
     assert "cost" not in written
 
@@ -169,10 +169,10 @@ def test_methods_that_say_less_have_figures_too(make, method):
 def test_nothing_of_the_users_matplotlib_changes(rich):
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "font.size": 30}):
         before = dict(matplotlib.rcParams)
-        styled = png.drawn(rich)
+        styled = png_figures.drawn(rich)
         assert dict(matplotlib.rcParams) == before
-    assert styled == png.drawn(rich)  # the same selection gives the same bytes
-    code = "import sys, lensjax.report.png; print('matplotlib.pyplot' in sys.modules)"
+    assert styled == png_figures.drawn(rich)  # the same selection gives the same bytes
+    code = "import sys, lensjax.report.figures.png_figures; print('matplotlib.pyplot' in sys.modules)"
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 

@@ -2,7 +2,9 @@ import io
 
 import pytest
 
-from lensjax.report.progress import EVERY, Board, Console, Running, duration
+from lensjax._display import duration
+from lensjax.progress.board import Board, Running
+from lensjax.progress.console import EVERY, Console
 
 
 class Terminal(io.StringIO):

@@ -4,10 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from lensjax.curves import Curves
+from lensjax._display import number, samples
 from lensjax.errors import InputError
-from lensjax.report.selection import Selection
-from lensjax.report.text import number, render, samples
+from lensjax.losses.curves import Curves
+from lensjax.report.text import render
+from lensjax.selection import Selection
 from lensjax.selectors import Scores
 
 

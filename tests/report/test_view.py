@@ -15,8 +15,9 @@ import pytest
 import rich.console
 from rich.cells import cell_len
 
-from lensjax.report.progress import Board, Console, Place, Running
-from lensjax.report.view import EVERY, View, crop, screen_for, shorten
+from lensjax.progress.board import Board, Place, Running
+from lensjax.progress.console import Console
+from lensjax.progress.terminal import EVERY, View, crop, screen_for, shorten
 from lensjax.selectors import Scores
 
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")

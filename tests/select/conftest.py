@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lensjax.finetune import FineTuner, Outcome
-from lensjax.select import live, workers
+from lensjax.jobs import runner
+from lensjax.select import live
 from lensjax.select.cli import main as command_main
 from lensjax.select.cli import run
 
@@ -91,7 +92,7 @@ def scripted_run():
             outcome = Outcome(
                 test_loss=loss(name, size), flops=float(size), learning_rate=0.1, batch_size=8, **given, **rest
             )
-            return workers.Result(outcome, {})
+            return runner.Result(outcome, {})
 
         return run
 

@@ -11,9 +11,11 @@ import pytest
 
 from lensjax.errors import InputError, SelectionError
 from lensjax.finetune import Progress
-from lensjax.report.progress import Console
-from lensjax.runs import JOURNAL, Run
-from lensjax.select import cli, clock, live, measure, prepare, workers
+from lensjax.jobs import process, runner
+from lensjax.journal import JOURNAL, Run
+from lensjax.progress.console import Console
+from lensjax.select import cli, live, session, timing
+from lensjax.select import request as request_module
 from lensjax.select.budget import Budget, Ledger
 
 
@@ -137,9 +139,9 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
         tokens = 4 * int(bench.assignment.tokens.train.token_counts[:size].sum())
         weights = {"tiny-8": 17784, "tiny-16": 37104}[bench.assignment.name]
         costs = {"samples": 4 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
-        return workers.Result(dataclasses.replace(result.outcome, **costs), {})
+        return runner.Result(dataclasses.replace(result.outcome, **costs), {})
 
-    monkeypatch.setattr(workers.Bench, "run", dear)
+    monkeypatch.setattr(runner.Bench, "run", dear)
     spent = []
     amounts = {
         ("averaged", "flops"): (5e8, 4e9),
@@ -162,7 +164,7 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
 
 def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, monkeypatch, scripted_run):
     now = [0.0]
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
     made = []
 
@@ -171,12 +173,12 @@ def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, mon
         seconds = size / 10
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise workers.OutOfTimeError("the time is spent")
+            raise runner.OutOfTimeError("the time is spent")
         now[0] += seconds
         hooks.progress(Progress(1, 2, 1, 3.0, 0.5, 5))
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(workers.Bench, "run", slow)
+    monkeypatch.setattr(runner.Bench, "run", slow)
     out = tmp_path / "out"
     arguments = [str(a) for a in (*options, "--budget", "20s", "--quiet", "--out", out)]
     first, again = io.StringIO(), io.StringIO()
@@ -199,18 +201,18 @@ def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it
 ):
     """Small runs mostly load and compile: their price for each sample must not forbid the ones that all need."""
     now = [0.0]
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
 
     def slow(bench, size, known, hooks, deadline):
         seconds = 2.0 + size / 20
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise workers.OutOfTimeError("the time is spent")
+            raise runner.OutOfTimeError("the time is spent")
         now[0] += seconds
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(workers.Bench, "run", slow)
+    monkeypatch.setattr(runner.Bench, "run", slow)
     visible = () if method == "averaged" else ("--visible", 80)
     for seconds in (16, 25, 50):
         out = tmp_path / f"{seconds}"
@@ -233,9 +235,9 @@ def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it
 
 def test_the_stopwatch_counts_all_sessions_and_forgives_a_bad_file(tmp_path, monkeypatch):
     now = [10.0]
-    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
     path = tmp_path / "stopwatch.json"
-    watch = clock.Stopwatch(path, 0.0)
+    watch = timing.Stopwatch(path, 0.0)
     now[0] = 13.0
     watch.pause()
     now[0] = 100.0
@@ -244,30 +246,30 @@ def test_the_stopwatch_counts_all_sessions_and_forgives_a_bad_file(tmp_path, mon
     now[0] = 107.0
     assert watch.deadline(12.0) == 109.0
     watch.keep()  # and then it is killed
-    later = clock.Stopwatch(path, 0.0)
+    later = timing.Stopwatch(path, 0.0)
     assert later.seconds == 10
     path.write_text("")
-    assert clock.Stopwatch(path, 4.0).seconds == 4
+    assert timing.Stopwatch(path, 4.0).seconds == 4
     path.unlink()
     path.mkdir()
-    damaged = clock.Stopwatch(path, 5.0)
+    damaged = timing.Stopwatch(path, 5.0)
     damaged.pause()
     assert damaged.seconds == 5
 
 
 def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
-    request = prepare.Request(
+    request = request_module.Request(
         models=tuple(map(str, tiny_models)), task=tiny_task, smallest=10, visible=20, validation=20, test=20
     )
-    prepared = prepare.prepare(request)
-    assignment = measure.assign(prepared, prepared.candidates[0])
+    prepared = request_module.prepare(request)
+    assignment = session.assign(prepared, prepared.candidates[0])
     heard = []
-    for bench in (workers.Bench(assignment), workers.Worker(assignment)):
+    for bench in (runner.Bench(assignment), process.Worker(assignment)):
         # In the middle of training: the time is over at the first sign of life.
-        hooks = workers.Hooks(heard.append, lambda _: None)
+        hooks = runner.Hooks(heard.append, lambda _: None)
         whole = bench.run(20, {}, hooks)
         assert whole.outcome.steps_run > 0
-        with pytest.raises(workers.OutOfTimeError, match="the time is spent"):
+        with pytest.raises(runner.OutOfTimeError, match="the time is spent"):
             bench.run(20, {}, hooks, deadline=0.0)
         bench.close()
     assert heard
@@ -286,7 +288,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
                     os.kill(child.pid, signal.SIGKILL)
                     self.killed += 1
 
-    request = prepare.Request(
+    request = request_module.Request(
         models=(options[1].as_posix(), options[2].as_posix(), f"{options[1]}+lora"),
         task=options[4],
         smallest=10,
@@ -296,7 +298,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
         max_length=24,
     )
     console = Killer(io.StringIO())
-    selection = live.LiveSelection(prepare.prepare(request), tmp_path / "out", console)
+    selection = live.LiveSelection(request_module.prepare(request), tmp_path / "out", console)
     found = selection.execute()
     assert console.killed == 1
     assert list(found.failures) == ["tiny-8"]
@@ -312,7 +314,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
         assert done["facts"]["peak_bytes"] > 50e6
         assert done["facts"]["versions"]["jax"]
     # Given again, the failed run is made again, and everything is ranked.
-    again = live.LiveSelection(prepare.prepare(request), tmp_path / "out", Console(io.StringIO())).execute()
+    again = live.LiveSelection(request_module.prepare(request), tmp_path / "out", Console(io.StringIO())).execute()
     assert not again.failures
     assert len(journal(tmp_path / "out")) == len(runs) + 1
-    assert not (tmp_path / "out" / measure.COMPILED).exists()
+    assert not (tmp_path / "out" / session.COMPILED).exists()

@@ -8,10 +8,12 @@ import gguf
 import pytest
 
 from lensjax import models
+from lensjax.jobs import runner
+from lensjax.jobs.candidates import find_candidate, find_candidates
+from lensjax.journal import JOURNAL
 from lensjax.models import Lora
-from lensjax.runs import JOURNAL
-from lensjax.select import measure, prepare, workers
-from lensjax.select.candidates import find_candidate, find_candidates
+from lensjax.select import request as request_module
+from lensjax.select import session
 from lensjax.tasks import load_task
 
 SIZES = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24, "--quiet")
@@ -56,7 +58,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
     path = tmp_path / "t.txt"
     path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
     made = []
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, _ = command("--in-process", "--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
     assert status == 0
     tokens = made[0][2]
@@ -67,7 +69,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
 
 def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch, scripted_run):
     made = []
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     common = ("--in-process", "--models", *tiny_models, "--task", tiny_task, *SIZES)
     command(*common, "--out", tmp_path / "token")
     status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
@@ -115,16 +117,16 @@ def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    request = prepare.Request(
+    request = request_module.Request(
         models=(str(file), str(tiny_models[1])), task=tiny_task, smallest=10, visible=20, validation=20, test=20
     )
-    prepared = prepare.prepare(request)
+    prepared = request_module.prepare(request)
     found = prepared.candidates[0]
     assert (found.name, found.path) == ("small.gguf", file)
-    bench = workers.Bench(measure.assign(prepared, found))
-    plain = prepare.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
-    theirs = workers.Bench(measure.assign(plain, plain.candidates[0]))
-    losses = [b.run(0, {}, workers.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
+    bench = runner.Bench(session.assign(prepared, found))
+    plain = request_module.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
+    theirs = runner.Bench(session.assign(plain, plain.candidates[0]))
+    losses = [b.run(0, {}, runner.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -132,11 +134,11 @@ def test_options_of_the_task_reach_it(tiny_models, tmp_path):
     rows = [{"pair": {"en": f"one {i}", "fr": f"un {i}"}} for i in range(80)]
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    request = prepare.Request(
+    request = request_module.Request(
         models=tuple(map(str, tiny_models)), task=str(path), input_field="pair.en", target_field="pair.fr",
         template="{input} =>", smallest=10, visible=20, validation=20, test=20,
     )  # fmt: skip
-    found = prepare.prepare(request).task
+    found = request_module.prepare(request).task
     wanted = load_task(
         path, input_field="pair.en", target_field="pair.fr", template="{input} =>", validation=20, test=20
     )

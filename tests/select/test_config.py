@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from lensjax.commands.completion import completion
+from lensjax.commands.options import SHELLS
 from lensjax.errors import InputError
+from lensjax.jobs import runner
 from lensjax.select.cli import run
-from lensjax.select.complete import completion
-from lensjax.select.config import print_config, read_config
-from lensjax.select.options import METHODS, SCRIPT, SHELLS, parser
+from lensjax.select.config_file import print_config, read_config
+from lensjax.select.options import METHODS, SCRIPT, parser
 from lensjax.selectors import DEFAULT, SELECTORS
 
 
@@ -286,9 +288,7 @@ def test_a_name_that_no_record_could_hold_is_refused(refused):
 def test_a_selection_leaves_its_options_and_is_resumed_from_them(tmp_path, file, scripted_run, monkeypatch):
     import io
 
-    from lensjax.select import workers
-
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda name, size: 3 - len(name) / 20 + 40 / (size + 30)))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3 - len(name) / 20 + 40 / (size + 30)))
     config = file('method = "subtuning"\n[choice]\nvisible = 100\n')
     directory = tmp_path / "run"
     out = io.StringIO()

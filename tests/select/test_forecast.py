@@ -13,17 +13,17 @@ import pytest
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import Plan, Search
+from lensjax.jobs.tangent_measurements import look_flops
+from lensjax.journal import JOURNAL, Journal, Run
 from lensjax.models import Lora
-from lensjax.report.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
-from lensjax.runs import JOURNAL, Journal, Run
-from lensjax.select import forecast as module
 from lensjax.select.budget import Budget
-from lensjax.select.forecast import forecast
-from lensjax.select.look import look_flops
-from lensjax.select.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
-from lensjax.select.prepare import Request, prepare
+from lensjax.select.dry_run import estimate as module
+from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, Shapes
+from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
+from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
 from lensjax.select.records import run_key
-from lensjax.select.speed import COMPILE_SECONDS, START_SECONDS, Shapes
+from lensjax.select.request import Request, prepare
 from lensjax.tasks import Encoded, batches
 
 GIB = 2**30

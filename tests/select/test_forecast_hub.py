@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import Plan
+from lensjax.jobs.candidates import find_candidates
 from lensjax.models import Lora
-from lensjax.models.hub import listing
-from lensjax.select.candidates import find_candidates
-from lensjax.select.forecast import forecast
-from lensjax.select.machine import Machine
-from lensjax.select.prepare import Request, prepare
+from lensjax.models.checkpoints.hub import listing
+from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.machine import Machine
+from lensjax.select.request import Request, prepare
 
 HERE = Machine("cpu", "a processor", 1, 8 * 2**30, {"float32": 1e11})
 NAME, COMMIT = "someone/model", "c" * 40

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lensjax.curves import read_losses
+from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.report.schema import problems
 from lensjax.select.cli import main

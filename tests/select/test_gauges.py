@@ -11,16 +11,17 @@ from flax import nnx
 
 from lensjax import models
 from lensjax.errors import InputError
-from lensjax.interchange import read_journal
-from lensjax.report.forecast import FEATURES, SPECTRA
+from lensjax.jobs import process, runner
+from lensjax.jobs.pretrained_scores import POSITIONS, evidence_flops, samples_for, spectra_flops
+from lensjax.journal import JOURNAL
+from lensjax.losses import read_journal
 from lensjax.report.schema import problems
-from lensjax.runs import JOURNAL
-from lensjax.select import cli, gauges, workers
-from lensjax.select.forecast import forecast
-from lensjax.select.machine import Machine
-from lensjax.select.measure import assign
-from lensjax.select.prepare import Request, prepare
-from lensjax.select.untuned import POSITIONS, evidence_flops, samples_for, spectra_flops
+from lensjax.select import cli, extra_measurements
+from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.forecast import FEATURES, SPECTRA
+from lensjax.select.dry_run.machine import Machine
+from lensjax.select.request import Request, prepare
+from lensjax.select.session import assign
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded, encode, load_task
 
@@ -69,7 +70,7 @@ def finished(options, tmp_path_factory, scripted_run):
     """
     directory = tmp_path_factory.mktemp("gauges") / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers.Bench, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name))))
+        patch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name))))
         return directory, *select(options, directory, "--method", "all")
 
 
@@ -178,9 +179,9 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     directory = tmp_path / "again"
     shutil.copytree(finished[0], directory)
     before = (directory / JOURNAL).read_bytes()
-    monkeypatch.setattr(workers.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers.Bench, "gauge", lambda *_: pytest.fail("a score was measured again"))
+        patch.setattr(runner.Bench, "gauge", lambda *_: pytest.fail("a score was measured again"))
         status, text, _ = select(options, directory, "--method", "all")
     assert status == 0
     assert text.replace(str(directory), str(finished[0])) == finished[2]
@@ -190,8 +191,8 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     last = json.loads(lines[-1])
     assert (last["candidate"], last["part_of"]) == ("tiny-8", "log_me")
     (directory / JOURNAL).write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
-    made, whole = [], workers.Bench.gauge
-    monkeypatch.setattr(workers.Bench, "gauge", lambda *asked: made.append(asked[1:3]) or whole(*asked))
+    made, whole = [], runner.Bench.gauge
+    monkeypatch.setattr(runner.Bench, "gauge", lambda *asked: made.append(asked[1:3]) or whole(*asked))
     assert select(options, directory, "--method", "all")[0] == 0
     assert made == [("log_me", 40)]
     again = journal(directory)[-1]
@@ -202,7 +203,7 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
 def test_asked_for_by_name_a_candidate_without_the_score_has_failed(finished, options, tmp_path, monkeypatch):
     directory = tmp_path / "again"
     shutil.copytree(finished[0], directory)
-    monkeypatch.setattr(workers.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
     status, text, _ = select(options, directory, "--method", "nlp_metrics")
     assert status == 1
     assert text.startswith("Fine-tune wide")
@@ -219,13 +220,13 @@ def test_asked_for_by_name_a_candidate_without_the_score_has_failed(finished, op
 
 def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, scripted_run):
     made, asked = [], []
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
 
     def gauge(bench, what, *_):
         asked.append((bench.assignment.name, what))
         return {"log_me": float(len(asked)), "pl_alpha": float(len(asked))}
 
-    monkeypatch.setattr(workers.Bench, "gauge", gauge)
+    monkeypatch.setattr(runner.Bench, "gauge", gauge)
     names = ("wide", "wide+lora", "tiny-8")
     for method, whats in (("log_me", ["log_me"]), ("nlp_metrics", ["nlp_metrics"]), ("zero_shot", [])):
         made.clear()
@@ -239,14 +240,14 @@ def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, 
 
 
 def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(bench, what, *_):
         if what == "log_me" and bench.assignment.name != "wide":
-            raise workers.RunFailedError("MemoryError: no room")
+            raise runner.RunFailedError("MemoryError: no room")
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(workers.Bench, "gauge", failing)
+    monkeypatch.setattr(runner.Bench, "gauge", failing)
     status, _, said = select(options, tmp_path / "out", "--method", "all")
     assert status == 0
     assert said.count("no score by log_me: MemoryError: no room") == 2
@@ -254,7 +255,7 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
     found = document(tmp_path / "out")
     assert found["refused_methods"]["log_me"] == "wide+lora: MemoryError: no room; tiny-8: MemoryError: no room"
     assert "log_me" not in found["methods"]
-    monkeypatch.setattr(workers.Bench, "gauge", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
+    monkeypatch.setattr(runner.Bench, "gauge", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
     assert select(options, tmp_path / "out", "--method", "all")[0] == 0
     # The two that crashed were noted with their cost, and made again.
     records = [r for r in journal(tmp_path / "out") if r["part_of"] == "log_me"]
@@ -267,25 +268,25 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
 
 def test_weights_that_cannot_be_read_now_are_read_another_time(options, monkeypatch):
     prepared = prepare(request(options))
-    bench = workers.Bench(assign(prepared, prepared.candidates[0]))
-    monkeypatch.setattr(workers.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
-    with pytest.raises(workers.RunFailedError, match="InputError: half a file"):
+    bench = runner.Bench(assign(prepared, prepared.candidates[0]))
+    monkeypatch.setattr(process.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
+    with pytest.raises(runner.RunFailedError, match="InputError: half a file"):
         bench.gauge("nlp_metrics", 0)
 
 
 def test_with_a_budget_they_are_measured_last_and_within_it(options, tmp_path, monkeypatch, scripted_run):
     order = []
     scripted = scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1)
-    monkeypatch.setattr(workers.Bench, "run", lambda *asked: order.append("run") or scripted(*asked))
+    monkeypatch.setattr(runner.Bench, "run", lambda *asked: order.append("run") or scripted(*asked))
 
     def gauge(*asked):
         order.append(asked[1])
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(workers.Bench, "gauge", gauge)
+    monkeypatch.setattr(runner.Bench, "gauge", gauge)
     assert select(options, tmp_path / "one", "--method", "all", "--budget", "1e12")[0] == 0
     assert order == [*["run"] * 12, *["nlp_metrics", "log_me"] * 3]
-    monkeypatch.setattr(gauges, "evidence_flops", lambda *_: 1e30)
+    monkeypatch.setattr(extra_measurements, "evidence_flops", lambda *_: 1e30)
     status, _, said = select(options, tmp_path / "two", "--method", "all", "--budget", "1e12")
     assert status == 0
     assert said.count("no score by log_me: not measured, it would exceed the budget") == 3
@@ -295,8 +296,8 @@ def test_other_tokenizers_are_pointed_out(options, tmp_path, monkeypatch, script
     other = tmp_path / "other"
     shutil.copytree(tiny_models[1], other)
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
-    monkeypatch.setattr(workers.Bench, "gauge", lambda *_: {"log_me": -0.5})
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.Bench, "gauge", lambda *_: {"log_me": -0.5})
     changed = ["--models", str(wide), str(other), *options[options.index("--task") :]]
     _, text, said = select(changed, tmp_path / "out", "--method", "log_me")
     assert text.count("its classes are its own tokens, and the candidates have different tokenizers") == 2
@@ -343,7 +344,7 @@ def test_samples_hold_enough_target_tokens():
 
 def test_a_worker_measures_in_its_own_process(finished, options):
     prepared = prepare(request(options))
-    worker = workers.Worker(assign(prepared, prepared.candidates[1]))
+    worker = process.Worker(assign(prepared, prepared.candidates[1]))
     try:
         found = worker.gauge("log_me", 40)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lensjax.runs import JOURNAL
+from lensjax.journal import JOURNAL
 
 KILLS = 50
 PATIENCE = 20.0  # seconds

@@ -12,8 +12,10 @@ import pytest
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import FineTuner
-from lensjax.runs import JOURNAL
-from lensjax.select import cli, prepare, workers
+from lensjax.jobs import runner
+from lensjax.journal import JOURNAL
+from lensjax.select import cli
+from lensjax.select import request as request_module
 
 
 @pytest.fixture
@@ -105,13 +107,13 @@ def test_an_interrupted_selection_goes_on_where_it_was(finished, options, comman
     lines = (directory / JOURNAL).read_bytes().splitlines(keepends=True)
     (directory / JOURNAL).write_bytes(b"".join(lines[:7]) + lines[7][:50])  # killed while writing the eighth run
     made = []
-    whole = workers.Bench.run
+    whole = runner.Bench.run
 
     def counted(bench, size, *rest):
         made.append((bench.assignment.name, size))
         return whole(bench, size, *rest)
 
-    monkeypatch.setattr(workers.Bench, "run", counted)
+    monkeypatch.setattr(runner.Bench, "run", counted)
     status, _ = command(*options, "--out", directory, "--verify")
     assert status == 0
     assert made == [("tiny-16", 20), ("tiny-16", 10), ("tiny-16", 100)]
@@ -127,16 +129,16 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
     shutil.copytree(tiny_models[1], third)
     config = json.loads((third / "config.json").read_text())
     (third / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
-    whole = workers.Bench.run
+    whole = runner.Bench.run
 
     def failing(bench, size, *rest):
         if bench.assignment.name == "third" and size == 20:
-            raise workers.RunFailedError("MemoryError: no room")
+            raise runner.RunFailedError("MemoryError: no room")
         if bench.assignment.name == "tiny-8" and size == 100:
-            raise workers.RunFailedError("RuntimeError: only the verification fails")
+            raise runner.RunFailedError("RuntimeError: only the verification fails")
         return whole(bench, size, *rest)
 
-    monkeypatch.setattr(workers.Bench, "run", failing)
+    monkeypatch.setattr(runner.Bench, "run", failing)
     options[options.index("--task") : options.index("--task")] = [third]
     status, text = command(*options, "--out", tmp_path / "out", "--verify")
     assert status == 1
@@ -157,7 +159,7 @@ def test_algorithm_1_stops_where_the_line_ends(options, command, tmp_path, monke
     losses = {0: 5.0, 80: 1.0, 40: 2.0, 20: 4.001, 10: 4.1, 5: 4.2}
     made = []
 
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: losses[size], made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: losses[size], made))
     options[options.index("--smallest") + 1] = 5
     options[options.index("--visible") + 1] = 80
     status, _ = command(*options, "--method", "lens", "--target", "1000", "--out", tmp_path / "out")
@@ -170,7 +172,7 @@ def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypat
     made = []
 
     slopes = {"tiny-8": 0.1, "tiny-16": 0.4}
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda name, size: 3.0 * size ** -slopes[name], made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3.0 * size ** -slopes[name], made))
     for flag in ("--visible", "--smallest"):
         at = options.index(flag)
         del options[at : at + 2]
@@ -196,7 +198,7 @@ def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypat
 def test_a_method_trains_only_what_it_needs(options, command, tmp_path, monkeypatch, method, sizes, scripted_run):
     made = []
 
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, text = command(*options, "--method", method, "--out", tmp_path / "out")
     assert status == 0
     assert [size for _, size, _ in made] == sizes * 2
@@ -207,9 +209,9 @@ def test_when_fewer_than_two_candidates_can_be_measured_the_selection_fails_and_
     options, tmp_path, monkeypatch, capsys
 ):
     def failing(bench, size, *rest):
-        raise workers.RunFailedError("MemoryError: no room")
+        raise runner.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(workers.Bench, "run", failing)
+    monkeypatch.setattr(runner.Bench, "run", failing)
     assert cli.main([str(a) for a in (*options, "--out", tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert "0 candidate(s) could be fine-tuned, choosing needs two (tiny-8: MemoryError: no room; tiny-16:" in message
@@ -228,7 +230,7 @@ def test_a_renamed_model_keeps_its_runs(finished, options, command, tiny_models,
 
 def test_results_go_to_a_directory_of_their_own_by_default(options, command, tmp_path, monkeypatch, scripted_run):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     command(*options)
     command(*options, "--seed", "1")
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -349,11 +351,11 @@ def test_different_tokenizers_are_pointed_out(options, tiny_models, tmp_path):
     shutil.copytree(tiny_models[1], changed)
     text = (changed / "tokenizer.json").read_text()
     (changed / "tokenizer.json").write_text(text + "\n")
-    request = prepare.Request(
+    request = request_module.Request(
         models=(str(tiny_models[0]), str(changed)), task=options[options.index("--task") + 1], smallest=10, visible=40,
         validation=20, test=20,
     )  # fmt: skip
-    assert any("different tokenizers" in note for note in prepare.prepare(request).notes)
+    assert any("different tokenizers" in note for note in request_module.prepare(request).notes)
 
 
 def test_cost_of_everything_is_measured_by_verification_and_estimated_without(finished, options, command, tmp_path):

@@ -12,10 +12,11 @@ import pytest
 from lensjax import models, tangents
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Trial
+from lensjax.jobs import runner
+from lensjax.jobs.tangent_measurements import kernel_residual, look, look_flops
+from lensjax.journal import JOURNAL
 from lensjax.models import Lora
-from lensjax.runs import JOURNAL
-from lensjax.select import cli, looks, prepare, workers
-from lensjax.select.look import kernel_residual, look, look_flops
+from lensjax.select import cli, looks, request
 from lensjax.tasks import batches, encode, load_task
 
 
@@ -93,19 +94,19 @@ def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path,
         assert record["flops"] == found["flops"] > 0
         assert record["test_loss"] is None
     assert "Tangents: kernels and curvature" in (out / "report.html").read_text()
-    monkeypatch.setattr(workers.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
+    monkeypatch.setattr(runner.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
     monkeypatch.setattr(FineTuner, "__init__", lambda *_: pytest.fail("a run was repeated"))
     assert command(*options, "--tangents", 8, "--out", out)[1] == text
     assert len(journal(out)) == len(runs)
 
 
 def test_a_look_that_fails_or_costs_too_much_leaves_the_ranking(options, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(*_):
-        raise workers.RunFailedError("MemoryError: no room")
+        raise runner.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(workers.Bench, "look", failing)
+    monkeypatch.setattr(runner.Bench, "look", failing)
     options.remove("--quiet")
     said = io.StringIO()
     arguments = [str(a) for a in (*options, "--tangents", 8, "--out", tmp_path / "one")]
@@ -190,7 +191,7 @@ def test_a_search_that_diverged_is_not_paid_for_again(options, command, tmp_path
 
 
 def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(workers.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     here = tmp_path / "here"
     here.mkdir()
     shutil.copy(options[4], here / "task.jsonl")
@@ -202,7 +203,7 @@ def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypat
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr(workers.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
     for resume in (("--resume", here / "run"), (f"--resume={here / 'run'}",)):
         assert command(*resume, "--json", "found.json", "--html", "found.html", "--figures", "drawn") == (0, text)
     assert (here / "run" / "selection.txt").exists()
@@ -228,15 +229,15 @@ def test_what_cannot_be_resumed_is_refused(refused, tmp_path, content, message):
 def test_a_tokenizer_reads_a_task_once(tiny_models, tiny_task, monkeypatch, tmp_path):
     monkeypatch.setenv("LENSJAX_CACHE", str(tmp_path))
     counted = []
-    whole = prepare.encode
+    whole = request.encode
 
     def encode_counted(examples, *args, **kwargs):
         counted.append(len(examples))
         return whole(examples, *args, **kwargs)
 
-    monkeypatch.setattr(prepare, "encode", encode_counted)
+    monkeypatch.setattr(request, "encode", encode_counted)
     given = {"task": tiny_task, "smallest": 10, "visible": 20, "validation": 20, "test": 20}
-    one, two = (prepare.prepare(prepare.Request(models=tuple(map(str, tiny_models)), **given)) for _ in range(2))
+    one, two = (request.prepare(request.Request(models=tuple(map(str, tiny_models)), **given)) for _ in range(2))
     assert counted == [20, 20, 20]  # two models with one tokenizer: training, validation and test samples once
     (first,), (second,) = one.tokens.values(), two.tokens.values()
     for a, b in zip((*first.train.ids, *first.test.ids), (*second.train.ids, *second.test.ids), strict=True):

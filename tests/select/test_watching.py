@@ -19,8 +19,10 @@ import pytest
 
 from lensjax.errors import SelectionError
 from lensjax.finetune import Progress, Trial
-from lensjax.report.progress import Console
-from lensjax.select import cli, live, measure, prepare, workers
+from lensjax.jobs import process, runner
+from lensjax.progress.console import Console
+from lensjax.select import cli, live, session
+from lensjax.select import request as request_module
 
 LINES = 40
 
@@ -59,9 +61,9 @@ def trained(monkeypatch, scripted_run):
             rest = {"status": "finished", "steps_per_epoch": 2, "step_flops": 1.0, "evaluation_flops": 1.0}
             hooks.trials((Trial(**{**given, **rest, "validation_history": history}),))
         facts = {"device": "cpu", "devices": 1, "sharding": "none", "precision": "float32", "peak_bytes": 3 * 2**20}
-        return workers.Result(result.outcome, facts)
+        return runner.Result(result.outcome, facts)
 
-    monkeypatch.setattr(workers.Bench, "run", run)
+    monkeypatch.setattr(runner.Bench, "run", run)
     return run
 
 
@@ -127,7 +129,7 @@ def test_an_interrupted_command_gives_the_cursor_back(options, monkeypatch, trai
             raise KeyboardInterrupt
         return trained(bench, size, known, hooks, deadline)
 
-    monkeypatch.setattr(workers.Bench, "run", interrupted)
+    monkeypatch.setattr(runner.Bench, "run", interrupted)
     with watched(60) as (stream, written), pytest.raises(KeyboardInterrupt):
         cli.run(options, io.StringIO(), stream)
     (text,) = written
@@ -145,9 +147,9 @@ def failing(monkeypatch, options, tiny_models, trained):
         try:
             raise MemoryError("no [red]room[/red]")
         except MemoryError as error:
-            raise workers.RunFailedError(workers.reason(error)) from error
+            raise runner.RunFailedError(runner.reason(error)) from error
 
-    monkeypatch.setattr(workers.Bench, "run", run)
+    monkeypatch.setattr(runner.Bench, "run", run)
     options.insert(2, f"{tiny_models[0]}+lora")
 
 
@@ -162,7 +164,7 @@ def test_a_candidate_that_fails_is_shown_with_its_reason(options, failing):
 
 
 def test_elsewhere_there_are_plain_lines_and_nothing_is_ranked_before_the_end(options, trained, monkeypatch):
-    monkeypatch.setattr(measure, "score_all", lambda *_, **__: pytest.fail("a ranking that nobody sees"))
+    monkeypatch.setattr(session, "score_all", lambda *_, **__: pytest.fail("a ranking that nobody sees"))
     err = io.StringIO()
     assert cli.run(options, io.StringIO(), err) == 0
     assert "\x1b" not in err.getvalue()
@@ -220,7 +222,7 @@ def test_a_ranking_that_fails_breaks_nothing(options, trained, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("no ranking today")
 
-    monkeypatch.setattr(measure, "score_all", broken)
+    monkeypatch.setattr(session, "score_all", broken)
     out = io.StringIO()
     with watched(100) as (stream, written):
         assert cli.run([*options, "--verbose"], out, stream) == 0
@@ -236,7 +238,7 @@ def test_a_ranking_that_fails_breaks_nothing(options, trained, monkeypatch):
 def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatch):
     """Five seconds each, where each run takes ten: one when it first can be, and then one in the end."""
     now, ranked = [0.0], []
-    run, score_all = workers.Bench.run, measure.score_all
+    run, score_all = runner.Bench.run, session.score_all
 
     def slow(*arguments, **named):
         now[0] += 10
@@ -247,13 +249,13 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
         ranked.append(int(np.isfinite(curves.losses).sum()))
         return score_all(curves, *arguments, **named)
 
-    monkeypatch.setattr(workers.Bench, "run", slow)
-    monkeypatch.setattr(measure, "score_all", dear)
-    request = prepare.Request(
+    monkeypatch.setattr(runner.Bench, "run", slow)
+    monkeypatch.setattr(session, "score_all", dear)
+    request = request_module.Request(
         models=tuple(options[1:3]), task=options[4], smallest=5, visible=40, validation=20, test=20, max_length=24
     )
     console = Console(io.StringIO(), verbose=True, clock=lambda: now[0])
-    made = live.LiveSelection(prepare.prepare(request), tmp_path / "out", console, isolate=False)
+    made = live.LiveSelection(request_module.prepare(request), tmp_path / "out", console, isolate=False)
     found = made.execute()
     # With the first size of the second candidate, and with everything.
     assert ranked == [7, 10]
@@ -263,21 +265,21 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
 
 def test_a_resumed_selection_ranks_once_for_all_it_finds(options, trained, tmp_path, monkeypatch):
     assert cli.run([*options, "--quiet"], io.StringIO(), io.StringIO()) == 0
-    score_all, ranked = measure.score_all, []
-    monkeypatch.setattr(measure, "score_all", lambda *a, **n: ranked.append(1) or score_all(*a, **n))
+    score_all, ranked = session.score_all, []
+    monkeypatch.setattr(session, "score_all", lambda *a, **n: ranked.append(1) or score_all(*a, **n))
     assert cli.run([*options, "--verbose"], io.StringIO(), io.StringIO()) == 0
     assert len(ranked) == 1
 
 
 def test_the_method_asked_for_ranks_as_far_as_it_can(options, trained, tmp_path, monkeypatch):
     """Algorithm 1 needs three sizes of at least two candidates; of all methods, the default one ranks."""
-    score_all, seen = measure.score_all, []
+    score_all, seen = session.score_all, []
 
     def noted(curves, target, method, **options):
         seen.append((method, np.isfinite(curves.losses).sum(1).tolist()))
         return score_all(curves, target, method, **options)
 
-    monkeypatch.setattr(measure, "score_all", noted)
+    monkeypatch.setattr(session, "score_all", noted)
     for method, used in (("lens", "lens"), ("all", "averaged"), ("zero_shot", "zero_shot")):
         seen.clear()
         out = str(tmp_path / method)
@@ -307,18 +309,18 @@ def test_a_failure_in_another_process_says_where_it_was(monkeypatch):
         try:
             raise ValueError("deep inside")
         except ValueError as error:
-            raise workers.RunFailedError("ValueError: deep inside") from error
+            raise runner.RunFailedError("ValueError: deep inside") from error
 
-    monkeypatch.setattr(workers.Bench, "run", failing)
+    monkeypatch.setattr(runner.Bench, "run", failing)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        workers.serve(Connection(), workers.Assignment("a", None, 1, None, None, None, 0))
+        process.serve(Connection(), runner.Assignment("a", None, 1, None, None, None, 0))
     finally:
         signal.signal(signal.SIGINT, handler)
     ((kind, *content),) = sent
     assert kind == "failed"
-    error = workers.RunFailedError(*content)
+    error = runner.RunFailedError(*content)
     assert str(error) == "ValueError: deep inside"
     assert error.details.startswith("Traceback")
     assert error.details.endswith("ValueError: deep inside")
-    assert workers.RunFailedError("without a cause").details == ""
+    assert runner.RunFailedError("without a cause").details == ""

@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lensjax.curves import Curves, read_losses
 from lensjax.errors import InputError
+from lensjax.losses.curves import Curves
+from lensjax.losses.table import read_losses
 from lensjax.metrics import rel_acc
 from lensjax.selectors import Race, averaged, full_cost, propose
 

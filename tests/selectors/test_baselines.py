@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lensjax import selectors
-from lensjax.curves import Curves
 from lensjax.errors import InputError
-from lensjax.report.selection import losses_fingerprint
+from lensjax.losses.curves import Curves
+from lensjax.selection import losses_fingerprint
 from lensjax.selectors import SELECTORS
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import scipy.special
 
-from lensjax.curves import Curves, read_losses
 from lensjax.errors import InputError
+from lensjax.losses.curves import Curves
+from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.selectors import SELECTORS, ats, averaged
-from lensjax.selectors import ensemble as module
-from lensjax.selectors.ensemble import SETTINGS, Settings, forecast
+from lensjax.selectors import bayesian_average as module
+from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
 
 FULL = 1_638_400
 TABLES = ("flan", "wmt19", "gigaword")

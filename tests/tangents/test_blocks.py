@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lensjax import InputError
-from lensjax.tangents import block_for, blocks, ntk, ntk_blocks
+from lensjax.tangents import block_for, ntk, ntk_blocks
+from lensjax.tangents.kernel import blockwise
 
 
 def f(p, x):
@@ -42,7 +43,7 @@ def test_each_pair_of_blocks_is_computed_once(monkeypatch):
         sizes.append(2 if x2 is not None else 1)
         return ntk(f, params, x1, x2, **options)
 
-    monkeypatch.setattr(blocks, "ntk", counting)
+    monkeypatch.setattr(blockwise, "ntk", counting)
     p, x = inputs(8)
     np.testing.assert_allclose(ntk_blocks(one, p, x, block=2), ntk(one, p, x), rtol=1e-5, atol=1e-5)
     assert sorted(sizes) == [1] * 4 + [2] * 6  # 4 blocks on the diagonal, 6 above it
@@ -60,7 +61,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
         done.append(1)
         return ntk(f, params, x1, x2, **options)
 
-    monkeypatch.setattr(blocks, "ntk", failing)
+    monkeypatch.setattr(blockwise, "ntk", failing)
     with pytest.raises(KeyboardInterrupt):
         ntk_blocks(f, p, x, block=3, file=file)
     assert len(json.loads((tmp_path / "kernel.npy.json").read_text())["done"]) == 4

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lensjax.tangents import hessian_trace
-from lensjax.tangents.forms import gauss_newton_forms, hessian_forms
+from lensjax.tangents.curvature.quadratic_forms import gauss_newton_forms, hessian_forms
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

@@ -18,8 +18,6 @@ from lensjax.tangents import (
     gradient_norms,
     hessian_trace,
     hvp,
-    losses,
-    memory,
     model_loss,
     ntk,
     ntk_blocks,
@@ -27,8 +25,10 @@ from lensjax.tangents import (
     ntk_operator,
     ntk_outputs,
 )
-from lensjax.tangents.models import FROZEN
-from lensjax.tangents.ntk import checked
+from lensjax.tangents.curvature import losses
+from lensjax.tangents.kernel import memory_limit
+from lensjax.tangents.kernel.compute import checked
+from lensjax.tangents.language_models import FROZEN
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -144,13 +144,13 @@ def test_an_operator_keeps_its_function():
 
 
 def test_kernels_within_a_memory_limit(monkeypatch):
-    monkeypatch.setattr(memory, "VARIANTS", memory.VARIANTS[-1:])
+    monkeypatch.setattr(memory_limit, "VARIANTS", memory_limit.VARIANTS[-1:])
     model, x = adapted(1), {name: jnp.concatenate([a] * 3)[:8] for name, a in batch().items()}
     x["input_ids"] = x["labels"] = (x["input_ids"] + jnp.arange(8)[:, None]) % 23
     whole = ntk(model, x)
-    (way,) = memory.ways(model, None, "loss")
+    (way,) = memory_limit.ways(model, None, "loss")
     problem = checked(way.function, way.params, x, None, None, False)
-    limit = memory.needed_bytes(memory.traced(problem, way, x, None, False, (2, 2)))
+    limit = memory_limit.needed_bytes(memory_limit.traced(problem, way, x, None, False, (2, 2)))
     kernel, report = ntk(model, x, memory=limit, return_report=True)
     assert "in blocks of 2 examples, layers in a loop, recomputed" in report.reason
     assert all(FROZEN not in name for treatment in report.treatments for name in treatment.parameters)

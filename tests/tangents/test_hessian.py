@@ -22,7 +22,7 @@ from lensjax.tangents import (
     hvp,
     model_loss,
 )
-from lensjax.tangents.losses import head_gauss_newton
+from lensjax.tangents.curvature.losses import head_gauss_newton
 
 MODELS = {
     "gpt2": {"vocab_size": 11, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 8},

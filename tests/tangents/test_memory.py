@@ -13,10 +13,8 @@ from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.tangents import (
     block_for,
-    blocks,
     explain,
     gradient_norms,
-    memory,
     ntk,
     ntk_blocks,
     ntk_features,
@@ -24,8 +22,9 @@ from lensjax.tangents import (
     ntk_outputs,
     sketch_error,
 )
-from lensjax.tangents.memory import Blocks, needed_bytes, operations, traced, ways
-from lensjax.tangents.ntk import checked
+from lensjax.tangents.kernel import blockwise, memory_limit
+from lensjax.tangents.kernel.compute import checked
+from lensjax.tangents.kernel.memory_limit import Blocks, needed_bytes, operations, traced, ways
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -141,7 +140,7 @@ def test_blocks_recompute_where_that_makes_them_so_much_larger():
 
 @pytest.mark.usefixtures("quick_to_compile")
 def test_blocks_recompute_nothing_where_that_makes_them_no_larger(monkeypatch):
-    monkeypatch.setattr(memory, "LARGEST_BLOCK", 4)
+    monkeypatch.setattr(memory_limit, "LARGEST_BLOCK", 4)
     model, batch = deep_and_batch(40)
     dense = dense_kernel(model, batch)
     least = min(needs(model, batch, 40).values())
@@ -170,15 +169,15 @@ def test_the_largest_block_that_fits(monkeypatch, takes):
     problem = checked(jnp.dot, p, x, None, None, False)
     for rows, even in ((2000, False), (2000, True), (17, True), (2, True), (1, False)):
         own = dataclasses.replace(problem, rows=rows)
-        blocks = Blocks(own, memory.Way(jnp.dot, p, ""), x, None, "full", even=even)
+        blockwise = Blocks(own, memory_limit.Way(jnp.dot, p, ""), x, None, "full", even=even)
         sizes = [n for n in range(1, min(1024, rows) + 1) if not even or (n < rows and n == -(-rows // -(-rows // n)))]
-        assert (blocks.least, blocks.most) == (min(2, sizes[-1]), sizes[-1])
+        assert (blockwise.least, blockwise.most) == (min(2, sizes[-1]), sizes[-1])
         for limit in (*(takes(n) for n in range(2, 20)), *(takes(n) - 1 for n in (5, 17, 900)), takes(700), 10**9):
             asked.clear()
-            block, needed = blocks.largest(limit)
+            block, needed = blockwise.largest(limit)
             assert len(asked) == len(set(asked)) <= 14
-            fitting = [n for n in sizes if n >= blocks.least and takes(n) <= limit]
-            assert needed == takes(block or blocks.least)
+            fitting = [n for n in sizes if n >= blockwise.least and takes(n) <= limit]
+            assert needed == takes(block or blockwise.least)
             assert (block == 0) == (not fitting)
             if fitting:
                 assert block in fitting
@@ -245,14 +244,14 @@ def test_columns_of_a_model_may_be_given_by_name():
 def test_the_kernel_counts_where_it_is_computed_at_once():
     p, x = jnp.ones(2), jnp.ones((64, 2))
     problem = checked(jnp.dot, p, x, None, None, False)
-    takes = needed_bytes(traced(problem, memory.Way(jnp.dot, p, ""), x, None, False, (64, None)))
+    takes = needed_bytes(traced(problem, memory_limit.Way(jnp.dot, p, ""), x, None, False, (64, None)))
     assert takes >= 4 * 64**2
     reasons = [ntk(jnp.dot, p, x, memory=limit, return_report=True)[1].reason for limit in (takes, takes - 1)]
     assert ["in blocks" in reason for reason in reasons] == [False, True]
 
 
 def test_bytes_are_written_in_digits():
-    assert [memory._mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
+    assert [memory_limit._mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
         "1500 MiB",
         "10 MiB",
         "9.88 MiB",
@@ -312,7 +311,7 @@ def test_all_blocks_are_computed_as_asked_for(monkeypatch):
         methods.append(method)
         return ntk(*args, method=method, **options)
 
-    monkeypatch.setattr(blocks, "ntk", recording)
+    monkeypatch.setattr(blockwise, "ntk", recording)
     p, x = jnp.ones(3), jnp.ones((64, 48, 3))
     kernel = ntk(lambda p, x: x @ p, p, x, memory=2**21, method="transform")
     assert kernel.shape == (64, 48, 64, 48)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lensjax import InputError, UnsupportedBackendError, backend
+from lensjax import InputError, UnsupportedBackendError, environment
 from lensjax.tangents import explain, gradient_norms, ntk, ntk_blocks, ntk_operator
 
 
@@ -351,7 +351,7 @@ def test_parameters_that_are_no_real_arrays_are_named(leaf, message):
 def test_refuses_the_jaxlib_that_is_wrong(monkeypatch):
     import jaxlib
 
-    monkeypatch.setattr(backend, "WRONG_ON_CPU", frozenset({jaxlib.__version__}))
+    monkeypatch.setattr(environment, "WRONG_ON_CPU", frozenset({jaxlib.__version__}))
     params, x = inputs(2, dtype=np.float32)
     for refused in (ntk, gradient_norms, ntk_operator):
         with pytest.raises(UnsupportedBackendError, match="computes wrong LayerNorm Jacobians"):

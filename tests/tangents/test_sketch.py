@@ -7,8 +7,9 @@ import pytest
 from lensjax_kernels import head_cross_entropy
 
 from lensjax import InputError
-from lensjax.tangents import ntk, ntk_features, shares, sketch_error
-from lensjax.tangents.reducers import Features
+from lensjax.tangents import ntk, ntk_features, sketch_error
+from lensjax.tangents.program import contributions
+from lensjax.tangents.program.reductions import Features
 
 
 def f(p, ids):
@@ -77,9 +78,9 @@ def test_both_ways_of_sketching_are_the_sum_of_signed_entries(width, outputs, mo
         for i, j in np.ndindex(12, 9):
             want[:, :, (rows[i] + columns[j]) % width] += row_signs[i] * column_signs[j] * gradient[:, :, i, j]
         for transformed, memory in ((1e9, 2**25), (0, 2**25), (0, 1), (0, 2 * 8 * 3 * 4 * width)):
-            monkeypatch.setattr(shares, "TRANSFORMED", transformed)
-            monkeypatch.setattr(shares, "OUTER_BYTES", memory)
-            got = jax.jit(lambda a, g: shares.sketched(a, g, reducer, key))(left, right)
+            monkeypatch.setattr(contributions, "TRANSFORMED", transformed)
+            monkeypatch.setattr(contributions, "OUTER_BYTES", memory)
+            got = jax.jit(lambda a, g: contributions.sketched(a, g, reducer, key))(left, right)
             np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -93,16 +94,16 @@ def test_chunks_of_the_vocabulary_do_not_change_the_features_of_a_head(monkeypat
 
         def of_head():
             # Compiled anew: chunks are chosen while tracing.
-            compiled = jax.jit(lambda *a: shares.of_head(*a[:3], Features(3, 16), a[3]))
+            compiled = jax.jit(lambda *a: contributions.of_head(*a[:3], Features(3, 16), a[3]))
             return compiled(saved, weight, cotangents, jax.random.key(0))
 
         whole = of_head()
-        monkeypatch.setattr(shares, "LOGIT_BYTES", 1)
+        monkeypatch.setattr(contributions, "LOGIT_BYTES", 1)
         parts = of_head()
         left = jax.nn.softmax(hidden @ weight.T) - jax.nn.one_hot(labels, 301)
         left = jnp.where(labels[..., None] < 0, 0, left)[:, None]
         right = cotangents[..., None] * hidden[:, None]
-        want = jax.jit(lambda a, g: shares.sketched(a, g, Features(3, 16), jax.random.key(0)))(left, right)
+        want = jax.jit(lambda a, g: contributions.sketched(a, g, Features(3, 16), jax.random.key(0)))(left, right)
         for got in (whole, parts):
             np.testing.assert_allclose(got[0], cotangents[..., None] * (left @ weight), rtol=1e-11, atol=1e-11)
             np.testing.assert_allclose(got[1], want, rtol=1e-11, atol=1e-11)

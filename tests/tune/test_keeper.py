@@ -9,8 +9,8 @@ import pytest
 
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
-from lensjax.tune import keeper
-from lensjax.tune.keeper import RECORD, WORK, Keeper
+from lensjax.tune import best_checkpoint
+from lensjax.tune.best_checkpoint import RECORD, WORK, Keeper
 
 FILE = "weights.bin"
 
@@ -287,4 +287,4 @@ def test_a_record_holds_no_number_that_json_has_not(open_keeper):
     kept.take(told(3.0))
     kept.note("finished", step_flops=float("nan"))
     assert record(kept.directory)["step_flops"] is None
-    assert keeper.read_record(kept.directory)["status"] == "finished"
+    assert best_checkpoint.read_record(kept.directory)["status"] == "finished"

@@ -16,19 +16,19 @@ import rich.console
 from safetensors.numpy import load_file
 
 from lensjax import models
+from lensjax.commands.options import SHELLS
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Plan, Progress, Search, Trial, Weights, tune
+from lensjax.progress.console import Console
 from lensjax.report.html import render_html
-from lensjax.report.progress import Console
 from lensjax.report.text import render
 from lensjax.select import cli as select_cli
 from lensjax.select.from_losses import select_from_losses
-from lensjax.select.options import SHELLS
-from lensjax.select.prepare import Request
+from lensjax.select.request import Request
 from lensjax.tasks import encode, load_task
 from lensjax.tune import cli, job
-from lensjax.tune.expectation import Expectation
-from lensjax.tune.keeper import RECORD
+from lensjax.tune.best_checkpoint import RECORD
+from lensjax.tune.comparison import Expectation
 
 SIZES = ("--validation", 20, "--test", 20, "--max-length", 24)
 TRAINING = ("--max-epochs", 2, "--batch-size", 8)

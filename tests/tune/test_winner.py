@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 
+from lensjax.commands import options
 from lensjax.finetune import Plan, Search
+from lensjax.journal import Run
 from lensjax.models import Lora
-from lensjax.runs import Run
-from lensjax.select import options
-from lensjax.select.prepare import Request, prepare
-from lensjax.select.winner import next_command, next_facts, next_note
+from lensjax.select.request import Request, prepare
+from lensjax.select.tune_command import next_command, next_facts, next_note
 from lensjax.tune import cli
 
 SIZES = {"smallest": 10, "visible": 40, "validation": 20, "test": 20, "max_length": 24}

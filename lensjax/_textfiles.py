@@ -1,0 +1,54 @@
+"""TODO"""
+
+from __future__ import annotations
+
+LFS = b"version https://git-lfs"
+POINTER = "it is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+"""Byte order marks of UTF-16 and UTF-32; UTF-8's is no harm."""
+MAGIC = {
+    b"PK\x03\x04": "it is a spreadsheet or a zip archive: export it as CSV, or unpack it",
+    b"PAR1": "it is a Parquet file: end its name in .parquet",
+    b"\x1f\x8b": "it is compressed by gzip: end its name in .gz, or unpack it with gunzip",
+    b"%PDF": "it is a PDF file: save its text",
+    LFS: POINTER,
+}
+DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def decode(raw: bytes) -> str:
+    """Return a file's contents as text, without UTF-8's byte order mark.
+
+    Raises
+    ------
+    ValueError
+        If it is no UTF-8 text; the message says what it is and how to mend it.
+    """
+    if raw.startswith(MARKS):
+        raise ValueError("it is UTF-16 text: save it as UTF-8")
+    for start, reason in MAGIC.items():
+        if raw.startswith(start):
+            raise ValueError(reason)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = raw[: error.start].count(b"\n") + 1, raw[error.start]
+        meant = f", which is {chr(byte)!r} in Latin-1" if byte >= 0xA0 else ""
+        raise ValueError(f"line {line} has the byte 0x{byte:02x}{meant}: save it as UTF-8 text") from None
+    if "\0" in text:
+        raise ValueError("it holds NUL bytes, as UTF-16 text and programs' own files do: save it as UTF-8 text")
+    return text
+
+
+def wrong_delimiter(text: str) -> str:
+    """Return what separates the columns in the first line of a CSV file instead of commas, in words, or "".
+
+    Examples
+    --------
+    >>> wrong_delimiter("model;0;200")
+    'semicolons'
+    """
+    first = text.lstrip().partition("\n")[0]
+    if "," in first:
+        return ""
+    return next((name for mark, name in DELIMITERS.items() if mark in first), "")

@@ -1,0 +1,43 @@
+"""Mistral in Flax NNX: Llama with grouped queries and, in early versions, a sliding window.
+
+References
+----------
+Jiang et al. 2023, Mistral 7B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lensjax.models.families.llama import Llama, LlamaConfig, table
+from lensjax.models.registry import positive
+
+__all__ = ["Mistral", "MistralConfig", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MistralConfig(LlamaConfig):
+    """What Mistral's config.json decides."""
+
+    SIZES: ClassVar[dict[str, int]] = LlamaConfig.SIZES | {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+    }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
+        """Read the dictionary of a config.json; see `LlamaConfig`."""
+        # Absent means 4096, null means no window.
+        window = None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
+        count = positive(raw, "num_hidden_layers", cls.SIZES["num_hidden_layers"], source)
+        # Likewise: absent means 8 key heads, null as many as queries.
+        key_heads = 8 if "num_key_value_heads" not in raw else 0
+        return cls.read(raw, source, windows=(window,) * count, num_key_value_heads=key_heads)
+
+
+class Mistral(Llama):
+    """Mistral with its language-model head; see `Llama`."""
+
+    config: MistralConfig

@@ -1,0 +1,32 @@
+"""mT5: T5 v1.1 with other defaults, whose head's inputs are never scaled; see `lensjax.models.families.t5`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lensjax.models.families.t5 import T5, T5Config, table
+
+__all__ = ["MT5", "MT5Config", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MT5Config(T5Config):
+    """What mT5's config.json decides."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 250112,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+    @classmethod
+    def _scales(cls, raw: Mapping[str, Any], tied: bool) -> bool:
+        return False
+
+
+class MT5(T5):
+    """MT5 with its language-model head; see `T5`."""

@@ -1,0 +1,54 @@
+"""Qwen2 and Qwen2.5 in Flax NNX: Llama with biases on queries, keys and values.
+
+References
+----------
+Yang et al. 2024, Qwen2 technical report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lensjax.models.families.llama import Llama, LlamaConfig, layer_windows, table
+from lensjax.models.registry import positive
+
+__all__ = ["Qwen2", "Qwen2Config", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config(LlamaConfig):
+    """What Qwen2's config.json decides."""
+
+    SIZES: ClassVar[dict[str, int]] = LlamaConfig.SIZES | {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+    }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
+        """Read the dictionary of a config.json; see `LlamaConfig`."""
+        return cls.read(raw, source, qkv_bias=True, **late_windows(raw, source, cls.SIZES))
+
+
+class Qwen2(Llama):
+    """Qwen2 with its language-model head; see `Llama`."""
+
+    config: Qwen2Config
+
+
+def late_windows(raw: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the windows of Qwen2 and Qwen3: off unless `use_sliding_window`, then from `max_window_layers` on.
+
+    Also how many key heads there are where config.json does not say: 32, or as many as queries where it says null.
+    """
+    window = None
+    if raw.get("use_sliding_window", False) and raw.get("sliding_window", 4096) is not None:
+        window = positive(raw, "sliding_window", 4096, source)
+    first = raw.get("max_window_layers", 28)
+    count = positive(raw, "num_hidden_layers", sizes["num_hidden_layers"], source)
+    late = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(count)]
+    key_heads = 32 if "num_key_value_heads" not in raw else 0
+    return {"windows": layer_windows(raw, window, late, source), "num_key_value_heads": key_heads}

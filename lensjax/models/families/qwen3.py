@@ -1,0 +1,37 @@
+"""Qwen3 (dense) in Flax NNX: Llama with normalised queries and keys.
+
+References
+----------
+Yang et al. 2025, Qwen3 technical report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lensjax.models.families.llama import Llama, LlamaConfig, table
+from lensjax.models.families.qwen2 import Qwen2Config, late_windows
+
+__all__ = ["Qwen3", "Qwen3Config", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config(LlamaConfig):
+    """What Qwen3's config.json decides."""
+
+    SIZES: ClassVar[dict[str, int]] = Qwen2Config.SIZES
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
+        """Read the dictionary of a config.json; see `LlamaConfig`."""
+        bias = bool(raw.get("attention_bias", False))
+        windows = late_windows(raw, source, cls.SIZES)
+        return cls.read(raw, source, qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=128, **windows)
+
+
+class Qwen3(Llama):
+    """Qwen3 with its language-model head; see `Llama`."""
+
+    config: Qwen3Config

@@ -1,0 +1,109 @@
+"""Loss curves to draw: what a method expects of each candidate between the smallest size and the target."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from lensjax.errors import InputError
+from lensjax.laws import LAWS
+from lensjax.losses.curves import Curves
+from lensjax.selection import Selection
+from lensjax.selectors import CERTAINTY, SELECTORS, Scores
+from lensjax.selectors.bayesian_average import forecast, laws, shape
+
+POINTS = 48
+AGREEMENT = 1e-6  # relative: a curve that misses the prediction at the target is not the one the verdict rests on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Paths:
+    """Expected losses of M candidates along the sizes.
+
+    Attributes
+    ----------
+    sizes : float64 array (K,)
+        Ascending, above 0, the target last.
+    losses : float64 array (M, K)
+        NaN where a candidate has no curve.
+    interval : float64 array (M, K, 2) or None
+        With `CERTAINTY`, for methods that know.
+    reason : str
+        Why there is no curve or no interval; "" if there are both.
+    """
+
+    sizes: np.ndarray
+    losses: np.ndarray
+    interval: np.ndarray | None
+    reason: str
+
+
+def paths(selection: Selection, scores: Scores) -> Paths:
+    """Return the curves behind a method's predictions.
+
+    They are computed again from the losses, and left out where they miss the predictions (a method with options that
+    are not known here).
+    """
+    sizes = _sizes(selection)
+    nothing = np.full((len(selection.curves), len(sizes)), np.nan)
+    if not np.isfinite(scores.predicted_loss).any():
+        return Paths(sizes, nothing, None, f"Method {scores.method} ranks without predicting a loss.")
+    name = scores.method
+    interval = None
+    try:
+        if name == "averaged":
+            losses, interval = _averaged(selection, sizes)
+        elif name in LAWS and {"B", "E", "beta"} <= set(scores.details):
+            params = {key: value[:, None] for key, value in scores.details.items()}
+            with jax.enable_x64(True):
+                losses = np.exp(np.asarray(LAWS[name](params, sizes)))
+        elif name == "ats":
+            losses = np.exp(_lines(selection.curves, sizes))
+        else:
+            return Paths(sizes, nothing, None, f"Method {name} predicts one loss, not a curve.")
+    except InputError as error:
+        return Paths(sizes, nothing, None, f"No curve: {error}")
+    agrees = np.isclose(losses[:, -1], scores.predicted_loss, rtol=AGREEMENT)
+    losses = np.where(agrees[:, None], losses, np.nan)
+    if interval is None:
+        reason = f"Method {name} gives no interval; the default method, averaged, does."
+        return Paths(sizes, losses, None, reason)
+    return Paths(sizes, losses, np.where(agrees[:, None, None], interval, np.nan), "")
+
+
+def _sizes(selection: Selection) -> np.ndarray:
+    tuned = selection.curves.sizes[selection.curves.sizes > 0]
+    first = min(tuned[0] if len(tuned) else selection.target, selection.target)
+    if first == selection.target:
+        return np.array([selection.target], np.float64)
+    grid = np.geomspace(first, selection.target, POINTS)
+    # Rounding must not move the ends.
+    return np.unique(np.concatenate([grid[1:-1], tuned[tuned < selection.target], [first, selection.target]]))
+
+
+def _averaged(selection: Selection, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (M, K) and intervals (M, K, 2); the posterior does not depend on the size that is asked about."""
+    curves = selection.curves
+    found = forecast(curves, selection.target)
+    grid = laws()
+    level = found.log_loss - shape(grid, np.array([selection.target]))[:, 0]
+    lines = np.full((len(curves), len(sizes)), np.nan)
+    known = np.flatnonzero(np.isfinite(found.ats))
+    if len(known):
+        lines[known] = _lines(curves.rows(known), sizes)
+    margin = (1 - CERTAINTY) / 2
+    losses, interval = np.empty(lines.shape), np.empty((*lines.shape, 2))
+    for k, size in enumerate(sizes):
+        at = dataclasses.replace(
+            found, target=size, log_loss=level + shape(grid, np.array([size]))[:, 0], ats=lines[:, k]
+        )
+        losses[:, k], interval[:, k] = at.loss(), at.quantiles((margin, 1 - margin))
+    return losses, interval
+
+
+def _lines(curves: Curves, sizes: np.ndarray) -> np.ndarray:
+    """Log losses (M, K) that AtS expects: a straight line in log-log coordinates, so two sizes give them all."""
+    first, second = (np.log(SELECTORS["ats"](curves, size).predicted_loss) for size in (1.0, np.e))
+    return np.asarray(first[:, None] + (second - first)[:, None] * np.log(sizes))

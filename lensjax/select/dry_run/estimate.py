@@ -1,0 +1,294 @@
+"""What a selection would run, how long it would take and whether it fits: known before anything big is fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.tangent_measurements import COUNTED, look_flops
+from lensjax.journal import BESIDES, LOG_ME, NLP_METRICS, Journal, Run, key_of
+from lensjax.select.budget import Ledger
+from lensjax.select.dry_run.duration import Shapes, Speed, layers_of
+from lensjax.select.dry_run.forecast import (
+    AS_IT_IS,
+    CHOICE,
+    FEATURES,
+    KERNEL,
+    LATER,
+    SPECTRA,
+    VERIFICATION,
+    Forecast,
+    Place,
+    PlannedRun,
+    amount,
+)
+from lensjax.select.dry_run.machine import Machine, free_disk, this_machine
+from lensjax.select.dry_run.memory import Fitting
+from lensjax.select.extra_measurements import gauge_flops, gauge_key, gauge_size, gauges_of
+from lensjax.select.live import default_directory
+from lensjax.select.records import run_key
+from lensjax.select.request import UNTRAINED, Prepared, Request, prepare, sizes_needed
+from lensjax.select.session import STOPWATCH
+from lensjax.selectors import RACE
+from lensjax.tasks.cache import directory as cache_directory
+
+# Measured in benchmarks/forecast.py.
+RUN_DISK = 32 * 2**10  # bytes that a run takes in the run directory, and each of its trials
+DIRECTORY_DISK = 4 * 2**20  # bytes of the report and all else there
+COMPILED_DISK = 2**17  # bytes for each layer and padded length, until the selection is finished
+
+
+def forecast(request: Request, directory: Path | None = None, *, machine: Machine | None = None) -> Forecast:
+    """Say what a selection would do and take; nothing is fine-tuned, no weights and no rows are fetched.
+
+    Parameters
+    ----------
+    request : Request
+    directory : Path, optional
+        Run directory, by default the one that the selection would make. Its journal is read, neither locked nor
+        changed.
+    machine : Machine, optional
+        Where to run; by default this machine, which is looked at for a second or two.
+
+    Returns
+    -------
+    Forecast
+
+    Raises
+    ------
+    InputError
+        As `prepare` and `Journal`: what a selection would refuse is refused.
+    """
+    prepared = prepare(request, fetch=False)
+    if directory is None and prepared.outlined is None:
+        directory = default_directory(prepared)
+    runs_there: tuple[Run, ...] = ()
+    if directory is not None and prepared.outlined is None:
+        runs_there = Journal(directory, prepared.specification, read_only=True).lines
+    machine = machine or this_machine(request.plan.precision)
+    shapes = {key: Shapes(tokens) for key, tokens in prepared.tokens.items()}
+    memory = [Fitting(prepared, c, shapes[c.tokenizer], machine) for c in prepared.candidates]
+    needs = [m.need() for m in memory]
+    clock = Speed(prepared, shapes, machine, {m.candidate.name: m.devices for m in memory}, runs_there)
+    planned = _planned(prepared, shapes, clock, runs_there)
+    elapsed = _elapsed(directory, runs_there)
+    ledger = prepared.ledger()
+    ledger.settle(runs_there, elapsed)
+    runs, flops, seconds, notes = _within(prepared, planned, ledger)
+    # What is finished needs no room any more.
+    unfinished = {run.candidate for run in runs if not run.done}
+    needs = [n if n.name in unfinished else dataclasses.replace(n, problem="", remedy="") for n in needs]
+    places, problems = _disk(prepared, shapes, runs, directory)
+    if request.tangents:
+        notes.append(
+            "what measuring kernels and Hessian traces (--tangents) takes of memory is not in the forecast: only the "
+            "compiled programs tell"
+        )
+    budget = "" if request.budget is None else ledger.say(ledger.amount)
+    if ledger.spent:
+        budget += f", of which {ledger.say(ledger.spent)} are spent"
+    return Forecast(
+        task=prepared.task.name,
+        directory=None if directory is None else str(directory),
+        method=request.method,
+        target=prepared.target,
+        train=len(prepared.task.train),
+        validation=len(prepared.task.validation),
+        test=len(prepared.task.test),
+        sizes=tuple(sorted({r.size for r in runs if r.purpose in (CHOICE, LATER)})) or prepared.sizes,
+        max_length=prepared.max_length,
+        passes=request.plan.max_epochs,
+        needs=tuple(needs),
+        runs=tuple(runs),
+        flops=flops,
+        seconds=seconds,
+        budget=budget,
+        places=tuple(places),
+        basis={"FLOPs": _counted(prepared), "Time": clock.basis, "Memory": memory[0].basis},
+        notes=(*prepared.notes, *notes),
+        problems=tuple(problems),
+    )
+
+
+def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, runs: Sequence[Run]) -> list[PlannedRun]:
+    """Return the runs that there may be, whatever the budget; sure is what is made in any case."""
+    request = prepared.request
+    done = {run.key for run in runs if run.test_loss is not None and not run.part_of}
+    looked = {run.key for run in runs if run.part_of in BESIDES}
+    trials = request.search.trials(request.plan) - 1
+    common = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
+    sizes = () if request.method in UNTRAINED else prepared.sizes
+    sizes = sizes[-1:] if request.method == "subtuning" else sizes
+    stops = request.method in ("lens", "ats")
+    certain = sizes[::-1][: sizes_needed(request.method, request.gamma)] if stops else sizes
+    planned = []
+    for candidate in prepared.candidates:
+        own = shapes[candidate.tokenizer]
+        started = False
+
+        def add(size: int, purpose: str, *, sure: bool, candidate: Candidate = candidate, own: Shapes = own) -> None:
+            nonlocal started
+            known = prepared.outlined is None and run_key(prepared, candidate, size) in done
+            seconds = 0.0
+            if not known:
+                # The first run of a process loads and compiles.
+                seconds = clock.run(candidate, size) + (0.0 if started else clock.start(candidate))
+                started = True
+            tokens = own.trained(size)
+            flops = clock.flops(candidate, size) if size else 0.0
+            planned.append(
+                PlannedRun(candidate.name, size, purpose, sure, known, trials if size else 0, tokens, flops, seconds)
+            )
+
+        if prepared.races:
+            for size in prepared.sizes:
+                add(size, CHOICE if size in common else LATER, sure=size in common)
+        else:
+            add(0, AS_IT_IS, sure=True)
+            for size in sizes:
+                add(size, CHOICE, sure=size in certain)
+        if request.verify:
+            add(prepared.target, VERIFICATION, sure=True)
+        if request.tangents:
+            count = request.tangents
+            flops = look_flops(candidate.parameters, own.trained(count), count)
+            key = key_of({"look": run_key(prepared, candidate, count)})
+            planned.append(
+                PlannedRun(
+                    *(candidate.name, count, KERNEL, True, key in looked, 1, own.trained(count), flops),
+                    seconds=clock.look(candidate, flops),
+                )
+            )
+        for what in gauges_of(request.method):
+            size, flops = gauge_size(prepared, candidate, what), gauge_flops(prepared, candidate, what)
+            known = prepared.outlined is None and gauge_key(prepared, candidate, what) in looked
+            purpose = SPECTRA if what == NLP_METRICS else FEATURES
+            seconds = 0.0 if known else clock.look(candidate, flops)
+            planned.append(PlannedRun(candidate.name, size, purpose, True, known, 1, own.trained(size), flops, seconds))
+    order = (AS_IT_IS, CHOICE, LATER, SPECTRA, FEATURES, VERIFICATION, KERNEL)
+    return sorted(planned, key=lambda run: (order.index(run.purpose), run.size))
+
+
+def _within(
+    prepared: Prepared, planned: Sequence[PlannedRun], ledger: Ledger
+) -> tuple[list[PlannedRun], tuple[float, float], tuple[float, float], list[str]]:
+    """Return the runs that the budget may pay for; FLOPs and seconds of those that are sure, and of all at most."""
+    request, budget = prepared.request, prepared.request.budget
+    notes: list[str] = []
+    runs = list(planned)
+    timed = budget is not None and budget.kind == "seconds"
+
+    def price(run: PlannedRun) -> float:
+        return run.seconds if timed else ledger.price(run.candidate, run.size)
+
+    def paid(run: PlannedRun) -> bool:
+        return run.purpose in (CHOICE, LATER)
+
+    if budget is not None and not prepared.races:
+        # Every candidate is trained on what the budget pays for with all of them.
+        spent, kept, needed = 0.0, set[int](), sizes_needed(request.method, request.gamma)
+        for size in prepared.sizes:
+            group = [r for r in runs if paid(r) and r.size == size and not (timed and r.done)]
+            spent += sum(map(price, group))
+            if spent > (ledger.left if timed else ledger.amount) and not (timed and len(kept) < needed):
+                notes.append(f"subsets of {size} samples and more may cost more than --budget and are left out")
+                break
+            kept.add(size)
+        runs = [r for r in runs if not paid(r) or r.size in kept]
+    left = [r for r in runs if not r.done]
+    sure = [r for r in left if r.sure]
+    may = [r for r in left if not r.sure]
+    cap = math.inf if budget is None else max(0.0, ledger.left - sum(price(r) for r in sure if paid(r)))
+
+    def bounds(value: Callable[[PlannedRun], float]) -> tuple[float, float]:
+        least = sum(map(value, sure))
+        return least, least + _most([(price(r), value(r)) for r in may], cap)
+
+    flops, seconds = bounds(lambda r: r.flops), bounds(lambda r: r.seconds)
+    if timed:
+        # A run that is out of time is ended.
+        outside = sum(r.seconds for r in sure if r.purpose == VERIFICATION)
+        seconds = tuple(min(s, outside + max(ledger.left, 0.0)) for s in seconds)  # type: ignore[assignment]
+    return runs, flops, seconds, notes
+
+
+def _most(items: Sequence[tuple[float, float]], limit: float) -> float:
+    """Return an upper bound of the values that can be had for a limited price: the dearest in part."""
+    total = 0.0
+    for price, value in sorted(items, key=lambda item: item[0] / max(item[1], 1e-300)):
+        share = 1.0 if price <= limit else limit / price
+        total += share * value
+        limit -= share * price
+    return total
+
+
+def _elapsed(directory: Path | None, runs: Sequence[Run]) -> float:
+    """Return the seconds that the choice has taken so far."""
+    if directory is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads((directory / STOPWATCH).read_text())["seconds"])
+    return sum(run.seconds for run in runs)
+
+
+def _counted(prepared: Prepared) -> str:
+    request = prepared.request
+    lora = any(c.lora for c in prepared.candidates)
+    trials = request.search.trials(request.plan) - 1
+    gauges = {NLP_METRICS: "products and eigenvalues of the weights", LOG_ME: "2 for each weight and token it reads"}
+    other = "".join(f"; {what}: {gauges[what]}" for what in gauges_of(request.method))
+    if request.tangents:
+        other += f"; kernel and Hessian trace: {COUNTED}"
+    return (
+        f"6 for each trained weight{' (4 for each frozen one)' if lora else ''} and token, "
+        f"{request.plan.max_epochs} passes{f' and {trials} trials' if trials > 1 else ''} at most; padding and "
+        f"evaluations are not in it{other}. A run whose trials all diverge is tried once more"
+    )
+
+
+def _disk(
+    prepared: Prepared,
+    shapes: Mapping[str, Shapes],
+    runs: Sequence[PlannedRun],
+    directory: Path | None,
+) -> tuple[list[Place], list[str]]:
+    """Return what takes up disk where, and what does not fit."""
+    wanted: list[tuple[str, Path, int]] = []
+    downloads = sum({c.listing.name: c.listing.missing for c in prepared.candidates if c.listing}.values())
+    if downloads:
+        from huggingface_hub import constants
+
+        wanted.append(("models, from the hub", Path(constants.HF_HUB_CACHE), downloads))
+    if prepared.outlined is not None:
+        size = (prepared.outlined.download or 0) + (prepared.outlined.disk or 0)
+        if size:
+            wanted.append(("data set, from the hub", prepared.outlined.cache, size))
+        tokens = sum(
+            4 * int(part.token_counts.sum()) + 16 * len(part) for s in shapes.values() for part in s.tokens.parts
+        )
+        wanted.append(("tokens", cache_directory(), tokens))
+    left = [r for r in runs if not r.done]
+    if left:
+        layers = sum(layers_of(c) * len(shapes[c.tokenizer].buckets) for c in prepared.candidates)
+        own = DIRECTORY_DISK + sum(RUN_DISK * (1 + r.trials) for r in left) + COMPILED_DISK * layers
+        wanted.append(("runs, report, programs", directory or Path("runs"), own))
+    places, used, free_of = [], dict[int, int](), dict[int, int]()
+    for what, path, needed in wanted:
+        free, system = free_disk(path)
+        places.append(Place(what, str(path), needed, free))
+        used[system], free_of[system] = used.get(system, 0) + needed, free
+    problems = [
+        f"the disk has {amount(free_of[system])} free, and {amount(needed)} are needed ({_on(wanted, system)}). Make "
+        "room, or set HF_HOME, LENSJAX_CACHE or --out to a larger disk"
+        for system, needed in used.items()
+        if needed > free_of[system]
+    ]
+    return places, problems
+
+
+def _on(wanted: Sequence[tuple[str, Path, int]], system: int) -> str:
+    return "; ".join(f"{what} {amount(size)}" for what, path, size in wanted if free_disk(path)[1] == system)

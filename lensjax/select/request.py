@@ -1,0 +1,302 @@
+"""A selection by fine-tuning, checked as a whole before any long work: task, candidates, subset sizes, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lensjax import environment
+from lensjax.errors import InputError
+from lensjax.finetune import Plan, Search
+from lensjax.jobs.candidates import Candidate, find_candidates
+from lensjax.jobs.request import _outline, task_of
+from lensjax.jobs.tokens import Tokens, _stand_in, tokens_of
+from lensjax.journal import GAUGES, LOG_ME
+from lensjax.models import Lora
+from lensjax.select.budget import Budget, Ledger
+from lensjax.selectors import DEFAULT, RACE, check_rule
+from lensjax.tasks import Task
+from lensjax.tasks.dataset_info import Outline
+
+DEMO_SMALLEST, SMALLEST = 50, 200
+UNTRAINED = ("zero_shot", "model_size", *GAUGES)
+"""Methods that need no fine-tuned candidate."""
+RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for; `None` means the default.
+
+    Attributes
+    ----------
+    models : tuple of str
+        Directories or Hugging Face ids; empty: the demo models.
+    task : str, Path or None
+        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
+    input_field, target_field, text_field, template : str or None
+        See `lensjax.tasks.load_task`, as are the next two.
+    dataset_config, split, validation_split, test_split, revision : str or None
+    limit : int or None
+    out : Path or None
+        Run directory.
+    smallest, visible, target : int or None
+        Smallest subset (`SMALLEST`, for the demo task `DEMO_SMALLEST`), largest subset that may be used (an eighth of
+        the target), and samples the choice is made for (all of the task's).
+    method : str
+    gamma, tau : int, float
+    budget : Budget or None
+        What the choice may cost: with the method "averaged" the candidates race (`lensjax.selectors.propose`), with
+        others the largest subset is the largest that the budget pays for. None: all are trained on all subset sizes
+        that the method needs. Verification is not part of it.
+    seed : int
+    validation, test : int
+        Samples set aside.
+    max_length : int
+        Tokens kept of a sample; the length of the rows that texts are packed into.
+    loss_unit : {"token", "byte"}
+        What a loss is the mean over: tokens, as in the paper, or UTF-8 bytes of target text, which are the same for
+        every tokenizer.
+    lora : Lora
+        Adapters of the candidates that are named with ``+lora``.
+    plan : Plan
+    search : Search
+        Learning rates and batch sizes to try for each run.
+    tangents : int
+        Training samples on which each candidate's neural tangent kernel and Hessian trace are measured in the end;
+        0: none.
+    verify : bool
+        Fine-tune every candidate on `target` samples too, and say how good the choice was.
+    """
+
+    models: tuple[str, ...] = ()
+    task: str | Path | None = None
+    input_field: str | None = None
+    target_field: str | None = None
+    text_field: str | None = None
+    template: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    revision: str | None = None
+    limit: int | None = None
+    out: Path | None = None
+    smallest: int | None = None
+    visible: int | None = None
+    target: int | None = None
+    method: str = DEFAULT
+    gamma: int = 3
+    tau: float = 5.0
+    budget: Budget | None = None
+    seed: int = 0
+    validation: int = 300
+    test: int = 500
+    max_length: int = 128
+    loss_unit: str = "token"
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    plan: Plan = dataclasses.field(default_factory=Plan)
+    search: Search = dataclasses.field(default_factory=Search)
+    tangents: int = 0
+    verify: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that was checked as a whole: nothing in it fails for a reason that could have been known before.
+
+    With an `outlined` task, `task` and `tokens` are stand-ins of the same sizes.
+    """
+
+    request: Request
+    task: Task
+    candidates: tuple[Candidate, ...]
+    tokens: Mapping[str, Tokens]
+    sizes: tuple[int, ...]
+    target: int
+    max_length: int
+    notes: tuple[str, ...]
+    outlined: Outline | None = None
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What all runs of this selection have in common."""
+        request = self.request
+        return {
+            "task": self.task.fingerprint,
+            "validation": request.validation,
+            "test": request.test,
+            "seed": request.seed,
+            "max_length": self.max_length,
+            "packed": self.task.text_only,
+            "plan": dataclasses.asdict(request.plan),
+            "search": dataclasses.asdict(request.search),
+        }
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        """What makes this selection itself and no other: two share a run directory only if it is equal."""
+        return {
+            **self.definition,
+            "candidates": {c.name: c.fingerprint for c in self.candidates},
+            "sizes": list(self.sizes),
+            "target": self.target,
+            "gamma": self.request.gamma,
+            "tau": self.request.tau,
+            "loss_unit": self.request.loss_unit,
+        }
+
+    @property
+    def races(self) -> bool:
+        """Whether the candidates race instead of being trained on all sizes."""
+        return self.request.budget is not None and self.request.method == "averaged"
+
+    def ledger(self) -> Ledger:
+        """Return a new account of the budget."""
+        plan, search = self.request.plan, self.request.search
+        return Ledger(
+            self.request.budget,
+            weights={c.name: float(c.parameters) for c in self.candidates},
+            flops_per_sample={
+                c.name: c.flops_per_token * self.tokens[c.tokenizer].most_per_sample(self.sizes)
+                for c in self.candidates
+            },
+            passes=plan.max_epochs * search.trials(plan),
+            target=self.target,
+        )
+
+
+def prepare(request: Request, *, fetch: bool = True) -> Prepared:
+    """Check a request as a whole before any long work.
+
+    Parameters
+    ----------
+    request : Request
+    fetch : bool
+        Whether to fetch what is on the hub and not here yet: weights, rows of data sets. Without it, of models only
+        configuration, tokenizer and the headers of their weights are read, of a data set only what the hub says of it.
+
+    Raises
+    ------
+    InputError
+        See `load_task`, `lensjax.models.check_checkpoint`; fewer than two or repeated candidates; subset sizes that do
+        not fit the task or each other.
+    """
+    environment.require_exact_backend()
+    check_rule(request.gamma, request.tau)
+    request.plan.check()
+    request.search.check(request.plan)
+    outlined = None if fetch else _outline(request)
+    task = task_of(request) if outlined is None else outlined.task
+    sizes, target = _sizes(request, len(task.train))
+    candidates = find_candidates(request.models, request.lora, fetch=fetch)
+    limits = [c.config.max_length for c in candidates]
+    max_length = min([request.max_length, *(n for n in limits if n is not None)])
+    notes = [*task.notes, *(outlined.notes if outlined is not None else ())]
+    tokens: dict[str, Tokens] = {}
+    for candidate in candidates:
+        needed = target if request.verify else sizes[-1]
+        if outlined is not None:
+            if candidate.tokenizer not in tokens:
+                tokens[candidate.tokenizer] = _stand_in(outlined, candidate, sizes[-1], needed, max_length)
+            continue
+        if candidate.tokenizer not in tokens:
+            found = tokens_of(task, candidate, sizes[-1], needed, max_length)
+            tokens[candidate.tokenizer] = found
+            cut = sum(part.truncated for part in found.parts)
+            if cut:
+                notes.append(f"{cut} samples were cut at {max_length} tokens ({candidate.name}'s tokenizer)")
+        tokens[candidate.tokenizer].check_vocabulary("--models", candidate)
+    if len(tokens) > 1 and request.loss_unit == "token":
+        notes.append(
+            "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
+            "not the same piece of text for all of them; --loss-unit byte compares the same text"
+        )
+    if len({of.removesuffix("-separate") for of in tokens}) > 1 and request.method in (LOG_ME, "all"):
+        notes.append(
+            "the candidates have different tokenizers: LogME's classes are each candidate's own tokens, so that "
+            "method log_me hardly compares them"
+        )
+    if request.tangents > sizes[-1]:
+        raise InputError(f"--tangents {request.tangents}: the largest subset has {sizes[-1]} samples; lower it.")
+    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes), outlined)
+    _check_budget(prepared)
+    return prepared
+
+
+def _check_budget(prepared: Prepared) -> None:
+    """Refuse a budget that does not pay for the least that a choice needs."""
+    budget, request = prepared.request.budget, prepared.request
+    if budget is None:
+        return
+    if prepared.races:
+        least = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0]
+    else:
+        least = prepared.sizes[: sizes_needed(request.method, request.gamma)]
+    ledger = prepared.ledger()
+    needed = sum(ledger.price(c.name, size) for c in prepared.candidates for size in least)
+    if needed > ledger.amount:
+        raise InputError(
+            f"--budget ({ledger.say(ledger.amount)}): training every candidate on {', '.join(map(str, least))} samples "
+            f"alone may cost up to {ledger.say(needed)}. Raise --budget, or lower --smallest or --max-epochs."
+        )
+
+
+def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
+    """Return the doubling subset sizes, ascending, and the target."""
+    target = available if request.target is None else request.target
+    smallest = request.smallest or (DEMO_SMALLEST if request.task is None else SMALLEST)
+    if available < smallest:
+        raise InputError(
+            f"the task has {available} training samples, fewer than the smallest subset ({smallest}). Add "
+            "samples, set fewer aside (--validation, --test), or lower --smallest."
+        )
+    visible = request.visible
+    if visible is None:
+        visible = max(min(target // RATIO, available), smallest)
+    if visible < smallest:
+        raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
+    if visible > available:
+        raise InputError(f"--visible {visible}: the task has {available} training samples; lower it.")
+    if request.budget is not None and request.method == "averaged":
+        return _race_sizes(request, smallest, available, target), target
+    sizes = []
+    size = smallest
+    while size <= visible:
+        sizes.append(size)
+        size *= 2
+    if target <= sizes[-1]:
+        raise InputError(
+            f"--target {target} is not above the largest visible subset ({sizes[-1]}). Raise --target or lower "
+            "--visible."
+        )
+    needed = sizes_needed(request.method, request.gamma)
+    if len(sizes) < needed:
+        raise InputError(
+            f"{len(sizes)} subset size(s) ({', '.join(map(str, sizes))}) are too few: method {request.method} needs "
+            f"{needed}. Lower --smallest or raise --visible."
+        )
+    if request.verify and target > available:
+        raise InputError(f"--verify: the target is {target} samples, but the task has {available} to fine-tune on.")
+    return tuple(sizes), target
+
+
+def _race_sizes(request: Request, smallest: int, available: int, target: int) -> tuple[int, ...]:
+    """Return the sizes of a race's runs, ascending."""
+    if request.visible is not None and request.visible < 2 * smallest:
+        raise InputError(f"--visible {request.visible}: with --budget it is at least two of --smallest ({smallest}).")
+    common, stages = RACE.sizes(target, smallest, available if request.visible is None else request.visible)
+    if common[-1] > available or common[-1] >= target:
+        raise InputError(
+            f"--budget: the task has {available} training samples, but every candidate is first trained on "
+            f"{', '.join(map(str, common))}. Lower --smallest."
+        )
+    return (*common, *(size for size, _ in stages))
+
+
+def sizes_needed(method: str, gamma: int) -> int:
+    """Return how many subset sizes a method needs beside the zero-shot loss."""
+    needed = {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "averaged": 2, "subtuning": 1}
+    return needed.get(method, 0)

@@ -1,0 +1,249 @@
+"""Losses in two parts, outputs and what is made of them: for functions, and the cross-entropy of language models."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
+
+from lensjax.errors import InputError
+from lensjax.tangents.language_models import is_model, moved_up
+
+CHUNK_ROWS = 512
+CHUNK_ELEMENTS = 2**24
+"""Most tokens, and most logits, that exist at once."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Composed:
+    """A loss ``loss(outputs(params, batch), batch)``, whose Gauss-Newton matrix exists because the parts are known.
+
+    Attributes
+    ----------
+    outputs : callable (params, batch) -> pytree of real arrays
+    loss : callable (outputs, batch) -> real scalar
+        Convex in the outputs if the Gauss-Newton matrix is to be positive semi-definite.
+    """
+
+    outputs: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], Any]
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """Return the loss."""
+        return self.loss(self.outputs(params, batch), batch)
+
+
+def model_loss(model: Any) -> tuple[ModelLoss, Any]:
+    """Return (f, params) so that `f(params, batch)` is a language model's mean loss, nats per labelled token.
+
+    Parameters
+    ----------
+    model : `lensjax.models.LanguageModel`, or any Flax NNX module with its `loss_sums(batch)`
+        A batch is a mapping: input_ids (N, T), labels (N, T), attention_mask (N, T).
+
+    Returns
+    -------
+    f : ModelLoss
+        Hashable; the same object for models of the same structure without frozen weights.
+    params : nnx.State of the model's parameters
+
+    Raises
+    ------
+    InputError
+        By `f`, if a batch is not a mapping with input_ids and labels.
+
+    Notes
+    -----
+    Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
+    `hessian_trace`, `curvature_operator` and `example_forms` hand them to their programs as arguments, and compile
+    once for all models of the same structure. In a program of your own give it `f` as an argument too, or XLA keeps a
+    copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
+    """
+    from flax import nnx
+
+    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    f = _kept(graph, hasattr(model, "shift_right"))
+    return with_frozen(f, frozen if jax.tree.leaves(frozen) else None), params
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(graph: Any, separate: bool) -> ModelLoss:
+    from flax import nnx
+
+    return ModelLoss(graph, nnx.State({}), separate)
+
+
+def without_frozen(f: Any) -> tuple[Any, Any]:
+    """Return a loss without the weights that a `ModelLoss` holds frozen, and these; None for any other function.
+
+    The first is the same for models of the same structure.
+    """
+    if not isinstance(f, ModelLoss) or not jax.tree.leaves(f.frozen):
+        return f, None
+    return _kept(f.graph, f.separate), f.frozen
+
+
+def opened_loss(f: Any, params: Any, *given: Any) -> tuple[Any, ...]:
+    """Return (f, params, *given) of a call, as `opened` does, with a model's mean loss as the function.
+
+    Raises
+    ------
+    InputError
+        If a model is given all of them.
+    """
+    return (*model_loss(f), *moved_up(f, params, *given)) if is_model(f) else (f, params, *given)
+
+
+def with_frozen(f: Any, frozen: Any) -> Any:
+    """Return what `without_frozen` took apart."""
+    return f if frozen is None else dataclasses.replace(f, frozen=frozen)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "separate"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelLoss:
+    """The cross-entropy of a language model as a function of its parameters; from `model_loss`.
+
+    Attributes
+    ----------
+    graph : what Flax NNX needs beside the arrays
+    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
+    separate : bool
+        Whether the labels go to a decoder of their own.
+    """
+
+    graph: Any
+    frozen: Any
+    separate: bool
+
+    def _model(self, params: Any) -> Any:
+        from flax import nnx
+
+        return nnx.merge(self.graph, params, self.frozen)
+
+    def sample_sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return each sample's summed loss, nats, and labelled tokens, (N,) both."""
+        _check(batch)
+        return self._model(params).loss_sums(batch)
+
+    def sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return the summed loss, nats, and the labelled tokens."""
+        losses, tokens = self.sample_sums(params, batch)
+        return losses.sum(), tokens.sum()
+
+    def __call__(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the mean loss over labelled tokens, 0 where there are none."""
+        total, tokens = self.sums(params, batch)
+        return total / jnp.maximum(tokens, 1)
+
+    def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the number of labelled tokens."""
+        return jnp.sum(self._labels(batch) != IGNORED)
+
+    def _labels(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the label of each row of the head's inputs, flat."""
+        _check(batch)
+        labels = jnp.asarray(batch["labels"])
+        if not self.separate:
+            labels = next_token_labels(labels, self._mask(batch))
+        return labels.reshape(-1)
+
+    @staticmethod
+    def _mask(batch: Mapping[str, jax.Array]) -> jax.Array:
+        mask = batch.get("attention_mask")
+        return jnp.ones_like(batch["input_ids"]) if mask is None else jnp.asarray(mask)
+
+    def head_inputs(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if it has one.
+
+        Raises
+        ------
+        InputError
+            If the model does not say what they are.
+        """
+        model = self._model(params)
+        if not (hasattr(model, "hidden") and hasattr(model, "head_weight")):
+            raise InputError(
+                f"{type(model).__name__} has no `hidden` and `head_weight`, which its Gauss-Newton matrix needs; "
+                "give Composed(outputs, loss) with the logits as outputs."
+            )
+        mask = self._mask(batch)
+        if self.separate:
+            hidden = model.hidden(batch["input_ids"], mask, model.shift_right(jnp.asarray(batch["labels"])))
+        else:
+            hidden = model.hidden(batch["input_ids"], mask)[:, :-1]
+        bias = model.head_bias() if hasattr(model, "head_bias") else None
+        inputs = (hidden.reshape(-1, hidden.shape[-1]), model.head_weight())
+        return inputs if bias is None else (*inputs, bias)
+
+    def head_gauss_newton(
+        self, batch: Mapping[str, jax.Array], inputs: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """Return the Gauss-Newton product of the summed cross-entropy with respect to the head's inputs."""
+        return head_gauss_newton(inputs, tangents, self._labels(batch))
+
+
+def _check(batch: Any) -> None:
+    """Raise InputError unless it is a language model's batch."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(
+            f"a language model's batch must be a mapping with input_ids and labels, not {found}; one of "
+            "`lensjax.tasks.batches` is, and one from a tokenizer after labels are added."
+        )
+
+
+def head_gauss_newton(
+    inputs: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...], labels: jax.Array, *, chunk: int | None = None
+) -> tuple[jax.Array, ...]:
+    """Return J^T H_out J v of the summed cross-entropy of a head, with the logits as outputs, chunk by chunk.
+
+    Parameters
+    ----------
+    inputs : (hidden (M, d), weight (V, d)), and the bias (V,) if there is one
+        Logits are ``hidden @ weight.T + bias``.
+    tangents : like `inputs`
+        The vector v.
+    labels : int array (M,)
+        Rows with -100 have no loss; which label the others have makes no difference.
+    chunk : int, optional
+        Rows whose logits exist at once. Default: 512, fewer for a large vocabulary.
+
+    Returns
+    -------
+    tuple like `inputs`
+    """
+    rows, vocabulary = inputs[0].shape[0], inputs[1].shape[0]
+    chunk = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)) if chunk is None else chunk
+    pieces = max(1, -(-rows // chunk))
+    size = -(-rows // pieces)
+    pad = pieces * size - rows
+
+    def cut(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(pieces, size, *a.shape[1:])
+
+    wide = jnp.promote_types(jnp.float32, inputs[0].dtype)
+    weight, d_weight = (a[1].astype(wide) for a in (inputs, tangents))
+    counted = cut((labels != IGNORED).astype(wide))
+
+    def piece(sums: tuple[jax.Array, ...], one: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        hidden, d_hidden, counts = (a.astype(wide) for a in one)
+        logits = hidden @ weight.T
+        change = d_hidden @ weight.T + hidden @ d_weight.T
+        if len(inputs) == 3:
+            logits, change = logits + inputs[2].astype(wide), change + tangents[2].astype(wide)
+        chances = jax.nn.softmax(logits, axis=1)
+        mean = jnp.sum(chances * change, axis=1, keepdims=True)
+        pulled = chances * (change - mean) * counts[:, None]
+        shares = (pulled.T @ hidden, pulled.sum(0))[: len(sums)]
+        return tuple(a + b for a, b in zip(sums, shares, strict=True)), pulled @ weight
+
+    start = tuple(jnp.zeros(a.shape, wide) for a in inputs[1:])
+    sums, d_out = jax.lax.scan(piece, start, (cut(inputs[0]), cut(tangents[0]), counted))
+    out = (d_out.reshape(pieces * size, -1)[:rows], *sums)
+    return tuple(a.astype(b.dtype) for a, b in zip(out, inputs, strict=True))

@@ -1,0 +1,104 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.environment import require_exact_backend
+from lensjax.errors import InputError
+from lensjax.tangents.kernel import reference
+from lensjax.tangents.kernel.problem import Problem, make_problem
+from lensjax.tangents.kernel.transformed import without_function
+from lensjax.tangents.parameters import ByLayer, Function, Select, abstract, one_example
+from lensjax.tangents.program.compile_cache import compiled
+
+Method = Literal["auto", "transform", "jacobian", "ntvp"]
+Outputs = Literal["full", "trace", "diagonal"]
+
+
+@contextlib.contextmanager
+def reverse_mode(what: str, remedy: str) -> Iterator[None]:
+    """Raise InputError where something that goes backwards meets a function that cannot be."""
+    try:
+        yield
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
+        raise InputError(
+            f"f has a while_loop (or a fori_loop of unknown length), which cannot be differentiated backwards as "
+            f"{what} needs it; {remedy}, or use a scan in f."
+        ) from None
+
+
+def checked(
+    f: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer, **choices: str
+) -> Problem:
+    """Return the problem that a public function's arguments describe; raises what `ntk` does."""
+    require_exact_backend()
+    valid = {"outputs": ("full", "trace", "diagonal"), "method": ("auto", "transform", "jacobian", "ntvp")}
+    for name, value in choices.items():
+        if value not in valid[name]:
+            raise InputError(f"{name}={value!r} is not known; choose one of {', '.join(valid[name])}.")
+    if not callable(f):
+        raise InputError(f"f must be a function of (params, one example) or a language model, not {type(f).__name__}.")
+    return make_problem(f, params, x1, x2, parameters, by_layer)
+
+
+def choose(problem: Problem, method: Method, params: Any, x1: Any, *, bounded: bool = False) -> tuple[str, str]:
+    """Return the method and why it is the one; with a memory limit that which is bounded, if it works."""
+    if method != "auto":
+        return method, "asked for"
+    shapes = jax.tree.leaves((abstract(params), one_example(x1)))
+    key = ("choice", without_function(problem), bounded, *shapes)
+    return compiled(problem.function, key, lambda get: _automatic(problem, params, x1, bounded))
+
+
+def check_bounded(memory: int, method: str, reason: str, remedy: str) -> None:
+    """Raise InputError where no memory limit can be kept."""
+    if method != "transform":
+        raise InputError(f"memory={memory} bounds method='transform', but here it is {method!r} ({reason}); {remedy}.")
+
+
+def _automatic(problem: Problem, params: Any, x1: Any, bounded: bool) -> tuple[str, str]:
+    count = sum(leaf.size for leaf in problem.chosen(params))
+    if count < problem.outputs and not bounded:
+        return "jacobian", f"{count} parameters are fewer than {problem.outputs} outputs of an example"
+    if not reference.has_reverse_mode(problem, params, x1):
+        return "jacobian", "a while_loop has no reverse mode; forward mode, one pass for each parameter"
+    return "transform", "exact in one backward pass"
+
+
+def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+    static = without_function(problem)
+
+    def make(get: Callable[[], Function]) -> Any:
+        def run(params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+            own = dataclasses.replace(static, function=get())
+            contract = reference.by_jacobian if method == "jacobian" else reference.by_products
+            return contract(own, params, x1, x2, crossed)
+
+        return jax.jit(run)
+
+    return compiled(problem.function, (static, method, crossed), make)(params, x1, x2)
+
+
+def _shaped(blocks: dict[int, jax.Array], layer: int, problem: Problem, outputs: str, crossed: bool) -> jax.Array:
+    columns = problem.rows if problem.columns is None else problem.columns
+    count = problem.outputs
+    shape = (problem.rows, count, columns, count) if crossed else (count, problem.rows, columns)
+    # A selected parameter that the function never reads has no share.
+    block = blocks.get(layer)
+    block = jnp.zeros(shape) if block is None else block
+    if crossed:
+        return block
+    if outputs == "trace":
+        return block.sum(0)
+    if problem.scalar:
+        return block[0]
+    return block.transpose(1, 2, 0) if outputs == "diagonal" else block.transpose(1, 0, 2)[..., None]

@@ -1,0 +1,208 @@
+"""The empirical neural tangent kernel of any differentiable function."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lensjax.errors import InputError
+from lensjax.tangents.kernel.compute import (
+    Method,
+    Outputs,
+    _by_oracle,
+    _shaped,
+    check_bounded,
+    checked,
+    choose,
+    reverse_mode,
+)
+from lensjax.tangents.kernel.memory_limit import is_crossed, within
+from lensjax.tangents.kernel.report import NtkReport, report_of
+from lensjax.tangents.kernel.transformed import transformed
+from lensjax.tangents.language_models import opened
+from lensjax.tangents.parameters import ByLayer, Select
+from lensjax.tangents.program.reductions import Norms, Pairs
+
+
+def ntk(
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    method: Method = "auto",
+    parameters: Select = None,
+    by_layer: ByLayer = False,
+    outputs: Outputs = "full",
+    memory: int | None = None,
+    return_report: bool = False,
+) -> Any:
+    """Return the empirical neural tangent kernel: inner products of the parameter gradients of examples.
+
+    Called as ``ntk(f, params, x1, x2)`` for any function, or as ``ntk(model, batch1, batch2, output="loss")`` for a
+    language model of `lensjax.models` (or any with its methods).
+
+    Parameters
+    ----------
+    f : callable (params, one example) -> real array, or pytree of real arrays
+        Differentiable in reverse mode; plain JAX, or any library's pure apply function. C is how many numbers it
+        returns, flattened in order.
+    params : pytree of arrays
+    x1, x2 : pytrees whose leaves have a leading axis of N and M examples
+        The kernel's rows and columns. Without `x2` the columns are the rows.
+    output : str
+        For models, what the model's outputs are: see `lensjax.tangents.language_models.OUTPUTS`. Refused for other functions.
+    method : {"auto", "transform", "jacobian", "ntvp"}
+        "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
+        parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
+        and the second where an example has more outputs than there are parameters, but not with `memory`, or where
+        reverse mode does not exist (`while_loop`); the report says which and why.
+    parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
+        Which parameters count; default all floating-point ones. The others are constants. Each pattern must match.
+    by_layer : bool, "parameter", or callable path -> layer name
+        Return one kernel for each layer; these add up to the whole. True: a layer is a path without its last part.
+    outputs : {"full", "trace", "diagonal"}
+        Which pairs of outputs: all; equal ones, summed; equal ones, kept apart.
+    memory : int, optional
+        Bytes that the computation may take beside the parameters and the examples, by the compiled program's own
+        account; the kernel counts where all examples go at once, and only that of two blocks where they do not.
+        For method "transform". Models of `lensjax.models` then run their layers in a loop and recompute as much of
+        them on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed
+        in blocks as by `ntk_blocks(memory=)`, which repeats the backward pass for each block and cannot be done under
+        `jax.jit`. The report says which.
+    return_report : bool
+        Return `(kernel, report)`.
+
+    Returns
+    -------
+    float array, at least float32: (N, M) if f returns one number without axes or for "trace"; (N, C, M, C) for "full";
+    (N, M, C) for "diagonal". With `by_layer` a dict of them. Unit: that of f squared over that of a parameter squared.
+
+    Raises
+    ------
+    InputError
+        If the input does not fit together, parameters that count are no real arrays, or a method that goes backwards
+        is asked for where `f` cannot be; or if with `memory` nothing fits, the method cannot be "transform", or there
+        have to be blocks under `jax.jit`; see the message.
+    UnsupportedBackendError
+        Where the installed jaxlib computes wrong derivatives.
+
+    Notes
+    -----
+    The kernel is exact. Weights that are applied once have their share taken in passing; weights with several uses
+    keep their inputs and cotangents; whatever else is done to a parameter has its per-example gradients made, for
+    that parameter only. The report names those.
+
+    Compiled once for each `f` object and shapes. As with `jax.jit`, what `f` holds beside its arguments is read then:
+    what changes between calls belongs to `params` or the examples. A bound method counts as the same object as long as
+    the one that it is of. Callable objects that cannot be hashed or referenced weakly are compiled anew in each call.
+
+    References
+    ----------
+    Jacot et al. 2018, arXiv:1806.07572; Novak et al. 2022, arXiv:2206.08720, for the three ways to contract it;
+    LensLLM (ICML 2025), eq. 8.
+
+    Examples
+    --------
+    >>> kernel = ntk(lambda w, x: jnp.dot(w, x), jnp.ones(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> kernel  # of a linear function: inner products of the examples
+    Array([[ 5., 11.],
+           [11., 25.]], dtype=float32)
+    """
+    model = f
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
+    problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
+    chosen, reason = choose(problem, method, params, x1, bounded=memory is not None)
+    crossed = is_crossed(problem, outputs)
+    if memory is not None:
+        check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
+        with reverse_mode(f"memory={memory}", "leave it out, and choose method='auto' or 'jacobian'"):
+            choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
+        problem = dataclasses.replace(problem, function=choice.way.function)
+        params, reason = choice.way.params, f"{reason}; {choice.how}"
+        if choice.block is not None:
+            from lensjax.tangents.kernel.blockwise import by_blocks
+
+            try:
+                made, report = by_blocks(
+                    problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
+                )
+            except jax.errors.TracerArrayConversionError:
+                raise InputError(
+                    f"memory={memory} bytes allows blocks of {choice.block} examples only, and blocks cannot be "
+                    "computed under jax.jit or another transformation; call ntk outside of it, or allow more."
+                ) from None
+            return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
+    with reverse_mode(f"method={method!r}", "choose method='auto' or 'jacobian'"):
+        if chosen == "transform":
+            blocks = transformed(problem, Pairs(problem.rows, problem.columns, crossed), params, x1, x2)
+        else:
+            blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
+    result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
+    kernel = result if by_layer else result[""]
+    if not return_report:
+        return kernel
+    return kernel, report_of(problem, chosen, reason, params, x1)
+
+
+def explain(
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    method: Method = "auto",
+    parameters: Select = None,
+) -> NtkReport:
+    """Return the report of `ntk` without computing anything.
+
+    Parameters
+    ----------
+    f, params, x1, x2, output, method, parameters : as in `ntk`
+        Arrays may be shapes, `jax.ShapeDtypeStruct`.
+
+    Returns
+    -------
+    NtkReport
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `ntk`
+    """
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
+    problem = checked(f, params, x1, x2, parameters, False, method=method)
+    return report_of(problem, *choose(problem, method, params, x1), params, x1)
+
+
+def gradient_norms(
+    f: Any, params: Any, x: Any = None, *, output: str = "loss", parameters: Select = None, by_layer: ByLayer = False
+) -> Any:
+    """Return the norm of each example's gradient, in one backward pass; the squares are the kernel's diagonal.
+
+    Parameters
+    ----------
+    f, params, x, output, parameters, by_layer : as in `ntk`
+
+    Returns
+    -------
+    float array (N,), or (N, C) if f returns several numbers; with `by_layer` a dict of them.
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `ntk`
+        Also if `f` cannot be differentiated backwards.
+    """
+    f, params, x = opened(f, output, params, x)
+    problem = checked(f, params, x, None, parameters, by_layer)
+    with reverse_mode("gradient_norms", "take the root of the diagonal of ntk(f, ..., method='jacobian')"):
+        squares = transformed(problem, Norms(problem.rows), params, x, None)
+    result = {}
+    for layer, name in enumerate(problem.layer_names):
+        norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T
+        result[name] = norms[:, 0] if problem.scalar else norms
+    return result if by_layer else result[""]

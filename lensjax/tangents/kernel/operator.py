@@ -1,0 +1,145 @@
+"""The kernel by other ways: materialised Jacobians, and products of the kernel with vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.gram import pad_axis
+
+from lensjax.environment import require_exact_backend
+from lensjax.errors import InputError
+from lensjax.tangents.kernel.problem import Problem, make_problem
+from lensjax.tangents.language_models import opened
+from lensjax.tangents.parameters import Select, abstract, one_example
+
+
+class NtkOperator:
+    """A kernel that is only ever multiplied with: `K @ v` costs one pull-back and one push-forward.
+
+    Attributes
+    ----------
+    shape : (N, C, M, C)
+        C numbers of output for each example; `v` is (M, C) and the product (N, C). Where f returns one number without
+        axes the C are left out.
+    """
+
+    def __init__(
+        self, problem: Problem, params: Any, x1: Any, x2: Any, layer: int | None = None, batch: int = 64
+    ) -> None:
+        columns = problem.rows if problem.columns is None else problem.columns
+        count = () if problem.scalar else (problem.outputs,)
+        self.shape = (problem.rows, *count, columns, *count)
+        self._problem, self._params, self._x1, self._x2, self._layer = problem, params, x1, x2, layer
+        self._batch = batch
+        self._product = jax.jit(self._multiply, static_argnames="transposed")
+
+    def __matmul__(self, v: jax.Array) -> jax.Array:
+        """Return the kernel times a vector."""
+        return self._apply(v, False)
+
+    def rmatvec(self, v: jax.Array) -> jax.Array:
+        """Return the transposed kernel times a vector: (N, C) -> (M, C)."""
+        return self._apply(v, True)
+
+    def dense(self, chunk: int = 16) -> jax.Array:
+        """Return the kernel as an array, by one product for each column, `chunk` of them at a time."""
+        inside = self.shape[len(self.shape) // 2 :]
+        size = 1
+        for n in inside:
+            size *= n
+        eye = jnp.eye(size, dtype=self._dtype()).reshape(size, *inside)
+        columns = jax.lax.map(lambda v: self @ v, eye, batch_size=chunk)
+        return jnp.moveaxis(columns, 0, -1).reshape(self.shape)
+
+    def _dtype(self) -> Any:
+        problem = self._problem
+        return jnp.result_type(
+            *jax.tree.leaves(jax.eval_shape(problem.function, abstract(self._params), one_example(self._x1)))
+        )
+
+    def _apply(self, v: jax.Array, transposed: bool) -> jax.Array:
+        half = len(self.shape) // 2
+        expected = self.shape[:half] if transposed else self.shape[half:]
+        given = getattr(v, "shape", None)
+        if given != expected:
+            what, remedy = (
+                (given, "reshape it") if given is not None else (f"a {type(v).__name__}", "give jnp.asarray(v)")
+            )
+            raise InputError(f"The kernel {self.shape} multiplies arrays of shape {expected}, not {what}; {remedy}.")
+        return self._product(v, self._params, self._x1, self._x2, transposed=transposed)
+
+    def _multiply(self, v: jax.Array, params: Any, x1: Any, x2: Any, transposed: bool) -> jax.Array:
+        problem = self._problem
+        chosen = problem.chosen(params)
+        layers = [n for n in problem.layers if n is not None]
+        x2 = x1 if x2 is None else x2
+        x1, x2 = (x2, x1) if transposed else (x1, x2)
+
+        def over(x: Any) -> Any:
+            return lambda chosen: jax.vmap(lambda one: problem.flat(params, chosen, one))(x)
+
+        def pulled(total: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
+            y, pull = jax.vjp(over(jax.tree.map(lambda a: a[batch[0]], x2)), chosen)
+            (own,) = pull(batch[1].reshape(y.shape).astype(y.dtype))
+            return [a + b.astype(a.dtype) for a, b in zip(total, own, strict=True)], None
+
+        def pushed(places: jax.Array) -> jax.Array:
+            return jax.jvp(over(jax.tree.map(lambda a: a[places], x1)), (chosen,), (direction,))[1]
+
+        columns = self._batches(len(v))
+        # The last batch is filled up with copies of the last example, which count nothing.
+        weights = pad_axis(v, 0, columns.size - len(v)).reshape(*columns.shape, *v.shape[1:])
+        start = [jnp.zeros(a.shape, jnp.promote_types(jnp.float32, a.dtype)) for a in chosen]
+        sums = jax.lax.scan(pulled, start, (columns, weights))[0]
+        direction = [s.astype(a.dtype) for s, a in zip(sums, chosen, strict=True)]
+        if self._layer is not None:
+            direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
+        count = self.shape[len(self.shape) // 2] if transposed else self.shape[0]
+        out = jax.lax.map(pushed, self._batches(count))
+        out = out.reshape(-1, out.shape[-1])[:count]
+        return out[:, 0] if problem.scalar else out
+
+    def _batches(self, examples: int) -> jax.Array:
+        """Return the places of the examples of each batch, (batches, examples of one)."""
+        size = min(self._batch, examples)
+        return jnp.minimum(jnp.arange(-(-examples // size) * size), examples - 1).reshape(-1, size)
+
+
+def ntk_operator(
+    f: Any,
+    params: Any,
+    x1: Any = None,
+    x2: Any = None,
+    *,
+    output: str = "loss",
+    parameters: Select = None,
+    batch: int = 64,
+) -> NtkOperator:
+    """Return the kernel as a linear operator that never makes it: for N where even the kernel is too large.
+
+    Parameters
+    ----------
+    f, params, x1, x2, output, parameters : as in `lensjax.tangents.ntk`
+    batch : int
+        Examples that go through the function together.
+
+    Returns
+    -------
+    NtkOperator
+
+    Raises
+    ------
+    InputError, UnsupportedBackendError : as `lensjax.tangents.ntk`; InputError also if `batch` is below 1
+
+    Notes
+    -----
+    A product takes the memory of one gradient over `batch` examples, however many there are. A solver such as
+    `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs nothing else.
+    """
+    require_exact_backend()
+    if batch < 1:
+        raise InputError(f"batch={batch} must be at least 1.")
+    f, params, x1, x2 = opened(f, output, params, x1, x2)
+    return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2, batch=batch)

@@ -1,0 +1,217 @@
+"""Outputs of language models as functions of (parameters, one example), for kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
+
+from lensjax.errors import InputError
+from lensjax.tangents.parameters import FROZEN, leaf_names
+
+OUTPUTS = {
+    "loss": "mean loss over the example's labelled tokens, nats per token",
+    "loss_sum": "summed loss of the example, nats",
+    "gold_probability": "mean probability of the labelled tokens",
+    "gold_logit": "mean logit of the labelled tokens",
+    "projections": "mean over the labelled tokens of 4 random projections of the logits; 4 outputs",
+}
+"""What a model's output can be, with its unit."""
+
+PROJECTIONS = 4
+
+
+def is_model(f: Any) -> bool:
+    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so brings its own parameters."""
+    return hasattr(f, "loss_sums") and callable(f)
+
+
+def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[ModelOutput, Any]:
+    """Return (f, params) so that `f(params, example)` is the named output of a language model.
+
+    Parameters
+    ----------
+    model : `lensjax.models.LanguageModel`, or any Flax NNX module with its `loss_sums(batch)` and `__call__`
+        An example is a mapping of arrays without the batch axis: input_ids (T,), labels (T,), attention_mask (T,);
+        for an encoder-decoder, whose `config.is_encoder_decoder` is true, labels (S,) have a length of their own.
+    output : str
+        One of `OUTPUTS`.
+    seed : int
+        Of the random projections.
+
+    Returns
+    -------
+    f : ModelOutput
+        Hashable; the same object for models of the same structure without frozen weights.
+    params : nnx.State of the model's parameters
+
+    Raises
+    ------
+    InputError
+        If there is no such output.
+
+    Notes
+    -----
+    Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
+    `ntk`, `ntk_blocks` and the others hand them to their programs as arguments, and compile once for all models of the
+    same structure. In a program of your own give it `f` as an argument too, or XLA keeps a copy of the weights in it:
+    ``jax.jit(lambda f, params, x: f(params, x))(f, params, x)``.
+    """
+    if output not in OUTPUTS:
+        raise InputError(f"output={output!r} is not known; choose one of {', '.join(OUTPUTS)}.")
+    from flax import nnx
+
+    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    f = _kept(graph, output, seed)
+    return (dataclasses.replace(f, frozen=frozen) if jax.tree.leaves(frozen) else f), params
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class WithFrozen:
+    """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
+
+    As a pytree it has the leaves of both, the parameters under the names that they have by themselves.
+    """
+
+    def __init__(self, params: Any, frozen: Any) -> None:
+        self.params, self.frozen = params, frozen
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Return the leaves with their names, and the structure of both parts."""
+        children, structures = [], []
+        for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
+            leaves, structure = jax.tree.flatten(tree)
+            names = [prefix + name for name in leaf_names(tree)]
+            children += [(jax.tree_util.DictKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
+            structures.append((structure, len(leaves)))
+        return children, tuple(structures)
+
+    @classmethod
+    def tree_unflatten(cls, structures: Any, leaves: Any) -> WithFrozen:
+        """Put the leaves back."""
+        (own, count), (frozen, _) = structures
+        leaves = list(leaves)
+        return cls(jax.tree.unflatten(own, leaves[:count]), jax.tree.unflatten(frozen, leaves[count:]))
+
+
+def model_function(model: Any, output: str) -> tuple[Any, Any]:
+    """Return `ntk_outputs(model, output)`, with what the model holds beside its parameters as arguments too.
+
+    Nothing is compiled twice then, and no frozen weight is a constant of a program.
+    """
+    return frozen_as_arguments(*ntk_outputs(model, output))
+
+
+def frozen_as_arguments(f: Any, params: Any) -> tuple[Any, Any]:
+    """Return a function and its parameters, those that a `ModelOutput` holds frozen among the latter."""
+    if not isinstance(f, ModelOutput) or not jax.tree.leaves(f.frozen):
+        return f, params
+    return _kept_with_frozen(f.graph, f.output, f.seed), WithFrozen(params, f.frozen)
+
+
+def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
+    """Return (f, params, *given) of a call; a model's has one argument fewer, for it brings its parameters.
+
+    The last one may come by its own name then, and stand where it stands after a function.
+
+    Raises
+    ------
+    InputError
+        If a model is given all of them, or another function an `output`, which would mean nothing.
+    """
+    if is_model(f):
+        return (*model_function(f, output), *moved_up(f, params, *given))
+    if output != "loss":
+        raise InputError(
+            f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
+            "which says itself what it returns; leave `output` out, or give a model of `lensjax.models`."
+        )
+    return (*frozen_as_arguments(f, params), *given)
+
+
+def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:
+    """Return the arguments after the parameters, of a call that gives a model and so no parameters.
+
+    Raises
+    ------
+    InputError
+        If one is given too many.
+    """
+    *others, before, last = given
+    if before is not None and last is not None:
+        raise InputError(
+            f"{type(model).__name__} brings its own parameters, so of the {len(given)} arguments after it one is too "
+            "many; leave the parameters out."
+        )
+    return (*others, before if last is None else last)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FrozenOutput:
+    of_params: ModelOutput
+
+    def __call__(self, both: WithFrozen, example: Mapping[str, jax.Array]) -> jax.Array:
+        return dataclasses.replace(self.of_params, frozen=both.frozen)(both.params, example)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_with_frozen(graph: Any, output: str, seed: int) -> _FrozenOutput:
+    return _FrozenOutput(_kept(graph, output, seed))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "output", "seed"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """A language model's output as a function of (parameters, one example); from `ntk_outputs`.
+
+    Attributes
+    ----------
+    graph : what Flax NNX needs beside the arrays
+    output, seed : as given to `ntk_outputs`
+    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
+    """
+
+    graph: Any
+    output: str
+    seed: int
+    frozen: Any
+
+    def __call__(self, params: Any, example: Mapping[str, jax.Array]) -> jax.Array:
+        """Return the output for one example."""
+        from flax import nnx
+
+        model = nnx.merge(self.graph, params, self.frozen)
+        batch = {name: value[None] for name, value in example.items()}
+        if self.output in ("loss", "loss_sum"):
+            total, tokens = model.loss_sums(batch)
+            return total[0] if self.output == "loss_sum" else total[0] / jnp.maximum(tokens[0], 1)
+        logits, labels = _labelled_logits(model, batch)
+        weights = (labels != IGNORED) / jnp.maximum(jnp.sum(labels != IGNORED), 1)
+        if self.output == "projections":
+            signs = jax.random.rademacher(jax.random.key(self.seed), (logits.shape[-1], PROJECTIONS), logits.dtype)
+            return weights.astype(logits.dtype) @ logits @ (signs / jnp.sqrt(logits.shape[-1]).astype(logits.dtype))
+        scores = jax.nn.softmax(logits, axis=-1) if self.output == "gold_probability" else logits
+        gold = jnp.take_along_axis(scores, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+        return jnp.sum(weights.astype(gold.dtype) * gold)
+
+
+def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return one example's logits (T, V) and the label (T,) of each, -100 where nothing is to be predicted."""
+    mask = batch.get("attention_mask")
+    mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        labels = batch["labels"]
+        return model(batch["input_ids"], mask, model.shift_right(labels))[0], labels[0]
+    return model(batch["input_ids"], mask)[0, :-1], next_token_labels(batch["labels"], mask)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(graph: Any, output: str, seed: int) -> ModelOutput:
+    from flax import nnx
+
+    return ModelOutput(graph, output, seed, nnx.State({}))

@@ -1,0 +1,62 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from lensjax.tangents.parameters import Function
+
+_COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+
+def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
+    """Return `make(get_function)`, kept as long as `function` lives, so that a second call compiles nothing.
+
+    A bound method is a new object wherever it is written, and counts as the same one as long as its object lives. For
+    what cannot be referenced weakly or hashed nothing is kept: see `held`. `make` must not hold `function` itself, or
+    neither would ever be freed.
+    """
+    owner, method = _parts(function)
+    try:
+        reference, unbound = weakref.ref(owner), None if method is None else weakref.ref(method)
+        kept = _COMPILED.setdefault(owner, {})
+        key = key, unbound
+        hash(key)
+    except TypeError:
+        return make(lambda: function)
+
+    def get() -> Function:
+        found = reference()
+        assert found is not None
+        if unbound is None:
+            return found
+        of_class = unbound()
+        assert of_class is not None
+        return types.MethodType(of_class, found)
+
+    # Another owner that compares equal may have made it, and be gone.
+    if key not in kept or kept[key][0]() is None:
+        kept[key] = reference, make(get)
+    return kept[key][1]
+
+
+def held(function: Function) -> Function:
+    """Return the function, or what stands for it in one call where `compiled` can keep nothing with it.
+
+    That is for callable objects without hash, which may change between calls, or without weak references.
+    """
+    try:
+        owner, _ = _parts(function)
+        hash(owner)
+        weakref.ref(owner)
+    except TypeError:
+        return lambda params, example: function(params, example)
+    return function
+
+
+def _parts(function: Any) -> tuple[Any, Any]:
+    """Return what a bound method is of, and the function in its class; of anything else it and None."""
+    return (function.__self__, function.__func__) if isinstance(function, types.MethodType) else (function, None)

@@ -1,0 +1,284 @@
+"""The share of a kernel, of norms or of features that one parameter has, from the factors of its gradient.
+
+Axes: B examples, C outputs, T tokens (everything a weight is applied to), H batch axes of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from lensjax_kernels.cross_entropy_gram import LOGIT_BYTES, head_left, head_pull, head_pull_by_tokens, rows_at
+from lensjax_kernels.gram import (
+    EXACT,
+    accumulator,
+    add_rows,
+    pad_axis,
+    reduce_products,
+    reduce_weight_gradients,
+    row_gram,
+    split_columns,
+    symmetric_token_gram,
+    token_gram,
+)
+
+from lensjax.tangents.program.operations import Canonical
+from lensjax.tangents.program.reductions import Features, Pairs, Reducer
+
+TOKEN_PAIRS_COST = {"symmetric": 0.8, "plain": 1.0, "outputs": 2.0}
+"""What a product over token pairs takes, with one that makes per-example gradients as the unit (CPU)."""
+
+GRAM_OVERHEAD = 32
+"""Products of few gradients with each other are slow: they take as long as with so many rows more (CPU)."""
+
+LARGEST_PAIRS = 2**26
+"""Bytes of the fused head's products of token pairs, at most."""
+
+OUTER_BYTES = 2**25
+"""Memory for the rows that looked-up cotangents are added to at once, for the factors of products there, and for
+factors spread over features."""
+
+SCATTERED, MULTIPLIED, TRANSFORMED = 0.7, 0.01, 2.5
+"""What sketches take, in nanoseconds: to add an entry, to multiply for a token of one, and for a token's feature to be
+Fourier transformed (CPU)."""
+
+RowsOf = Callable[[jax.Array, int], jax.Array]
+
+
+def token_pairs(reducer: Pairs, tokens: int, outputs: int) -> float:
+    """Return the token pairs of a kernel, counted by what products over them take."""
+    kind = "outputs" if outputs > 1 else "symmetric" if reducer.columns is None else "plain"
+    return reducer.rows * (reducer.columns or reducer.rows) * tokens**2 * TOKEN_PAIRS_COST[kind]
+
+
+def gradient_pairs(reducer: Pairs, outputs: int) -> float:
+    """Return the pairs of gradients of a kernel, counted by what products of them take."""
+    return (reducer.rows * outputs + GRAM_OVERHEAD) * (reducer.columns or reducer.rows) * outputs
+
+
+def of_lift(cotangents: jax.Array, reducer: Reducer, key: jax.Array | None) -> jax.Array:
+    """Return the share of a parameter whose per-example gradients (B, C, ...) exist."""
+    flat = cotangents.reshape(*cotangents.shape[:2], -1)
+    if isinstance(reducer, Features):
+        assert key is not None
+        return reducer.sketch(flat, key)
+    return reducer(flat)
+
+
+def of_dot(
+    canonical: Canonical, x: jax.Array, cotangents: jax.Array, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of a product's parameter; `x` (B, ...) the other operand, `cotangents` (B, C, ...)."""
+    left = canonical.inputs(x)
+    right = jax.vmap(canonical.cotangents, 1, 1)(cotangents)
+    if left.shape[1] == 1:
+        return of_factors(left[:, 0], right[:, :, 0], canonical.inputs_first, reducer, key)
+
+    def step(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        own = None if key is None else jax.random.fold_in(key, one[2])
+        return total + of_factors(one[0], one[1], canonical.inputs_first, reducer, own), None
+
+    zero = jnp.zeros(reducer.shape(right.shape[1]), accumulator(left, right))
+    heads = (jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 2, 0), jnp.arange(left.shape[1]))
+    return jax.lax.scan(step, zero, heads)[0]
+
+
+def of_factors(
+    left: jax.Array, right: jax.Array, inputs_first: bool, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of gradients `left[b].T @ right[b, c]`, or of their transposes."""
+    (examples, tokens, d), (_, outputs, _, e) = left.shape, right.shape
+    if isinstance(reducer, Features):
+        assert key is not None
+        if not inputs_first:
+            return sketched(right, left[:, None], reducer, key)
+        return sketched(left[:, None], right, reducer, key)
+    if isinstance(reducer, Pairs):
+        if tokens == 1:
+            return _one_token(left[:, 0], right[:, :, 0], reducer)
+        direct = token_pairs(reducer, tokens, outputs) * (d + outputs**2 * e)
+        if direct < examples * outputs * tokens * d * e + gradient_pairs(reducer, outputs) * d * e:
+            if reducer.columns is None:
+                return reducer.arrange(symmetric_token_gram(left, right))
+            (left1, left2), (right1, right2) = reducer.sides(left), reducer.sides(right)
+            return reducer.arrange(token_gram(left1, right1, left2, right2))
+    return reduce_weight_gradients(left, right, reducer)
+
+
+def _one_token(left: jax.Array, right: jax.Array, reducer: Pairs) -> jax.Array:
+    (left1, left2), (right1, right2) = reducer.sides(left), reducer.sides(right)
+    dtype = accumulator(left, right)
+    inputs = jnp.einsum("nd,md->nm", left1, left2, precision=EXACT, preferred_element_type=dtype)
+    if reducer.crossed:
+        outputs = jnp.einsum("nce,mke->ncmk", right1, right2, precision=EXACT, preferred_element_type=dtype)
+        return inputs[:, None, :, None] * outputs
+    return inputs * jnp.einsum("nce,mce->cnm", right1, right2, precision=EXACT, preferred_element_type=dtype)
+
+
+def of_rows(
+    ids: jax.Array, right: jax.Array, height: int, shared: bool, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of a table whose rows `ids` (B, T) were looked up, with cotangents `right` (B, C, T, e).
+
+    `shared`: the ids are the same for all examples.
+    """
+    (examples, tokens), (_, outputs, _, width) = ids.shape, right.shape
+    if isinstance(reducer, Features):
+        assert key is not None
+        bucket, signs = reducer.hashed(key, height, "left", right.dtype)
+        columns, column_signs = reducer.hashed(key, width, "right", right.dtype)
+        signs = jnp.where(ids < 0, 0, signs[ids])
+        right = right * signs[:, None, :, None] * column_signs
+        return _one_by_one(lambda b, c: _added(right[b, c], bucket[ids[b]], columns, reducer), examples, outputs)
+    if shared and tokens < height:
+        unique, places = jnp.unique(ids[0], return_inverse=True, size=tokens)
+        places = jnp.where(ids[0] < 0, -1, places.reshape(-1))
+        ids, height = jnp.broadcast_to(places, ids.shape), unique.shape[0]
+    elif isinstance(reducer, Pairs):
+        direct = token_pairs(reducer, tokens, outputs) * outputs**2 * width
+        if direct < height * (examples * outputs * width + gradient_pairs(reducer, outputs) * width):
+            # Ids of -1 looked nothing up: their cotangents do not count.
+            right = jnp.where((ids < 0)[:, None, :, None], 0, right)
+            (ids1, ids2), (right1, right2) = reducer.sides(ids), reducer.sides(right)
+            return reducer.arrange(row_gram(ids1, right1, ids2, right2))
+    return over_rows([], (ids, right), height, reducer)
+
+
+def over_rows(
+    products: Sequence[tuple[RowsOf, jax.Array]],
+    table: tuple[jax.Array, jax.Array] | None,
+    height: int,
+    reducer: Reducer,
+) -> jax.Array:
+    """Return the share of gradients that are sums of products and of added rows, some rows at a time.
+
+    Parameters
+    ----------
+    products : pairs of a function (start, size) -> left factor (B, T, size) or (B, C, T, size), and a right factor
+        See `reduce_products`; beyond the last row the left factor must be zero.
+    table : ids (B, T), -1 for none, and the rows (B, C, T, e) that are added there
+    height : number of rows
+    reducer : what is wanted
+    """
+    examples = reducer.examples
+    if table is not None:
+        outputs, width, dtype = table[1].shape[1], table[1].shape[3], accumulator(table[1])
+        bytes_per_row = examples * outputs * width * dtype.itemsize
+    else:
+        bytes_per_row = max(right.size // right.shape[-1] * right.dtype.itemsize for _, right in products)
+    size, pieces = split_columns(height, bytes_per_row, OUTER_BYTES)
+
+    def one(start: jax.Array) -> jax.Array:
+        plus = None
+        if table is not None:
+            empty = jnp.zeros((examples, outputs, size, width), dtype)
+            plus = add_rows(empty, jnp.where(table[0] < 0, -1, table[0] - start), table[1])
+        return reduce_products([(left(start, size), right) for left, right in products], plus, reducer)
+
+    if pieces == 1:
+        return one(jnp.int32(0))
+    shape = jax.eval_shape(one, jnp.int32(0))
+    zero = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.scan(lambda total, start: (total + one(start), None), zero, jnp.arange(pieces) * size)[0]
+
+
+def of_head(
+    saved: tuple[jax.Array, ...],
+    weight: jax.Array,
+    cotangents: jax.Array,
+    reducer: Reducer | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the cotangents (B, C, T, d) of the hidden states and the share of the head's weight."""
+    hidden, labels, normalizers, logits = saved
+    if isinstance(reducer, Pairs):
+        (examples, tokens), (vocabulary, width), outputs = labels.shape, weight.shape, cotangents.shape[1]
+        pairs = reducer.rows * (reducer.columns or reducer.rows)
+        # As many outputs as there are, the large products are of the left factors alone.
+        direct = token_pairs(reducer, tokens, 1) * (vocabulary + outputs**2 * width)
+        dense = vocabulary * width * (outputs * examples * tokens + gradient_pairs(reducer, outputs))
+        if direct < dense and pairs * tokens**2 * normalizers.dtype.itemsize <= LARGEST_PAIRS:
+            rows = None if reducer.columns is None else reducer.rows
+            pulled, blocks = head_pull_by_tokens(hidden, weight, labels, normalizers, logits, cotangents, rows)
+            return pulled, reducer.arrange(blocks)
+    if not isinstance(reducer, Features):
+        return head_pull(hidden, weight, labels, normalizers, logits, cotangents, reducer)
+    assert key is not None
+    dtype, (vocabulary, width) = normalizers.dtype, weight.shape
+    bucket, signs = reducer.hashed(key, vocabulary, "left", dtype)
+    columns, column_signs = reducer.hashed(key, width, "right", dtype)
+    scaled = cotangents.astype(dtype)[..., None]
+    right = scaled * (hidden.astype(dtype) * column_signs)[:, None]
+    # Besides the logits' gradients, a chunk of the vocabulary takes as many rows of the gradient of one example.
+    bytes_per_row = max(normalizers.size, 2 * width) * dtype.itemsize
+    size, pieces = split_columns(vocabulary, bytes_per_row, LOGIT_BYTES)
+
+    def step(total: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        left = head_left(hidden, weight, labels, normalizers, logits, start=start, size=size)
+        rows = rows_at(weight, start, size).astype(dtype)
+        direction = jnp.einsum("btv,vd->btd", left, rows, precision=EXACT)
+        own, places = left * rows_at(signs, start, size), rows_at(bucket, start, size)
+        share = _by_products(own[:, None], right, places, columns, reducer)
+        return (total[0] + direction, total[1] + share), None
+
+    zero = (jnp.zeros((*labels.shape, width), dtype), jnp.zeros(reducer.shape(cotangents.shape[1]), dtype))
+    direction, share = jax.lax.scan(step, zero, jnp.arange(pieces) * size)[0]
+    return (scaled * direction[:, None]).astype(hidden.dtype), share
+
+
+def sketched(left: jax.Array, right: jax.Array, reducer: Features, key: jax.Array) -> jax.Array:
+    """Return features (C, B, width) of `left[b, c].T @ right[b, c]`, factors (B, C or 1, T, d) and (B, C or 1, T, e).
+
+    Few tokens: the sketch of an outer product is the circular convolution of both factors' sketches (Pham & Pagh
+    2013, "Fast and scalable polynomial kernels via explicit feature maps"). Many: one example's product at a time is
+    made and its entries added where the convolution would put them, which is the same.
+    """
+    (examples, _, tokens, d), e, dtype = left.shape, right.shape[3], accumulator(left, right)
+    outputs = max(left.shape[1], right.shape[1])
+    rows, row_signs = reducer.hashed(key, d, "left", dtype)
+    columns, column_signs = reducer.hashed(key, e, "right", dtype)
+    left, right = left * row_signs, right * column_signs
+    by_products = outputs * d * e * (SCATTERED + tokens * MULTIPLIED)
+    if by_products < tokens * (1 + outputs) * reducer.width * TRANSFORMED:
+        return _by_products(left, right, rows, columns, reducer)
+
+    def convolved(factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+        spread = (reducer.spread(x, places) for x, places in zip(factors, (rows, columns), strict=True))
+        first, second = (jnp.fft.rfft(x) for x in spread)
+        return jnp.fft.irfft((first * second).sum(2), n=reducer.width)
+
+    size = OUTER_BYTES // (tokens * (1 + outputs) * reducer.width * dtype.itemsize)
+    size = min(max(size, 1), examples)
+    pieces = -(-examples // size)
+    factors = (pad_axis(x, 0, pieces * size - examples) for x in (left, right))
+    left, right = (x.reshape(pieces, size, *x.shape[1:]) for x in factors)
+    features = jax.lax.map(convolved, (left, right)) if pieces > 1 else convolved((left[0], right[0]))
+    return jnp.swapaxes(features.reshape(pieces * size, outputs, -1)[:examples], 0, 1)
+
+
+def _by_products(
+    left: jax.Array, right: jax.Array, rows: jax.Array, columns: jax.Array, reducer: Features
+) -> jax.Array:
+    """Return features of signed factors from their products, one at a time."""
+
+    def one(b: jax.Array, c: jax.Array) -> jax.Array:
+        # Where the outputs share a factor it has an axis of 1, to which indices are clamped.
+        own, others = (x[b, jnp.minimum(c, x.shape[1] - 1)] for x in (left, right))
+        product = jnp.einsum("td,te->de", own, others, precision=EXACT, preferred_element_type=accumulator(own, others))
+        return _added(product, rows, columns, reducer)
+
+    return _one_by_one(one, left.shape[0], max(left.shape[1], right.shape[1]))
+
+
+def _added(entries: jax.Array, rows: jax.Array, columns: jax.Array, reducer: Features) -> jax.Array:
+    """Add signed entries (n, e) up in the features that their rows and columns go to."""
+    places = (rows[:, None] + columns) % reducer.width
+    return jnp.zeros(reducer.width, accumulator(entries)).at[places.reshape(-1)].add(entries.reshape(-1))
+
+
+def _one_by_one(one: Callable[[jax.Array, jax.Array], jax.Array], examples: int, outputs: int) -> jax.Array:
+    """Return `one(example, output)` for all, (C, B, width)."""
+    pairs = jnp.arange(outputs * examples)
+    features = jax.lax.map(lambda n: one(n % examples, n // examples), pairs)
+    return features.reshape(outputs, examples, -1)

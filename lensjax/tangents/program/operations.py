@@ -1,0 +1,199 @@
+"""The operations in which a parameter meets the examples and whose factors give its per-example gradients.
+
+For a product, example b's gradient is `left[b].T @ right[b]`: inputs times cotangents over the tokens. For a row
+lookup the left factor is a one-hot, for the fused head softmax minus one-hot; neither is ever made whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives as jp
+from lensjax_kernels.cross_entropy_gram import head_losses
+from lensjax_kernels.gram import accumulator
+
+from lensjax.tangents.program import ir
+
+KEPT_LOGITS = 2**27
+"""The fused head keeps its logits for the backward pass where they take less memory than this, in bytes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """One operation with a parameter among its operands.
+
+    Attributes
+    ----------
+    operation : ir.Operation
+    which : index of the operand that is the parameter
+    kind : {"dot", "rows", "head"}
+    """
+
+    operation: ir.Operation
+    which: int
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter as the operation sees it."""
+        return tuple(self.operation.inputs[self.which].aval.shape)
+
+    def tokens(self) -> int:
+        """Return how many vectors of one example the parameter is applied to."""
+        out, shape = self.operation.outputs[0].aval.shape, self.shape
+        if self.kind == "dot":
+            contracting, batch = self.operation.params["dimension_numbers"]
+            used = (*contracting[self.which], *batch[self.which])
+            return math.prod(out) // max(1, math.prod(n for i, n in enumerate(shape) if i not in used))
+        return math.prod(out) // max(1, math.prod(shape[1:])) if self.kind == "rows" else math.prod(out)
+
+    def forward(self, w: jax.Array, rest: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Apply the operation to (B, ...) operands and one parameter: output (B, ...), and what its factors need."""
+        if self.kind == "head":
+            hidden, labels = rest
+            rows, vocabulary = hidden.reshape(-1, hidden.shape[-1]), w.shape[0]
+            keep = labels.size * vocabulary * accumulator(hidden, w).itemsize < KEPT_LOGITS
+            losses, normalizers, logits = head_losses(rows, w, labels.reshape(-1), keep=keep)
+            logits = None if logits is None else logits.reshape(*labels.shape, vocabulary)
+            return losses.reshape(labels.shape), (hidden, labels, normalizers.reshape(labels.shape), logits)
+        (x,) = rest
+        return self.apply(w, x), (x,)
+
+    def apply(self, w: jax.Array, x: jax.Array) -> jax.Array:
+        """Apply a "dot" or a "rows" to operands (B, ...)."""
+
+        def one(x: jax.Array) -> jax.Array:
+            args = (x, w) if self.which == 1 else (w, x)
+            return self.operation.bind(*args)[0]
+
+        return jax.vmap(one)(x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canonical:
+    """How a use's operands become matrix factors of the gradient, in the axes of the node it is taken at.
+
+    Attributes
+    ----------
+    use : Use
+    inputs_first : bool
+        Whether the inputs are the factor of the gradient's rows and the cotangents that of its columns.
+    contracted, free : for "dot", positions among the parameter's contracted and free axes, in the node's order
+    """
+
+    use: Use
+    inputs_first: bool
+    contracted: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """Return the input factor (B, H, T, d) of a "dot" for its other operand (B, ...); H: batch axes."""
+        contracting, batch = self._dimensions(1 - self.use.which)
+        free = [i for i in range(x.ndim - 1) if i not in contracting and i not in batch]
+        order = [*batch, *free, *(contracting[i] for i in self.contracted)]
+        x = jnp.transpose(x, (0, *(1 + i for i in order)))
+        sizes, nb, nf = x.shape[1:], len(batch), len(free)
+        return x.reshape(x.shape[0], math.prod(sizes[:nb]), math.prod(sizes[nb : nb + nf]), math.prod(sizes[nb + nf :]))
+
+    def cotangents(self, ct: jax.Array) -> jax.Array:
+        """Return the cotangent factor (B, H, T, e) of a "dot", (B, T, e) of a "rows", (B, T) of a "head"."""
+        if self.use.kind == "head":
+            return ct
+        if self.use.kind == "rows":
+            offset = self.use.operation.params["dimension_numbers"].offset_dims
+            tokens = [i for i in range(ct.ndim - 1) if i not in offset]
+            ct = jnp.transpose(ct, (0, *(1 + i for i in tokens), *(1 + i for i in offset)))
+            return ct.reshape(ct.shape[0], math.prod(ct.shape[1 : 1 + len(tokens)]), -1)
+        nb, nw = len(self._dimensions(1)[1]), len(self.free)
+        nx = ct.ndim - 1 - nb - nw
+        of_x = range(nb, nb + nx) if self.use.which == 1 else range(nb + nw, nb + nw + nx)
+        of_w = nb + nx if self.use.which == 1 else nb
+        order = [*range(nb), *of_x, *(of_w + i for i in self.free)]
+        ct = jnp.transpose(ct, (0, *(1 + i for i in order)))
+        sizes = ct.shape[1:]
+        return ct.reshape(
+            ct.shape[0], math.prod(sizes[:nb]), math.prod(sizes[nb : nb + nx]), math.prod(sizes[nb + nx :])
+        )
+
+    def ids(self, indices: jax.Array) -> jax.Array:
+        """Return which row (B, T) each token of a "rows" looked up; -1 where it looked up none."""
+        height, ids = self.use.shape[0], indices[..., 0].reshape(indices.shape[0], -1)
+        if self.use.operation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+            return jnp.where((ids >= 0) & (ids < height), ids, -1)
+        return jnp.clip(ids, 0, height - 1)
+
+    def height(self) -> int:
+        """Return how many rows the gradient has."""
+        if self.use.kind != "dot":
+            return self.use.shape[0]
+        mine, batch = self._dimensions(self.use.which)
+        axes = mine if self.inputs_first else [i for i in range(len(self.use.shape)) if i not in (*mine, *batch)]
+        return math.prod(self.use.shape[i] for i in axes)
+
+    def _dimensions(self, operand: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        contracting, batch = self.use.operation.params["dimension_numbers"]
+        return contracting[operand], batch[operand]
+
+
+def use_of(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], bool]) -> Use | None:
+    """Return the use of operand `which`, or None if this operation's factors are not known."""
+    others = [a for i, a in enumerate(operation.inputs) if i != which]
+    if operation.kind == "head":
+        return Use(operation, which, "head") if which == 1 and is_batched(others[0]) else None
+    if operation.primitive is jp.dot_general_p and is_batched(others[0]):
+        return Use(operation, which, "dot")
+    if operation.primitive is jp.gather_p and which == 0:
+        numbers, shape = operation.params["dimension_numbers"], operation.inputs[0].aval.shape
+        # An index along another axis, of which the slice takes all, can only be 0 unless it is checked for the bounds.
+        checked = operation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+        by_row = (
+            numbers.collapsed_slice_dims in ((), (0,))
+            and numbers.start_index_map[:1] == (0,)
+            and (len(numbers.start_index_map) == 1 or not checked)
+            and not numbers.operand_batching_dims
+            and tuple(operation.params["slice_sizes"]) == (1, *shape[1:])
+        )
+        return Use(operation, which, "rows") if by_row else None
+    return None
+
+
+def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canonical | None:
+    """Return how a use's factors are arranged in the axes of a node.
+
+    Parameters
+    ----------
+    use : Use
+    permutation : axis i of the operand is axis `permutation[i]` of the node
+    rows : int or None
+        How many leading axes of the node are its rows, the others its columns; None: any arrangement will do.
+
+    Returns
+    -------
+    Canonical, or None if the factors do not split the node's axes there.
+    """
+    if use.kind != "dot":
+        fits = rows in (None, 1) and permutation == tuple(range(len(permutation)))
+        return Canonical(use, True) if fits else None
+    contracting, batch = use.operation.params["dimension_numbers"]
+    mine, batch_axes = contracting[use.which], batch[use.which]
+    free = [i for i in range(len(use.shape)) if i not in mine and i not in batch_axes]
+    by_node = sorted(range(len(mine)), key=lambda i: permutation[mine[i]])
+    free_by_node = sorted(range(len(free)), key=lambda i: permutation[free[i]])
+    contracted_axes = [permutation[mine[i]] for i in by_node]
+    free_axes = [permutation[free[i]] for i in free_by_node]
+    inputs_first = True
+    if rows is not None:
+        if batch_axes or not (contracted_axes == list(range(rows)) or free_axes == list(range(rows))):
+            return None
+        inputs_first = contracted_axes == list(range(rows))
+    return Canonical(use, inputs_first, tuple(by_node), tuple(free_by_node))
+
+
+def rest_of(use: Use, operands: list[Any]) -> tuple[Any, ...]:
+    """Return the operands other than the parameter."""
+    return tuple(x for i, x in enumerate(operands) if i != use.which)
