@@ -1,12 +1,14 @@
-"""TODO"""
+"""What a user asks of a job: which models, which data, how to train. Shared by choosing a model and tuning one."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from lensjax import data
-from lensjax.select.request import Request
+from lensjax.finetune import Plan, Search
+from lensjax.models import Lora
 from lensjax.tasks import Task, load_task
 from lensjax.tasks.dataset_info import Outline, outline
 
@@ -15,18 +17,66 @@ DEMO_FIELDS = ("word", "definition")
 DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
 
 
-def task_of(request: Request) -> Task:
+@dataclasses.dataclass(frozen=True)
+class JobRequest:
+    """The models, the task and the training that were asked for; `None` means the default.
+
+    Attributes
+    ----------
+    models : tuple of str
+        Directories, GGUF files or Hugging Face ids; empty: the demo models.
+    task : str, Path or None
+        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
+    input_field, target_field, text_field, template : str or None
+        See `lensjax.tasks.load_task`, as are the next two.
+    dataset_config, split, validation_split, test_split, revision : str or None
+    limit : int or None
+    seed : int
+    validation, test : int
+        Samples set aside.
+    max_length : int
+        Tokens kept of a sample; the length of the rows that texts are packed into.
+    lora : Lora
+        Adapters of the models that are named with ``+lora``.
+    plan : Plan
+    search : Search
+        Learning rates and batch sizes to try for each run.
+    """
+
+    models: tuple[str, ...] = ()
+    task: str | Path | None = None
+    input_field: str | None = None
+    target_field: str | None = None
+    text_field: str | None = None
+    template: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    revision: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    validation: int = 300
+    test: int = 500
+    max_length: int = 128
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    plan: Plan = dataclasses.field(default_factory=Plan)
+    search: Search = dataclasses.field(default_factory=Search)
+
+
+def task_of(request: JobRequest) -> Task:
     """Load the task that a request names, the demo's if it names none."""
     source, options = _source(request)
     return load_task(source, **options)
 
 
-def _outline(request: Request) -> Outline | None:
+def dataset_summary_of(request: JobRequest) -> Outline | None:
+    """Summarize the data set that a request names from its metadata; None if it is here already."""
     source, options = _source(request)
     return outline(source, **options)
 
 
-def _source(request: Request) -> tuple[str | Path, dict[str, Any]]:
+def _source(request: JobRequest) -> tuple[str | Path, dict[str, Any]]:
     """Return what `load_task` and `outline` are given."""
     names = ("text_field", "template", "split", "validation_split", "test_split", "revision", "limit")
     options: dict[str, Any] = {name: getattr(request, name) for name in names}

@@ -89,7 +89,7 @@ def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_
     return Tokens(train, validation, test, visible, pad)
 
 
-def _stand_in(outlined: Outline, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+def placeholder_tokens(outlined: Outline, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
     """Return tokens of the sizes that those of a task which is not here have at most, or are taken to have."""
     task = outlined.task
     tokenizer = models.load_tokenizer(candidate.path)

@@ -11,12 +11,12 @@ from lensjax import environment
 from lensjax.errors import InputError
 from lensjax.finetune import Plan, Search
 from lensjax.jobs.candidates import Candidate, find_candidates
-from lensjax.jobs.request import _outline, task_of
-from lensjax.jobs.tokens import Tokens, _stand_in, tokens_of
+from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
+from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
 from lensjax.journal import GAUGES, LOG_ME
 from lensjax.models import Lora
 from lensjax.select.budget import Budget, Ledger
-from lensjax.selectors import DEFAULT, RACE, check_rule
+from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import Outline
 
@@ -27,19 +27,11 @@ RATIO = 8  # by default an eighth of the data is what a selection may spend on o
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Request(JobRequest):
     """What the user asked for; `None` means the default.
 
     Attributes
     ----------
-    models : tuple of str
-        Directories or Hugging Face ids; empty: the demo models.
-    task : str, Path or None
-        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
-    input_field, target_field, text_field, template : str or None
-        See `lensjax.tasks.load_task`, as are the next two.
-    dataset_config, split, validation_split, test_split, revision : str or None
-    limit : int or None
     out : Path or None
         Run directory.
     smallest, visible, target : int or None
@@ -51,54 +43,27 @@ class Request:
         What the choice may cost: with the method "averaged" the candidates race (`lensjax.selectors.propose`), with
         others the largest subset is the largest that the budget pays for. None: all are trained on all subset sizes
         that the method needs. Verification is not part of it.
-    seed : int
-    validation, test : int
-        Samples set aside.
-    max_length : int
-        Tokens kept of a sample; the length of the rows that texts are packed into.
     loss_unit : {"token", "byte"}
         What a loss is the mean over: tokens, as in the paper, or UTF-8 bytes of target text, which are the same for
         every tokenizer.
-    lora : Lora
-        Adapters of the candidates that are named with ``+lora``.
-    plan : Plan
-    search : Search
-        Learning rates and batch sizes to try for each run.
     tangents : int
         Training samples on which each candidate's neural tangent kernel and Hessian trace are measured in the end;
         0: none.
     verify : bool
         Fine-tune every candidate on `target` samples too, and say how good the choice was.
+
+    See `lensjax.jobs.request.JobRequest` for the models, the task and the training.
     """
 
-    models: tuple[str, ...] = ()
-    task: str | Path | None = None
-    input_field: str | None = None
-    target_field: str | None = None
-    text_field: str | None = None
-    template: str | None = None
-    dataset_config: str | None = None
-    split: str | None = None
-    validation_split: str | None = None
-    test_split: str | None = None
-    revision: str | None = None
-    limit: int | None = None
     out: Path | None = None
     smallest: int | None = None
     visible: int | None = None
     target: int | None = None
     method: str = DEFAULT
-    gamma: int = 3
-    tau: float = 5.0
+    gamma: int = GAMMA
+    tau: float = TAU
     budget: Budget | None = None
-    seed: int = 0
-    validation: int = 300
-    test: int = 500
-    max_length: int = 128
     loss_unit: str = "token"
-    lora: Lora = dataclasses.field(default_factory=Lora)
-    plan: Plan = dataclasses.field(default_factory=Plan)
-    search: Search = dataclasses.field(default_factory=Search)
     tangents: int = 0
     verify: bool = False
 
@@ -188,7 +153,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
     check_rule(request.gamma, request.tau)
     request.plan.check()
     request.search.check(request.plan)
-    outlined = None if fetch else _outline(request)
+    outlined = None if fetch else dataset_summary_of(request)
     task = task_of(request) if outlined is None else outlined.task
     sizes, target = _sizes(request, len(task.train))
     candidates = find_candidates(request.models, request.lora, fetch=fetch)
@@ -200,7 +165,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
         needed = target if request.verify else sizes[-1]
         if outlined is not None:
             if candidate.tokenizer not in tokens:
-                tokens[candidate.tokenizer] = _stand_in(outlined, candidate, sizes[-1], needed, max_length)
+                tokens[candidate.tokenizer] = placeholder_tokens(outlined, candidate, sizes[-1], needed, max_length)
             continue
         if candidate.tokenizer not in tokens:
             found = tokens_of(task, candidate, sizes[-1], needed, max_length)

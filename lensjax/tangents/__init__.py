@@ -1,15 +1,5 @@
 """Neural tangent kernels and curvature of language models, and of any differentiable function."""
 
-from lensjax.bound import (
-    Bound,
-    Phases,
-    PowerFall,
-    compare_phases,
-    corollary_bound,
-    generalization_bound,
-    layer_distances,
-    power_fall,
-)
 from lensjax.tangents.curvature.lanczos import QuadraticForm, Spectrum, example_forms, quadratic_form, spectrum
 from lensjax.tangents.curvature.losses import Composed, model_loss
 from lensjax.tangents.curvature.operator import CurvatureOperator, curvature_operator, gauss_newton_product, hvp
@@ -24,39 +14,31 @@ from lensjax.tangents.language_models import OUTPUTS, ntk_outputs
 
 __all__ = [
     "OUTPUTS",
-    "Bound",
     "Composed",
     "CurvatureOperator",
     "KernelDynamics",
     "NtkOperator",
     "NtkReport",
-    "Phases",
-    "PowerFall",
     "QuadraticForm",
     "SketchError",
     "Spectrum",
     "TraceEstimate",
     "Treatment",
     "block_for",
-    "compare_phases",
-    "corollary_bound",
     "curvature_operator",
     "example_forms",
     "explain",
     "gauss_newton_product",
-    "generalization_bound",
     "gradient_norms",
     "hessian_trace",
     "hvp",
     "kernel_dynamics",
-    "layer_distances",
     "model_loss",
     "ntk",
     "ntk_blocks",
     "ntk_features",
     "ntk_operator",
     "ntk_outputs",
-    "power_fall",
     "quadratic_form",
     "sketch_error",
     "spectrum",

@@ -109,7 +109,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     given = parser().parse_args(arguments)
     from lensjax.jobs.candidates import ADAPTED
     from lensjax.progress.console import Console
-    from lensjax.select.request import Request
+    from lensjax.jobs.request import JobRequest
     from lensjax.tune.job import Tuning, TuningError, prepare_job
 
     for flag in options.LORA_OPTIONS:
@@ -118,7 +118,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
             raise InputError(f"{name}: the model has no adapters; name it {given.model}{ADAPTED}, or remove {name}.")
     chosen = {n: getattr(given, n) for n in options.TASK_OPTIONS if getattr(given, n) is not None}
     plan, search = options.plan_of(given, demo=False)
-    request = Request(models=(given.model,), plan=plan, search=search, lora=options.lora_of(given), **chosen)
+    request = JobRequest(models=(given.model,), plan=plan, search=search, lora=options.lora_of(given), **chosen)
     wanted = {"samples": given.samples, "selection": given.selection, "overwrite": given.overwrite}
     job = prepare_job(request, given.out, **wanted, arguments=[str(a) for a in arguments])
     tuning = Tuning(job, Console(err, quiet=given.quiet, verbose=given.verbose))

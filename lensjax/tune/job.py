@@ -27,7 +27,7 @@ from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lensjax.models.checkpoints.pretrained import is_gguf
 from lensjax.progress.board import Board, Place, Running
 from lensjax.progress.console import Console
-from lensjax.select.request import Request
+from lensjax.jobs.request import JobRequest
 from lensjax.tasks import Task
 from lensjax.tune.best_checkpoint import FINISHED, Keeper, check_directory
 from lensjax.tune.comparison import Expectation, read_expectation
@@ -47,7 +47,7 @@ class Job:
 
     Attributes
     ----------
-    request : Request
+    request : JobRequest
         With one model.
     out : Path
         Directory the model is kept in.
@@ -65,7 +65,7 @@ class Job:
         Of the command, for the record.
     """
 
-    request: Request
+    request: JobRequest
     out: Path
     overwrite: bool
     task: Task
@@ -79,7 +79,7 @@ class Job:
 
 
 def prepare_job(
-    request: Request,
+    request: JobRequest,
     out: Path,
     *,
     samples: int | None = None,
@@ -91,7 +91,7 @@ def prepare_job(
 
     Parameters
     ----------
-    request : Request
+    request : JobRequest
         With one model; what it says of subsets, methods and budgets does not matter.
     out : Path
         Directory for the model.
