@@ -79,7 +79,7 @@ def size_of(directory: Path) -> int:
 
 
 def measure(candidates: list[str], out: Path) -> dict:
-    """Forecast a selection, make it, compare."""
+    """DryRun a selection, make it, compare."""
     request = request_of(candidates, out, Plan(batch_size=16, max_epochs=2), Lora(), **OPTIONS)
     begun = time.perf_counter()
     foretold = forecast(request, out)

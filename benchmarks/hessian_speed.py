@@ -141,7 +141,7 @@ def torch_runs(case: str) -> dict[str, Run]:
 SIDES = {"lensjax": lensjax_runs, "torch": torch_runs}
 
 
-def serve(side: str, case: str) -> None:
+def worker_main(side: str, case: str) -> None:
     """Run what the parent asks for, and answer with the seconds it took."""
     runs = SIDES[side](case)
     print(json.dumps(list(runs)), flush=True)
@@ -248,7 +248,7 @@ def main() -> None:
         print(peak_bytes())
         return
     if options.side:
-        serve(options.side, options.cases[0])
+        worker_main(options.side, options.cases[0])
         return
     pythons = {"lensjax": sys.executable} | ({"torch": options.torch} if options.torch else {})
     cases: dict[str, Any] = {}

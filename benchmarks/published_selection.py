@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from environment import write_result
 
-from lensjax.journal import GAUGES
+from lensjax.journal import PRETRAINED_SCORES
 from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.selectors import SELECTORS, lens
@@ -27,7 +27,7 @@ def log_rmse(predicted: np.ndarray, truth: np.ndarray) -> float | None:
 
 def main() -> None:
     # The tables hold losses, and nothing of weights and features.
-    tables = {name: selector for name, selector in SELECTORS.items() if name not in GAUGES}
+    tables = {name: selector for name, selector in SELECTORS.items() if name not in PRETRAINED_SCORES}
     methods = {**tables, "lens without priors": functools.partial(lens, regularised=False)}
     result: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for method, selector in methods.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 LFS = b"version https://git-lfs"
 POINTER = "it is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
-MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 """Byte order marks of UTF-16 and UTF-32; UTF-8's is no harm."""
 MAGIC = {
     b"PK\x03\x04": "it is a spreadsheet or a zip archive: export it as CSV, or unpack it",
@@ -24,7 +24,7 @@ def decode(raw: bytes) -> str:
     ValueError
         If it is no UTF-8 text; the message says what it is and how to mend it.
     """
-    if raw.startswith(MARKS):
+    if raw.startswith(BYTE_ORDER_MARKS):
         raise ValueError("it is UTF-16 text: save it as UTF-8")
     for start, reason in MAGIC.items():
         if raw.startswith(start):

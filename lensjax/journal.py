@@ -21,8 +21,8 @@ from lensjax.losses.curves import Curves
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
 TANGENTS, NLP_METRICS, LOG_ME = "tangents", "nlp_metrics", "log_me"
-GAUGES = (NLP_METRICS, LOG_ME)
-BESIDES = (TANGENTS, *GAUGES)
+PRETRAINED_SCORES = (NLP_METRICS, LOG_ME)
+EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
 """What is measured of a candidate beside its runs."""
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 
@@ -56,7 +56,7 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `BESIDES`: `TANGENTS` for a look at the candidate's kernel and curvature, `NLP_METRICS` and `LOG_ME` for
+        one of `EXTRA_MEASUREMENTS`: `TANGENTS` for a look at the candidate's kernel and curvature, `NLP_METRICS` and `LOG_ME` for
         these scores.
     """
 

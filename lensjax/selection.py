@@ -40,7 +40,7 @@ class Selection:
         Measured losses at `target`, where they are known.
     refused : mapping of method to reason
         Methods asked for that the data do not allow.
-    lost_flops : float
+    failed_flops : float
         Spent on candidates that failed.
     failures : mapping of candidate to reason
         Candidates that could not be ranked.
@@ -50,7 +50,7 @@ class Selection:
         Run directory, wall time, versions and the like; `lensjax.report.html.render_html` says which are shown.
     loss_unit : {"token", "byte"}
         What the losses are a mean over.
-    gauge_flops : mapping of method to float
+    score_flops : mapping of method to float
         What scores cost that need no fine-tuning.
     """
 
@@ -63,12 +63,12 @@ class Selection:
     cost_note: str
     truth: np.ndarray | None = None
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    lost_flops: float = 0.0
+    failed_flops: float = 0.0
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unverified: Mapping[str, str] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss_unit: str = "token"
-    gauge_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    score_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def main(self) -> Scores:
@@ -93,7 +93,7 @@ class Selection:
 
     def spent(self, scores: Scores) -> float:
         """FLOPs of the measurements a method used; NaN if any of them is unknown."""
-        return float(np.where(scores.used, self.flops, 0.0).sum()) + self.gauge_flops.get(scores.method, 0.0)
+        return float(np.where(scores.used, self.flops, 0.0).sum()) + self.score_flops.get(scores.method, 0.0)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Pearson correlation, relative accuracy and RMSE against the truth; empty without one."""
@@ -105,12 +105,12 @@ class Selection:
             "RMSE": rmse(scores.predicted_loss, self.truth),
         }
 
-    def may_be_best(self, scores: Scores) -> list[str]:
+    def credible_set(self, scores: Scores) -> list[str]:
         """Names of the smallest set that contains the best with probability `CERTAINTY`, likeliest first."""
-        if scores.may_be_best is None or scores.best_probability is None:
+        if scores.credible_set is None or scores.best_probability is None:
             return []
         order = np.argsort(-scores.best_probability, kind="stable")
-        return [self.curves.names[row] for row in order if scores.may_be_best[row]]
+        return [self.curves.names[row] for row in order if scores.credible_set[row]]
 
     def phase(self, scores: Scores, row: int) -> str:
         """Phase of a candidate at its largest measured size: "power", "pre-power", or "" if the method knows none."""
@@ -134,7 +134,7 @@ class Selection:
             "best": self.best,
             "cost_note": self.cost_note,
             "full_flops": _plain(self.full_flops.sum()),
-            "lost_flops": _plain(self.lost_flops),
+            "failed_flops": _plain(self.failed_flops),
             "sizes": _plain(self.curves.sizes),
             "methods": {name: self._method(scores) for name, scores in self.scores.items()},
             "refused_methods": dict(self.refused),
@@ -165,7 +165,11 @@ class Selection:
             "best": scores.best if np.isfinite(scores.score).any() else None,
             "flops": _plain(self.spent(scores)),
             "metrics": {name: _plain(value) for name, value in self.metrics(scores).items()},
-            **({} if scores.may_be_best is None else {"certainty": CERTAINTY, "may_be_best": self.may_be_best(scores)}),
+            **(
+                {}
+                if scores.credible_set is None
+                else {"certainty": CERTAINTY, "credible_set": self.credible_set(scores)}
+            ),
             "ranking": [
                 {
                     "rank": rank,

@@ -161,11 +161,11 @@ def certainty() -> dict[str, dict[str, float]]:
         for budget in BUDGETS:
             scores = averaged(curves.visible(budget), target)
             assert scores.interval is not None
-            assert scores.may_be_best is not None
+            assert scores.credible_set is not None
             low, high = scores.interval.T
             covered.append(np.mean((low <= truth) & (truth <= high)))
-            contained.append(scores.may_be_best[truth.argmin()])
-            size.append(scores.may_be_best.sum())
+            contained.append(scores.credible_set[truth.argmin()])
+            size.append(scores.credible_set.sum())
         found[task] = {
             "coverage": float(np.mean(covered)),
             "set_contains_best": float(np.mean(contained)),

@@ -7,7 +7,7 @@
 Each row of results/live/runs.jsonl is a finished measurement; the file only grows and can be committed at any time.
 Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, kernels and traces), "log_me", "run" (a fine-tuning run,
 with kernels and traces at the weights kept; a quarter of them are made with seed 1 besides, without these). What is
-measured of kernels: look.py. package.py makes tables of the rows, analyse.py looks what they say.
+measured of kernels: look.py. package.py makes tables of the rows, analyse.py tangents_by_row what they say.
 
 Measured so far are 12 candidates: the two of width 128 take an hour each on two cores.
 """
@@ -97,7 +97,7 @@ class Rows:
 
 
 def pretrain(candidate: Candidate, source: Source, tokenizer: Any, target: Path, steps: int) -> None:
-    """Train one model from random weights and save it; its texts are drawn evenly."""
+    """Train one model from random weights and save it; its texts are render_all evenly."""
     streams = []
     for name in candidate.texts:
         encoded = tokenizer([END_OF_TEXT + text for text in source.text(name)], verbose=False)["input_ids"]

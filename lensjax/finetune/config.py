@@ -122,7 +122,7 @@ class Search:
     lanes : int, optional
         Learning rates trained at once, by `jax.vmap`. None: on GPUs and TPUs as many as fit into half of the memory;
         on CPUs one, for there several at once took 1.1 to 1.3 times as long for each as one after the other.
-    hopeless_after : int
+    prune_after : int
         Evaluations after which a trial ends if its best validation loss so far is above the median of the best that
         the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of Golovin
         et al. 2017, Google Vizier, which compares with running averages).
@@ -133,7 +133,7 @@ class Search:
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     lanes: int | None = None
-    hopeless_after: int = 2
+    prune_after: int = 2
     retry: float = 0.25
 
     def grid(self, plan: Plan) -> tuple[tuple[int, tuple[float, ...]], ...]:
@@ -159,7 +159,7 @@ class Search:
             if len(set(values)) < len(values):
                 raise InputError(f"{name}s {', '.join(f'{v:g}' for v in values)}: one is named twice; name each once.")
         _positive("retry", self.retry)
-        if self.hopeless_after < 1 or (self.lanes is not None and self.lanes < 1):
-            raise InputError(f"hopeless_after {self.hopeless_after} and lanes {self.lanes} must be at least 1.")
+        if self.prune_after < 1 or (self.lanes is not None and self.lanes < 1):
+            raise InputError(f"prune_after {self.prune_after} and lanes {self.lanes} must be at least 1.")
         for size, _ in self.grid(plan):
             check_micro_batch(size, plan.micro_batch)

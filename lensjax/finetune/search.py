@@ -68,7 +68,7 @@ def tune(
         def hopeless(epochs: float, best: float, beside: Sequence[float]) -> bool:
             rivals = [*beside, *(t.best_after(epochs) for t in others if t.status != "diverged")]
             evaluations = epochs / max(1, -(-tuner.plan.min_steps_between // per_epoch))
-            return evaluations >= search.hopeless_after and len(rivals) > 0 and best > statistics.median(rivals)
+            return evaluations >= search.prune_after and len(rivals) > 0 and best > statistics.median(rivals)
 
         def report(progress: Progress) -> None:
             if on_progress is not None:
@@ -93,7 +93,7 @@ def tune(
         made.extend(found)
 
     for batch_size, rates in grid:
-        lanes = search.lanes or tuner.lanes_that_fit(len(rates))
+        lanes = search.lanes or tuner.parallel_trials(len(rates))
         for group in (rates[i : i + lanes] for i in range(0, len(rates), lanes)):
             before = [known[rate, batch_size] for rate in group if (rate, batch_size) in known]
             if len(before) == len(group):

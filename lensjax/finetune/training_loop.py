@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from lensjax.finetune.tuner import FineTuner
 
 Params = Any  # a pytree of weights
-LOOK_EVERY = 64  # steps between two looks at how training goes, at most
-LOOK_SECONDS = 1.0  # about so long between two looks
+CHECK_EVERY = 64  # steps between two looks at how training goes, at most
+CHECK_SECONDS = 1.0  # about so long between two looks
 RISE = 1.1  # a training loss so many times the untouched model's is divergence, if nothing better was ever reached
 
 
 @dataclasses.dataclass
-class Lane:
+class TrialState:
     """Where one learning rate is."""
 
     rate: float
@@ -41,7 +41,7 @@ class Lane:
     history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
-class Lanes:
+class TrainingLoop:
     """One training of several learning rates side by side, with the compiled functions of a `FineTuner`."""
 
     def __init__(self, tuner: FineTuner, rates: tuple[float, ...], batch_size: int) -> None:
@@ -64,7 +64,7 @@ class Lanes:
         """Train all lanes to their ends; arguments and result as in `FineTuner.trials`."""
         tuner, plan = self.tuner, self.tuner.plan
         untouched = float(tuner._losses(tuner.initial, validation, self.batch_size, None)[0])
-        lanes = [Lane(rate, untouched, history=[(0, untouched)]) for rate in self.rates]
+        lanes = [TrialState(rate, untouched, history=[(0, untouched)]) for rate in self.rates]
         if not math.isfinite(untouched):
             raise DivergedError(f"the untouched model's validation loss is {untouched}")
         self.rows = list(range(len(lanes)))  # which lane each row of the stacked weights is
@@ -88,7 +88,7 @@ class Lanes:
                     # Reading the flag waits for the device: not after every step, but about once a second.
                     finite = np.atleast_1d(state["finite"])
                     now = time.perf_counter()
-                    look_every = max(1, min(LOOK_EVERY, int(since_look * LOOK_SECONDS / max(now - looked, 1e-6))))
+                    look_every = max(1, min(CHECK_EVERY, int(since_look * CHECK_SECONDS / max(now - looked, 1e-6))))
                     since_look, looked = 0, now
                     for row, number in enumerate(self.rows):
                         if not finite[row] and not lanes[number].status:
@@ -125,7 +125,9 @@ class Lanes:
         costs = self._costs(validation, test) if count_flops else None
         return tuple(self._trial(lane, lane is lanes[0], per_epoch, train, costs) for lane in lanes)
 
-    def _step(self, state: Any, lanes: list[Lane], batch: Batch, dropout_key: jax.Array, steps: int, total: int) -> Any:
+    def _step(
+        self, state: Any, lanes: list[TrialState], batch: Batch, dropout_key: jax.Array, steps: int, total: int
+    ) -> Any:
         tuner = self.tuner
         shape = batch["labels"].shape
         self.shapes[shape] += 1
@@ -136,7 +138,9 @@ class Lanes:
         rates = jnp.array([lanes[number].rate for number in self.rows], jnp.float32)
         return tuner._step_lanes(state, rates, tuner.frozen, own, dropout_key, steps, total)
 
-    def _judge(self, lane: Lane, value: float, training: float, steps: int, untouched: float, *, last: bool) -> bool:
+    def _judge(
+        self, lane: TrialState, value: float, training: float, steps: int, untouched: float, *, last: bool
+    ) -> bool:
         """Take note of an evaluation; return whether it is the lane's best."""
         if lane.status:
             return False
@@ -160,11 +164,11 @@ class Lanes:
 
     def _stop(
         self,
-        lanes: list[Lane],
+        lanes: list[TrialState],
         steps: int,
         epoch: int,
         hopeless: Callable[[float, float, Sequence[float]], bool] | None,
-    ) -> list[Lane]:
+    ) -> list[TrialState]:
         """End the lanes that are done; return those that finished now."""
         plan = self.tuner.plan
         at_start = [(lane, lane.best) for lane in lanes if lane.status != "diverged"]
@@ -186,7 +190,7 @@ class Lanes:
             ended.append(lane)
         return ended
 
-    def _end(self, lane: Lane, status: str, reason: str, steps: int) -> None:
+    def _end(self, lane: TrialState, status: str, reason: str, steps: int) -> None:
         rate = f" (rate {lane.rate:g}, batch size {self.batch_size})" if status == "diverged" else ""
         lane.status, lane.reason, lane.steps_run = status, reason + rate, steps
 
@@ -196,7 +200,7 @@ class Lanes:
         return self.tuner._copy(params) if self.single else self.tuner._keep_lanes(best, params, jnp.array(better))
 
     def _tell(
-        self, listener: Callable[[Weights], None] | None, lanes: list[Lane], best: Params, told: list[Lane]
+        self, listener: Callable[[Weights], None] | None, lanes: list[TrialState], best: Params, told: list[TrialState]
     ) -> None:
         """Tell of the best weights of some lanes so far."""
         if listener is None:
@@ -208,7 +212,7 @@ class Lanes:
                 finished = lane.status == "finished"
                 listener(Weights(lane.rate, self.batch_size, lane.best_step, lane.best, params, finished))
 
-    def _test(self, lanes: list[Lane], ended: list[Lane], best: Params, test: Encoded) -> None:
+    def _test(self, lanes: list[TrialState], ended: list[TrialState], best: Params, test: Encoded) -> None:
         values = self.tuner._losses(best, test, self.batch_size, None if self.single else len(self.rows))
         for row, number in enumerate(self.rows):
             lane = lanes[number]
@@ -217,7 +221,7 @@ class Lanes:
                 if not math.isfinite(lane.test_loss):
                     self._end(lane, "diverged", f"the test loss is {lane.test_loss}", lane.steps_run)
 
-    def _compact(self, lanes: list[Lane], state: Any, best: Params, sums: np.ndarray) -> tuple[Any, Params, Any]:
+    def _compact(self, lanes: list[TrialState], state: Any, best: Params, sums: np.ndarray) -> tuple[Any, Params, Any]:
         """Drop lanes that have ended, so that they cost no more; each width is compiled."""
         going = [row for row, number in enumerate(self.rows) if not lanes[number].status]
         if self.single or len(going) == len(self.rows):
@@ -226,7 +230,9 @@ class Lanes:
         self.rows = [self.rows[row] for row in going]
         return self.tuner._take_lanes(state, rows), self.tuner._take_lanes(best, rows), sums[going]
 
-    def _progress(self, lanes: list[Lane], steps: int, total: int, epoch: int, tokens_per_step: float) -> Progress:
+    def _progress(
+        self, lanes: list[TrialState], steps: int, total: int, epoch: int, tokens_per_step: float
+    ) -> Progress:
         best = min(lane.best for lane in lanes)
         trained = sum(lane.steps_run if lane.status else steps for lane in lanes) * tokens_per_step
         return Progress(steps, total, epoch, best, steps / total, int(trained))
@@ -242,7 +248,7 @@ class Lanes:
         return step / max(sum(self.shapes.values()), 1), validating, testing
 
     def _trial(
-        self, lane: Lane, first: bool, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None
+        self, lane: TrialState, first: bool, per_epoch: int, train: Encoded, costs: tuple[float, float, float] | None
     ) -> Trial:
         tuner = self.tuner
         # The untouched model is evaluated once for all lanes.

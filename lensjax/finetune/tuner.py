@@ -18,7 +18,7 @@ from lensjax.finetune.config import Plan
 from lensjax.finetune.cost import xla_flops
 from lensjax.finetune.results import DivergedError, Outcome, Progress, Trial, Weights
 from lensjax.finetune.sharding import place
-from lensjax.finetune.training_loop import Lanes
+from lensjax.finetune.training_loop import TrainingLoop
 from lensjax.models import LanguageModel
 from lensjax.models.lora import add_lora, parameter_counts, with_dropout
 from lensjax.tasks import Batch, Encoded, batches
@@ -227,7 +227,7 @@ class FineTuner:
         self._keep_lanes = jax.jit(keep, donate_argnums=0)
         self._take_lanes = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree))
 
-    def lanes_that_fit(self, wanted: int) -> int:
+    def parallel_trials(self, wanted: int) -> int:
         """Return how many learning rates to train at once; see `Search.lanes`."""
         if self.placement.mesh is not None or jax.default_backend() == "cpu":
             return 1
@@ -399,7 +399,7 @@ class FineTuner:
         tuple of Trial
             In the order of `rates`; one that diverged says so in its status.
         """
-        lanes = Lanes(self, tuple(rates), batch_size or self.plan.batch_size)
+        lanes = TrainingLoop(self, tuple(rates), batch_size or self.plan.batch_size)
         return lanes.run(train, validation, test, seed, hopeless, count_flops, report, on_weights)
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from lensjax.finetune import Trial
 from lensjax.finetune.search import Point
 from lensjax.jobs.resources import keep_compiled
-from lensjax.jobs.runner import Assignment, Bench, Hooks, OutOfTimeError, Result, RunFailedError, reason
+from lensjax.jobs.runner import Callbacks, CandidateRunner, OutOfTimeError, Result, RunFailedError, RunnerConfig, reason
 
-TICK = 5.0  # seconds between two signs of waiting
+HEARTBEAT_SECONDS = 5.0  # seconds between two signs of waiting
 GRACE = 5.0  # seconds a process gets to end by itself
 
 
@@ -56,15 +56,15 @@ def _context() -> Any:
     return context
 
 
-class Worker:
+class CandidateProcess:
     """One candidate in a process of its own, which stays for its next run unless it died.
 
     Parameters
     ----------
-    assignment : Assignment
+    assignment : RunnerConfig
     """
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: RunnerConfig) -> None:
         self.assignment = assignment
         self._process: Any = None
         self._connection: Any = None
@@ -72,7 +72,7 @@ class Worker:
     def _start(self) -> None:
         context = _context()
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.assignment), daemon=True)
+        process = context.Process(target=worker_main, args=(theirs, self.assignment), daemon=True)
         try:
             # An interrupt waits until the process exists, and its server, which lives on, never sees one.
             with _interrupts_held():
@@ -84,8 +84,8 @@ class Worker:
         finally:
             theirs.close()
 
-    def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
-        """Run as `Bench.run`; at the deadline the process is killed.
+    def run(self, size: int, known: Mapping[Point, Trial], hooks: Callbacks, deadline: float | None = None) -> Result:
+        """Run as `CandidateRunner.run`; at the deadline the process is killed.
 
         Raises
         ------
@@ -97,36 +97,38 @@ class Worker:
         return result
 
     def look(
-        self, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+        self, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Look as `Bench.look`; at the deadline the process is killed.
+        """Look as `CandidateRunner.look`; at the deadline the process is killed.
 
         Raises
         ------
         RunFailedError
             If it gave nothing, or its process died.
         """
-        return self._measure(("look", samples), deadline, tick)
+        return self._measure(("look", samples), deadline, heartbeat)
 
     def gauge(
-        self, what: str, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+        self, what: str, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """Measure as `Bench.gauge`; at the deadline the process is killed.
+        """Measure as `CandidateRunner.gauge`; at the deadline the process is killed.
 
         Raises
         ------
         RunFailedError
             If it gave nothing, or its process died.
         """
-        return self._measure(("gauge", what, samples), deadline, tick)
+        return self._measure(("gauge", what, samples), deadline, heartbeat)
 
-    def _measure(self, question: tuple[Any, ...], deadline: float | None, tick: Callable[[], None]) -> dict[str, Any]:
+    def _measure(
+        self, question: tuple[Any, ...], deadline: float | None, heartbeat: Callable[[], None]
+    ) -> dict[str, Any]:
         """Ask what takes no training: there is nothing to tell of meanwhile but a sign of life."""
-        hooks = Hooks(lambda _: None, lambda _: None, tick)
+        hooks = Callbacks(lambda _: None, lambda _: None, heartbeat)
         found: dict[str, Any] = self._ask(question, hooks, [], deadline)
         return found
 
-    def _ask(self, question: tuple[Any, ...], hooks: Hooks, made: list[Trial], deadline: float | None) -> Any:
+    def _ask(self, question: tuple[Any, ...], hooks: Callbacks, made: list[Trial], deadline: float | None) -> Any:
         try:
             if self._process is not None and not self._process.is_alive():
                 self.close()
@@ -135,10 +137,10 @@ class Worker:
             self._talk(functools.partial(self._connection.send, question), made)
             while True:
                 left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._talk(functools.partial(self._connection.poll, min(left, TICK)), made):
-                    if left <= TICK:
+                if not self._talk(functools.partial(self._connection.poll, min(left, HEARTBEAT_SECONDS)), made):
+                    if left <= HEARTBEAT_SECONDS:
                         raise OutOfTimeError("the time is spent", tuple(made))
-                    hooks.tick()
+                    hooks.heartbeat()
                     continue
                 kind, *content = self._talk(self._connection.recv, made)
                 if kind == "progress":
@@ -182,7 +184,7 @@ def _death(status: int | None, log: Path | None) -> str:
     return f"its process ended with status {status}{where}"
 
 
-def serve(connection: multiprocessing.connection.Connection, assignment: Assignment) -> None:
+def worker_main(connection: multiprocessing.connection.Connection, assignment: RunnerConfig) -> None:
     """Make the runs that are asked for over a connection; the body of a worker's process."""
     # An interrupt is for the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -198,8 +200,8 @@ def serve(connection: multiprocessing.connection.Connection, assignment: Assignm
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     if assignment.compiled is not None:
         keep_compiled(assignment.compiled)
-    bench = Bench(assignment)
-    hooks = Hooks(
+    bench = CandidateRunner(assignment)
+    hooks = Callbacks(
         progress=lambda at: connection.send(("progress", at)), trials=lambda found: connection.send(("trials", found))
     )
     while True:

@@ -10,7 +10,7 @@ from lensjax import data
 from lensjax.finetune import Plan, Search
 from lensjax.models import Lora
 from lensjax.tasks import Task, load_task
-from lensjax.tasks.dataset_info import Outline, outline
+from lensjax.tasks.dataset_info import DatasetSummary, summarize_dataset
 
 DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
 DEMO_FIELDS = ("word", "definition")
@@ -70,14 +70,14 @@ def task_of(request: JobRequest) -> Task:
     return load_task(source, **options)
 
 
-def dataset_summary_of(request: JobRequest) -> Outline | None:
+def dataset_summary_of(request: JobRequest) -> DatasetSummary | None:
     """Summarize the data set that a request names from its metadata; None if it is here already."""
     source, options = _source(request)
-    return outline(source, **options)
+    return summarize_dataset(source, **options)
 
 
 def _source(request: JobRequest) -> tuple[str | Path, dict[str, Any]]:
-    """Return what `load_task` and `outline` are given."""
+    """Return what `load_task` and `summarize_dataset` are given."""
     names = ("text_field", "template", "split", "validation_split", "test_split", "revision", "limit")
     options: dict[str, Any] = {name: getattr(request, name) for name in names}
     options |= {"input_field": request.input_field, "target_field": request.target_field}

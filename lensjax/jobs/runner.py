@@ -22,15 +22,15 @@ from lensjax.jobs.tokens import Tokens
 from lensjax.journal import NLP_METRICS
 
 Trials = tuple[Trial, ...]
-Tick = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
-def _nothing() -> None:
-    """Hear a tick and do nothing."""
+def no_heartbeat() -> None:
+    """Hear a heartbeat and do nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Assignment:
+class RunnerConfig:
     """All that runs of a candidate need; it can be sent to another process.
 
     Attributes
@@ -100,18 +100,18 @@ class OutOfTimeError(RunFailedError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """What the caller wants to hear of during a run."""
 
     progress: Callable[[Progress], None]
     trials: Callable[[Trials], None]
-    tick: Tick = _nothing
+    heartbeat: Heartbeat = no_heartbeat
 
 
-class Bench:
+class CandidateRunner:
     """One candidate in this process, loaded and compiled when its first run is really needed."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: RunnerConfig) -> None:
         self.assignment = assignment
         self._tuner: FineTuner | None = None
         self._untuned: models.LanguageModel | None = None
@@ -134,7 +134,7 @@ class Bench:
             self._tuner = FineTuner(model, plan, own.tokens.buckets, self.pad_id, batch_sizes=sizes)
         return self._tuner
 
-    def run(self, size: int, known: Mapping[Point, Trial], hooks: Hooks, deadline: float | None = None) -> Result:
+    def run(self, size: int, known: Mapping[Point, Trial], hooks: Callbacks, deadline: float | None = None) -> Result:
         """Fine-tune on `size` samples, or evaluate if that is 0.
 
         Parameters
@@ -142,7 +142,7 @@ class Bench:
         size : int
         known : mapping
             Trials of this run that were made before.
-        hooks : Hooks
+        hooks : Callbacks
         deadline : float, optional
             Of `time.monotonic`: past it, the run is given up at its next look.
 
@@ -188,7 +188,7 @@ class Bench:
         return Result(outcome, {**self._facts(), **peak(reset)})
 
     def look(
-        self, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+        self, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Measure the candidate's kernel and curvature on the first training samples; see `look.look`.
 
@@ -213,7 +213,7 @@ class Bench:
         return {**found, **peak(reset)}
 
     def gauge(
-        self, what: str, samples: int, deadline: float | None = None, tick: Callable[[], None] = lambda: None
+        self, what: str, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
         """Measure what a score needs that knows nothing of fine-tuning, of the weights without adapters.
 
@@ -222,10 +222,10 @@ class Bench:
         Parameters
         ----------
         what : str
-            One of `lensjax.journal.GAUGES`.
+            One of `lensjax.journal.PRETRAINED_SCORES`.
         samples : int
             Training samples to measure on, if any.
-        deadline, tick
+        deadline, heartbeat
             As in `look`.
 
         Returns

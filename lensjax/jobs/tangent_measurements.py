@@ -16,7 +16,7 @@ HVP_FLOPS = 12  # per weight and token: a form of the Hessian is two gradients
 COUNTED = f"{KERNEL_FLOPS + HVP_FLOPS * PROBES} for each weight and token, 2 for each weight and pair of samples"
 
 
-def look_flops(parameters: int, tokens: int, samples: int) -> float:
+def tangent_flops(parameters: int, tokens: int, samples: int) -> float:
     """Count the floating-point operations of `look` as the paper counts training.
 
     The kernel takes a backward pass, 6 for each weight and token, and 2 for each weight and pair of samples; each of
@@ -63,7 +63,7 @@ def look(model: Any, samples: Encoded, pad_id: int, parameters: int) -> dict[str
         "trace_by_layer": trace.by_layer,
         "samples": count,
         "tokens": tokens,
-        "flops": look_flops(parameters, tokens, count),
+        "flops": tangent_flops(parameters, tokens, count),
     }
 
 

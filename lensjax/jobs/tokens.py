@@ -12,7 +12,7 @@ from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
 from lensjax.tasks import Encoded, Example, Task, bucket_lengths, cached, encode
 from lensjax.tasks.cache import key_of as encoding_key
-from lensjax.tasks.dataset_info import Outline
+from lensjax.tasks.dataset_info import DatasetSummary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,13 +89,15 @@ def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_
     return Tokens(train, validation, test, visible, pad)
 
 
-def placeholder_tokens(outlined: Outline, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
+def placeholder_tokens(
+    summary: DatasetSummary, candidate: Candidate, visible: int, largest: int, max_length: int
+) -> Tokens:
     """Return tokens of the sizes that those of a task which is not here have at most, or are taken to have."""
-    task = outlined.task
+    task = summary.task
     tokenizer = models.load_tokenizer(candidate.path)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
     encode(task.train[:1], tokenizer, max_length, separate=separate, pack=task.text_only)  # refuses what cannot be read
-    length = outlined.tokens or max_length * (1 + separate)
+    length = summary.tokens or max_length * (1 + separate)
 
     def encoded(count: int) -> Encoded:
         prompts = np.full(count, max_length if separate else 0)

@@ -13,7 +13,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.laws.fits import Fits, concrete
 from lensjax.laws.laws import LAWS, log_kernel_residual
-from lensjax.laws.parametrization import FORMS, Form, Row, starts
+from lensjax.laws.parametrization import FORMS, Parametrization, Row, starts
 from lensjax.laws.solver import Terms, huber_sums, lowest, minimize, pullback
 
 Inputs = dict[str, Any]
@@ -89,7 +89,7 @@ def _rows(inputs: Inputs, name: str) -> tuple[Row, jax.Array]:
     return row, jnp.broadcast_to(given["huber_delta"], (curves,))
 
 
-def _residuals(form: Form, coordinates: jax.Array, row: Row) -> Terms:
+def _residuals(form: Parametrization, coordinates: jax.Array, row: Row) -> Terms:
     """Log residuals of the curves, then the deviations from the priors."""
     values = jnp.where(row["used"] > 0, form.log_loss(coordinates, row) - row["log_loss"], 0.0)
     weights, square = row["weight"], jnp.zeros(values.shape, bool)
@@ -214,7 +214,7 @@ def _checked(value: Any, valid: Callable[[np.ndarray], Any], what: str) -> None:
         raise InputError(f"{what}, found {known[~np.broadcast_to(good, known.shape)].flat[0]:g}.")
 
 
-def _prior(prior: Mapping[str, tuple[Any, Any]], form: Form, law: str, curves: int) -> Inputs:
+def _prior(prior: Mapping[str, tuple[Any, Any]], form: Parametrization, law: str, curves: int) -> Inputs:
     unknown = sorted(set(prior) - set(form.raw))
     _require(not unknown, f"prior on {unknown}: the law '{law}' has {', '.join(form.raw)} to put priors on.")
     means, strengths = [], []

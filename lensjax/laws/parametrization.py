@@ -48,7 +48,7 @@ _GRID_OFFSETS = 8
 _LINE = 32
 
 
-class Form(NamedTuple):
+class Parametrization(NamedTuple):
     """How one law is fitted.
 
     Attributes
@@ -150,15 +150,15 @@ def _free_grid(row: Row) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     )
 
 
-def _place_levels(
+def _to_coordinates(
     amplitude: jax.Array, E: jax.Array, ratio: jax.Array, beta: jax.Array, last: jax.Array
 ) -> list[jax.Array]:
     end = amplitude * ratio + E
     return [jnp.log(amplitude + E), jnp.log((amplitude + E) / end), jnp.log(amplitude * ratio / end), last]
 
 
-def _free(name: str) -> Form:
-    return Form(
+def _free(name: str) -> Parametrization:
+    return Parametrization(
         raw=("log_B", "E", "beta", f"log_{name}"),
         params=("B", "E", "beta", name),
         bounds=(_LEVEL_ENDS, _DROP_ENDS, _U_ENDS, (f"{name} = 0", f"{name} at its largest")),
@@ -167,7 +167,7 @@ def _free(name: str) -> Form:
         to_params=_with_params(_free_raw, (0, 3)),
         box=_free_box,
         grid=_free_grid,
-        place=_place_levels,
+        place=_to_coordinates,
     )
 
 
@@ -204,7 +204,7 @@ def _power_grid(row: Row) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     return jnp.exp(-beta * row["x"][:, None]), last, [jnp.broadcast_to(beta, last.shape), jnp.zeros_like(last)]
 
 
-_POWER = Form(
+_POWER = Parametrization(
     raw=("log_B", "E", "beta", "log_alpha"),
     params=("B", "E", "beta", "alpha"),
     bounds=(_LEVEL_ENDS, _DROP_ENDS, _U_ENDS, ("alpha = 0.05", "alpha = 148")),
@@ -213,7 +213,7 @@ _POWER = Form(
     to_params=_with_params(_power_raw, (0, 3)),
     box=lambda row: _box(row, (LEAST_DROP, LARGEST_DROP, 0.3), (LEAST_U, 0.0, 1.0), (*LOG_ALPHA, 0.5)),
     grid=_power_grid,
-    place=_place_levels,
+    place=_to_coordinates,
     betas=_LINE,
 )
 
@@ -263,7 +263,7 @@ def _place_known(
     return [jnp.log(amplitude + E), E / (amplitude + E), beta, *last]
 
 
-def _given() -> Form:
+def _given() -> Parametrization:
     log_loss, to_raw = _known(_given_offsets)
 
     def grid(row: Row) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
@@ -273,7 +273,7 @@ def _given() -> Form:
         values = (1.0 + jnp.exp(row["log_F_ref"] - shift)) / jnp.where(row["used"][:, None] > 0, total, 1.0)
         return values, jnp.ones_like(shift), [jnp.broadcast_to(beta, shift.shape)]
 
-    return Form(
+    return Parametrization(
         raw=("log_B", "E", "beta"),
         params=("B", "E", "beta"),
         bounds=_KNOWN_ENDS,
@@ -287,7 +287,7 @@ def _given() -> Form:
     )
 
 
-def _kernel() -> Form:
+def _kernel() -> Parametrization:
     log_loss, known_raw = _known(_kernel_offsets)
 
     def to_raw(c: jax.Array, row: Row) -> jax.Array:
@@ -313,7 +313,7 @@ def _kernel() -> Form:
             [jnp.broadcast_to(v, offset.shape).reshape(flat) for v in (beta, spread)],
         )
 
-    return Form(
+    return Parametrization(
         raw=("log_B", "E", "beta", "log_t"),
         params=("B", "E", "beta", "F", "t"),
         bounds=(*_KNOWN_ENDS, ("t = 0", "t at its largest")),
@@ -326,7 +326,7 @@ def _kernel() -> Form:
     )
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, Parametrization] = {
     "power": _POWER,
     "rectified": _free("D_l"),
     "lens": _free("F"),
@@ -335,7 +335,7 @@ FORMS: dict[str, Form] = {
 }
 
 
-def starts(form: Form, row: Row, number: int) -> jax.Array:
+def starts(form: Parametrization, row: Row, number: int) -> jax.Array:
     """Best few points (P, N, number) of a grid over the shape; amplitude and E by nonnegative least squares.
 
     The squares are those of relative errors of the loss, which are the errors of its logarithm to first order.

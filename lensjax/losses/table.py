@@ -22,7 +22,7 @@ PARAMETER_COLUMNS = ("parameters", "params", "size")
 FAMILY_COLUMNS = ("family",)
 SIZE_LIKE = re.compile(r"\d.*|zero.?shot|(n|d|size|samples?|train|loss)[ _=-]*\d[\d_,.]*[km]?", re.IGNORECASE)
 """Names of columns that are meant as numbers of samples; those that are numbers are read."""
-OTHERS = {
+UNSUPPORTED_SUFFIXES = {
     ".xlsx": "export the sheet as CSV in UTF-8",
     ".xls": "export the sheet as CSV in UTF-8",
     ".ods": "export the sheet as CSV in UTF-8",
@@ -101,8 +101,10 @@ def _read_csv(path: Path, source: str) -> Curves:
 
 def _lines(path: Path, source: str) -> list[tuple[int, list[str]]]:
     """Return the number of each line that is not empty, and its cells."""
-    if path.suffix in OTHERS:
-        raise InputError(f"{source}: {OTHERS[path.suffix]}; a table of losses is a CSV file (.csv, or .tsv with tabs).")
+    if path.suffix in UNSUPPORTED_SUFFIXES:
+        raise InputError(
+            f"{source}: {UNSUPPORTED_SUFFIXES[path.suffix]}; a table of losses is a CSV file (.csv, or .tsv with tabs)."
+        )
     try:
         text = decode(path.read_bytes())
     except ValueError as error:

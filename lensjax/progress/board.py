@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class Running:
+class ActiveRun:
     """What is being measured now.
 
     Attributes
@@ -36,7 +36,7 @@ class Running:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RankedCandidate:
     """A candidate's place in a ranking.
 
     Attributes
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclasses.dataclass
-class Board:
+class SelectionState:
     """All there is to see of a selection under way; whoever selects writes here, a `Console` shows it.
 
     Attributes
@@ -70,10 +70,10 @@ class Board:
     target : int
     losses : dict of (candidate, size) to float
         Measured so far.
-    places : dict of candidate to Place
+    places : dict of candidate to RankedCandidate
         The ranking so far, of those it can say something about.
     failures : dict of candidate to reason
-    running : Running or None
+    running : ActiveRun or None
     spent : str
         What was spent, and what is left.
     time_left : str
@@ -85,9 +85,9 @@ class Board:
     sizes: tuple[int, ...]
     target: int
     losses: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
-    places: dict[str, Place] = dataclasses.field(default_factory=dict)
+    places: dict[str, RankedCandidate] = dataclasses.field(default_factory=dict)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
-    running: Running | None = None
+    running: ActiveRun | None = None
     spent: str = ""
     time_left: str = ""
 
@@ -100,4 +100,4 @@ class Board:
         for rank, row in enumerate(scores.order, start=1):
             if np.isfinite(scores.score[row]):
                 chance = float("nan") if chances is None else float(chances[row])
-                self.places[scores.names[row]] = Place(rank, float(scores.predicted_loss[row]), chance)
+                self.places[scores.names[row]] = RankedCandidate(rank, float(scores.predicted_loss[row]), chance)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from lensjax._display import duration, plain
-from lensjax.progress.board import Board
+from lensjax.progress.board import SelectionState
 
 if TYPE_CHECKING:
     import rich.console
@@ -65,7 +65,7 @@ class Console:
         return self._clock() - self.start
 
     @contextlib.contextmanager
-    def follow(self, board: Board) -> Iterator[None]:
+    def follow(self, board: SelectionState) -> Iterator[None]:
         """Show a board until the block ends; its last state stays. Where nothing can be drawn, do nothing."""
         if not self.live or self._screen is None:
             yield

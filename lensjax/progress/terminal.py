@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lensjax._display import duration, number, percent, plain
-from lensjax.progress.board import Board
+from lensjax.progress.board import SelectionState
 
 EVERY = 0.25  # seconds between two drawings
 ROOMY = 60  # columns from which ranks and words in full have room
@@ -67,7 +67,7 @@ class View:
 
     Parameters
     ----------
-    board : Board
+    board : SelectionState
     screen : rich.console.Console
     stream : text stream
         The terminal, asked for its size before each drawing.
@@ -81,7 +81,7 @@ class View:
     """
 
     def __init__(
-        self, board: Board, screen: rich.console.Console, stream: TextIO, elapsed: Callable[[], float]
+        self, board: SelectionState, screen: rich.console.Console, stream: TextIO, elapsed: Callable[[], float]
     ) -> None:
         self.board, self.screen, self.stream, self.elapsed = board, screen, stream, elapsed
         self.interrupted = False

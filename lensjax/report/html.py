@@ -48,7 +48,7 @@ def render_html(selection: Selection) -> str:
     Parameters
     ----------
     selection : Selection
-        Of its `facts`, all optional, these are shown: `next_command` (str: fine-tunes the winner), `next_note` (str:
+        Of its `facts`, all optional, these are shown: `tune_command` (str: fine-tunes the winner), `tune_note` (str:
         what to know of that command), `metric` (str: which one of the runs the losses are), `command` (str: made this
         selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package ->
         version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory` (str),
@@ -133,7 +133,7 @@ def answer(selection: Selection) -> str:
     if scores.best_probability is not None:
         chance = percent(float(scores.best_probability[row]), 0)
         text += f"; it is the best of the {len(selection.curves)} candidates with probability {chance} %"
-    spent, full = selection.spent(scores) + selection.lost_flops, float(selection.full_flops.sum())
+    spent, full = selection.spent(scores) + selection.failed_flops, float(selection.full_flops.sum())
     if np.isfinite(spent) and np.isfinite(full) and full > 0:
         text += f", and finding out cost {percent(spent / full)} % of fine-tuning them all"
     else:
@@ -156,12 +156,12 @@ def _hero(selection: Selection) -> str:
     if scores.best_probability is not None:
         keys.append(("Is the best with", f"{percent(float(scores.best_probability[row]), 0)} %"))
     if np.isfinite(selection.spent(scores)):
-        keys.append(("Spent", f"{flops(selection.spent(scores) + selection.lost_flops)} FLOPs"))
+        keys.append(("Spent", f"{flops(selection.spent(scores) + selection.failed_flops)} FLOPs"))
     if isinstance(selection.facts.get("seconds"), (int, float)):
         keys.append(("Time of all runs", duration(selection.facts["seconds"])))
     terms = "".join(f"<div><dt>{k}</dt>\n<dd>{escaped(v)}</dd></div>" for k, v in keys)
     more = []
-    names = selection.may_be_best(scores)
+    names = selection.credible_set(scores)
     if len(names) > 1:
         shown = ", ".join(name_of(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         more.append(f"With {SURE} % certainty, the best is one of these {len(names)}: {shown}.")
@@ -228,11 +228,11 @@ def _curves(selection: Selection) -> str:
     scores = selection.main
     found = paths(selection, scores)
     axes = svg_figures.frame(selection, found)
-    drawn = []
+    render_all = []
     for rank, r in enumerate(scores.order, start=1):
         row = int(r)
         picture = svg_figures.curve(selection, row, found, axes, name=f"curve-{rank}")
-        drawn.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
+        render_all.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
     shown = {
         "measured, not used by the method": bool((np.isfinite(selection.curves.losses) & ~scores.used).any()),
         "fit": bool(np.isfinite(found.losses).any()),
@@ -259,7 +259,7 @@ def _curves(selection: Selection) -> str:
             ),
             _paragraph(escaped(found.reason), "dim small") if found.reason else "",
             f'<ul class="legend" aria-label="Legend">{legend}</ul>',
-            f'<div class="figures">{"".join(drawn)}</div>',
+            f'<div class="figures">{"".join(render_all)}</div>',
             "</section>",
         ]
     )
@@ -287,7 +287,7 @@ def _caption(selection: Selection, rank: int, row: int) -> str:
 
 def _cost(selection: Selection) -> str:
     scores = selection.main
-    spent, full = selection.spent(scores) + selection.lost_flops, float(selection.full_flops.sum())
+    spent, full = selection.spent(scores) + selection.failed_flops, float(selection.full_flops.sum())
     winner = float(selection.full_flops[scores.order[0]])
     parts = ['<section aria-labelledby="cost">', '<h2 id="cost">What it cost, and what was saved</h2>']
     if not np.isfinite([spent, full, winner]).all():
@@ -301,17 +301,17 @@ def _cost(selection: Selection) -> str:
     else:
         text += f" With the winner's own fine-tuning ({flops(winner)}), nothing is saved at this size."
     parts.append(_paragraph(escaped(text)))
-    drawn = svg_figures.cost(selection, name="cost-figure")
-    if drawn:
+    render_all = svg_figures.cost(selection, name="cost-figure")
+    if render_all:
         caption = "Floating-point operations, as shares of fine-tuning all candidates."
-        parts.append(f'<figure class="narrow">{drawn}<figcaption>{caption}</figcaption></figure>')
-    lost = f" {flops(selection.lost_flops)} of them went to candidates that failed." if selection.lost_flops else ""
+        parts.append(f'<figure class="narrow">{render_all}<figcaption>{caption}</figcaption></figure>')
+    lost = f" {flops(selection.failed_flops)} of them went to candidates that failed." if selection.failed_flops else ""
     parts.append(_paragraph(escaped(f"Counted as {selection.cost_note}.{lost}"), "dim small"))
     return "\n".join([*parts, "</section>"])
 
 
 def _next(selection: Selection) -> str:
-    command, note = (selection.facts.get(name) for name in ("next_command", "next_note"))
+    command, note = (selection.facts.get(name) for name in ("tune_command", "tune_note"))
     parts = ['<section aria-labelledby="next">', '<h2 id="next">Fine-tune the winner</h2>']
     if command:
         parts += [
@@ -392,17 +392,17 @@ def _tangents(selection: Selection) -> str:
         "The spectrum of the neural tangent kernel says how many directions of the data a model learns quickly; the "
         "trace of the Hessian says which layers the loss is sensitive to."
     )
-    drawn = []
+    render_all = []
     for place, (name, found) in enumerate(tangents.items(), start=1):
         pictures = [
             ("Kernel spectrum", svg_figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
             ("Trace by layer", svg_figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
         ]
         inside = "".join(f"<figure>{p}<figcaption>{c}</figcaption></figure>" for c, p in pictures if p)
-        drawn.append(
+        render_all.append(
             f'<h3>{name_of(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
         )
-    return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *drawn])
+    return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *render_all])
 
 
 def _provenance(selection: Selection) -> str:

@@ -19,7 +19,7 @@ AGREEMENT = 1e-6  # relative: a curve that misses the prediction at the target i
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Paths:
+class PredictedCurves:
     """Expected losses of M candidates along the sizes.
 
     Attributes
@@ -40,7 +40,7 @@ class Paths:
     reason: str
 
 
-def paths(selection: Selection, scores: Scores) -> Paths:
+def paths(selection: Selection, scores: Scores) -> PredictedCurves:
     """Return the curves behind a method's predictions.
 
     They are computed again from the losses, and left out where they miss the predictions (a method with options that
@@ -49,7 +49,7 @@ def paths(selection: Selection, scores: Scores) -> Paths:
     sizes = _sizes(selection)
     nothing = np.full((len(selection.curves), len(sizes)), np.nan)
     if not np.isfinite(scores.predicted_loss).any():
-        return Paths(sizes, nothing, None, f"Method {scores.method} ranks without predicting a loss.")
+        return PredictedCurves(sizes, nothing, None, f"Method {scores.method} ranks without predicting a loss.")
     name = scores.method
     interval = None
     try:
@@ -62,15 +62,15 @@ def paths(selection: Selection, scores: Scores) -> Paths:
         elif name == "ats":
             losses = np.exp(_lines(selection.curves, sizes))
         else:
-            return Paths(sizes, nothing, None, f"Method {name} predicts one loss, not a curve.")
+            return PredictedCurves(sizes, nothing, None, f"Method {name} predicts one loss, not a curve.")
     except InputError as error:
-        return Paths(sizes, nothing, None, f"No curve: {error}")
+        return PredictedCurves(sizes, nothing, None, f"No curve: {error}")
     agrees = np.isclose(losses[:, -1], scores.predicted_loss, rtol=AGREEMENT)
     losses = np.where(agrees[:, None], losses, np.nan)
     if interval is None:
         reason = f"Method {name} gives no interval; the default method, averaged, does."
-        return Paths(sizes, losses, None, reason)
-    return Paths(sizes, losses, np.where(agrees[:, None, None], interval, np.nan), "")
+        return PredictedCurves(sizes, losses, None, reason)
+    return PredictedCurves(sizes, losses, np.where(agrees[:, None, None], interval, np.nan), "")
 
 
 def _sizes(selection: Selection) -> np.ndarray:

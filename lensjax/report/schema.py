@@ -71,8 +71,8 @@ _METHOD = _object(
         "ranking": {"type": "array", "items": _RANKED, "description": "All candidates, best first."},
     },
     {
-        "certainty": _number("Of the intervals and of may_be_best.", minimum=0, maximum=1),
-        "may_be_best": {
+        "certainty": _number("Of the intervals and of credible_set.", minimum=0, maximum=1),
+        "credible_set": {
             "type": "array",
             "items": {"type": "string"},
             "description": "The smallest set that contains the best candidate with that certainty, likeliest first.",
@@ -106,7 +106,7 @@ DOCUMENT: dict[str, Any] = {
             "best": _text("The candidate to fine-tune."),
             "cost_note": _text("How floating-point operations were counted."),
             "full_flops": _number("Cost of fine-tuning every candidate on target samples."),
-            "lost_flops": _number("Spent on candidates that failed."),
+            "failed_flops": _number("Spent on candidates that failed."),
             "sizes": _numbers("Training samples of the measurements, ascending; 0 is before fine-tuning."),
             "methods": {"type": "object", "additionalProperties": _METHOD, "description": "Method -> what it found."},
             "refused_methods": {**_TEXTS, "description": "Method -> why these losses do not allow it."},
@@ -117,7 +117,7 @@ DOCUMENT: dict[str, Any] = {
                 "type": "object",
                 "description": "Everything else, none of it certain to be there: directory, seconds, task (fingerprint "
                 "of the data), metric (of the runs, which the losses are), seed, notes, specification, versions, "
-                "command, next_command (fine-tunes the winner) and next_note (what to know before), tangents, "
+                "command, tune_command (fine-tunes the winner) and tune_note (what to know before), tangents, "
                 "nlp_metrics, log_me, ...",
             },
         },

@@ -124,7 +124,7 @@ def certainty(selection: Selection) -> str:
     if scores.interval is None or scores.best_probability is None:
         return ""
     row = int(scores.order[0])
-    names = selection.may_be_best(scores)
+    names = selection.credible_set(scores)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     which = names[0] if len(names) == 1 else f"one of {len(names)}: {shown}"
     return (
@@ -142,7 +142,7 @@ def cost(selection: Selection) -> str:
     return (
         f"Cost: {flops(spent)} FLOPs, {percent(spent / full)} % of fine-tuning all {len(selection.curves)} candidates "
         f"on {samples(selection.target)} samples ({flops(full)}); {selection.cost_note}."
-        + (f" {flops(selection.lost_flops)} more went to candidates that failed." if selection.lost_flops else "")
+        + (f" {flops(selection.failed_flops)} more went to candidates that failed." if selection.failed_flops else "")
     )
 
 
@@ -166,7 +166,7 @@ def metric(selection: Selection) -> str:
 
 def next_step(selection: Selection) -> str:
     """Say how to fine-tune the winner: the command on a line of its own, or a sentence where none is known."""
-    command, note = (selection.facts.get(name) for name in ("next_command", "next_note"))
+    command, note = (selection.facts.get(name) for name in ("tune_command", "tune_note"))
     if command:
         return f"Next, this fine-tunes it and saves the model{f'. {note}' if note else ':'}\n{command}"
     return (

@@ -10,7 +10,7 @@ from typing import Literal
 
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.journal import BESIDES, GAUGES, Run
+from lensjax.journal import EXTRA_MEASUREMENTS, PRETRAINED_SCORES, Run
 
 Kind = Literal["share", "flops", "seconds", "samples"]
 
@@ -93,7 +93,7 @@ def paid(lines: Sequence[Run]) -> list[Run]:
     """
     finished = {run.key for run in lines if not run.part_of and run.test_loss is not None}
     failed = {run.key for run in lines if not run.part_of} - finished
-    return [run for run in lines if run.part_of in {"", *BESIDES, *failed}]
+    return [run for run in lines if run.part_of in {"", *EXTRA_MEASUREMENTS, *failed}]
 
 
 class Ledger:
@@ -184,7 +184,7 @@ class Ledger:
         """
         if self.budget is None:
             return
-        counted = [r for r in paid(lines) if 0 < r.size < self.target or r.part_of in GAUGES]
+        counted = [r for r in paid(lines) if 0 < r.size < self.target or r.part_of in PRETRAINED_SCORES]
         if self.budget.kind == "seconds":
             self.spent = elapsed
             # The best seen, for small runs mostly load and compile; a run that takes longer is ended in time.
@@ -201,4 +201,4 @@ class Ledger:
             self.spent = float(sum(r.samples for r in counted))
         else:
             self.spent = float(sum(r.flops for r in counted))
-            self.beside = float(sum(r.flops for r in counted if r.part_of in GAUGES))
+            self.beside = float(sum(r.flops for r in counted if r.part_of in PRETRAINED_SCORES))

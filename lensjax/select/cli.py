@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lensjax.selection import Selection
 
 COMMAND, CONFIG, REPORT = "command.json", "config.toml", "report.html"
-TALK = ("--quiet", "--verbose")
-DESTINATIONS = ("--json", "--html", "--figures", "--figure-format", "--out")
+VERBOSITY_FLAGS = ("--quiet", "--verbose")
+OUTPUT_FLAGS = ("--json", "--html", "--figures", "--figure-format", "--out")
 
 
 def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool = False) -> int:
@@ -71,7 +71,7 @@ def _run(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: 
         arguments, place = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
         with contextlib.chdir(place):
-            return _select(given, _without(arguments, DESTINATIONS), out, err, own_process=own_process)
+            return _select(given, _without(arguments, OUTPUT_FLAGS), out, err, own_process=own_process)
     return _select(given, arguments, out, err, own_process=own_process)
 
 
@@ -88,7 +88,7 @@ def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def _yielding(before: Sequence[str], now: Sequence[str]) -> list[str]:
     """Return earlier arguments without those that the ones given now exclude instead of overriding them."""
-    return _without(before, TALK) if any(flag in now for flag in TALK) else list(before)
+    return _without(before, VERBOSITY_FLAGS) if any(flag in now for flag in VERBOSITY_FLAGS) else list(before)
 
 
 def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:

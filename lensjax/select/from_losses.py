@@ -20,7 +20,7 @@ DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the p
 
 PER_BYTE = "test_loss_per_byte"  # of our own runs
 
-PERCENT = 20.0  # nats that no loss of a language model reaches: not knowing which of 500,000 tokens follows is 13
+LARGEST_LOSS = 20.0  # nats that no loss of a language model reaches: not knowing which of 500,000 tokens follows is 13
 
 
 def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -> tuple[float, float]:
@@ -90,7 +90,7 @@ def check_falling(curves: Curves) -> None:
     known = [row[np.isfinite(row)] for row in curves.losses]
     ends = [(row[0], row[-1]) for row in known if len(row) > 1]
     largest = max((row.max() for row in known if len(row)), default=0.0)
-    if len(ends) > 1 and all(last > first for first, last in ends) and not 1 < largest <= PERCENT:
+    if len(ends) > 1 and all(last > first for first, last in ends) and not 1 < largest <= LARGEST_LOSS:
         raise InputError(
             f"{curves.source}: the losses of all {len(ends)} models rise with the number of samples (the first from "
             f"{ends[0][0]:g} to {ends[0][1]:g}); are they accuracies? Give test losses: mean cross-entropy, nats per "

@@ -11,18 +11,18 @@ import numpy as np
 
 from lensjax.environment import versions
 from lensjax.errors import SelectionError
-from lensjax.journal import BESIDES, LOG_ME, TANGENTS, curves_of, key_of
+from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, TANGENTS, curves_of, key_of
 from lensjax.progress.console import Console
 from lensjax.select.budget import paid
-from lensjax.select.extra_measurements import gauge, gauges_of
+from lensjax.select.extra_measurements import gauge, pretrained_scores_of
 from lensjax.select.from_losses import score_all
-from lensjax.select.looks import look_all, with_residuals
+from lensjax.select.looks import measure_tangents, with_residuals
 from lensjax.select.race import race
 from lensjax.select.records import by_xla
 from lensjax.select.request import Prepared, sizes_needed
-from lensjax.select.session import COMPILED, LOGS, Measurements
+from lensjax.select.session import COMPILED, LOGS, Session
 from lensjax.select.strategies import descend_all
-from lensjax.select.tune_command import next_facts
+from lensjax.select.tune_command import tune_facts
 from lensjax.selection import Selection
 
 
@@ -31,7 +31,7 @@ def default_directory(prepared: Prepared) -> Path:
     return Path("runs") / f"{prepared.task.name}-{key_of(prepared.specification)[:8]}"
 
 
-class LiveSelection(Measurements):
+class LiveSelection(Session):
     """Runs a prepared request.
 
     Parameters
@@ -102,7 +102,7 @@ class LiveSelection(Measurements):
             for candidate in prepared.candidates:
                 gauge(self, candidate)
         if prepared.request.tangents:
-            look_all(self, prepared.request.tangents)
+            measure_tangents(self, prepared.request.tangents)
         if prepared.request.verify:
             for candidate in prepared.candidates:
                 self.verify(candidate)
@@ -150,9 +150,9 @@ class LiveSelection(Measurements):
             full_flops = np.where(np.isfinite(truth), flops[:, measured.sizes == prepared.target].sum(1), full_flops)
             how = "as measured"
         finished = {r.key for r in self.journal.lines if r.test_loss is not None and not r.part_of}
-        spent = [r for r in paid(self.journal.lines) if r.part_of not in BESIDES]
+        spent = [r for r in paid(self.journal.lines) if r.part_of not in EXTRA_MEASUREMENTS]
         looking = sum(seen["flops"] for seen in self.looks.values())
-        gauges = gauges_of(request.method)
+        gauges = pretrained_scores_of(request.method)
         gauging = {what: sum(r.flops for r in self.journal.lines if r.part_of == what) for what in gauges}
         more = {what: flops for what, flops in gauging.items() if flops and what != request.method}
         frozen = " (4 N for frozen weights)" if any(c.lora for c in ranked) else ""
@@ -162,7 +162,7 @@ class LiveSelection(Measurements):
             request.method,
             gamma=request.gamma,
             tau=request.tau,
-            without={what: {n: r for n, r in of.items() if n in names} for what, of in self.ungauged.items()},
+            without={what: {n: r for n, r in of.items() if n in names} for what, of in self.scores_unavailable.items()},
         )
         if LOG_ME in scores and len({c.tokenizer.removesuffix("-separate") for c in ranked}) > 1:
             remark = "its classes are its own tokens, and the candidates have different tokenizers"
@@ -175,7 +175,7 @@ class LiveSelection(Measurements):
             refused=refused,
             flops=flops[:, : len(curves.sizes)],
             full_flops=full_flops,
-            lost_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.key not in finished),
+            failed_flops=sum(r.flops for r in spent if r.candidate in self.failures or r.key not in finished),
             cost_note=f"6 N per token trained on{frozen}, all epochs and trials; the whole {how}{by_xla(runs)}"
             + (f"; kernels and Hessian traces took {looking:.3g} more" if looking else "")
             + (f"; {' and '.join(more)} took {sum(more.values()):.3g} more" if more else ""),
@@ -183,7 +183,7 @@ class LiveSelection(Measurements):
             failures=self.failures,
             unverified=self.unverified,
             loss_unit=request.loss_unit,
-            gauge_flops=gauging,
+            score_flops=gauging,
             facts={
                 "directory": str(self.directory),
                 "seconds": sum(r.seconds for r in self.found.values()),
@@ -192,8 +192,8 @@ class LiveSelection(Measurements):
                 "task": prepared.task.fingerprint,
                 "notes": list(prepared.notes),
                 **({TANGENTS: with_residuals(self.looks, runs)} if self.looks else {}),
-                **{what: found for what, found in self.gauged.items() if found},
+                **{what: found for what, found in self.pretrained_scores.items() if found},
                 "specification": prepared.specification,
-                **next_facts(prepared, next(iter(scores.values())).best, runs, self.directory),
+                **tune_facts(prepared, next(iter(scores.values())).best, runs, self.directory),
             },
         )

@@ -7,19 +7,19 @@ from typing import Any
 
 from lensjax._display import duration
 from lensjax.jobs.runner import RunFailedError
-from lensjax.jobs.tangent_measurements import kernel_residual, look_flops
+from lensjax.jobs.tangent_measurements import kernel_residual, tangent_flops
 from lensjax.journal import TANGENTS, Run, key_of
-from lensjax.progress.board import Running
+from lensjax.progress.board import ActiveRun
 from lensjax.select.records import common_facts, run_key
-from lensjax.select.session import Measurements
+from lensjax.select.session import Session
 
 
-def look_all(made: Measurements, samples: int) -> None:
+def measure_tangents(made: Session, samples: int) -> None:
     """Look at each candidate's kernel and curvature, as far as the budget goes; failures are only noted.
 
     Parameters
     ----------
-    made : Measurements
+    made : Session
         What is found goes to its `looks` and its journal.
     samples : int
         Training samples to look on.
@@ -36,18 +36,18 @@ def look_all(made: Measurements, samples: int) -> None:
             made.looks[candidate.name] = known.facts[TANGENTS]
             continue
         tokens = prepared.tokens[candidate.tokenizer].train.first(samples)
-        cost = look_flops(candidate.parameters, int(tokens.token_counts.sum()), samples)
+        cost = tangent_flops(candidate.parameters, int(tokens.token_counts.sum()), samples)
         budget = made.ledger.budget
         if budget is not None and (made.ledger.left <= 0 or (budget.kind == "flops" and cost > made.ledger.left)):
             console.line(f"{label}: not measured, it would exceed the budget")
             continue
         made.rank()
-        made.board.running = Running(candidate.name, None, what)
+        made.board.running = ActiveRun(candidate.name, None, what)
         console.refresh(now=True)
         console.status(label)
         begun = time.monotonic()
         try:
-            found = made.bench_of(candidate).look(samples, made.deadline(), made.tick)
+            found = made.runner_for(candidate).look(samples, made.deadline(), made.heartbeat)
         except RunFailedError as error:
             made.board.running = None
             console.line(f"{label}: could not be measured: {error}")

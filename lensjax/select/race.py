@@ -8,16 +8,16 @@ import numpy as np
 
 from lensjax.errors import InputError
 from lensjax.jobs.runner import OutOfTimeError, RunFailedError
-from lensjax.select.session import Measurements
+from lensjax.select.session import Session
 from lensjax.selectors import RACE, propose
 
 
-def race(made: Measurements) -> None:
+def race(made: Session) -> None:
     """Let the candidates race until the budget is spent or nothing more is worth it.
 
     Parameters
     ----------
-    made : Measurements
+    made : Session
         What is in its journal counts; the runs are made and noted there.
     """
     prepared, ledger = made.prepared, made.ledger

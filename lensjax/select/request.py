@@ -9,19 +9,17 @@ from typing import Any
 
 from lensjax import environment
 from lensjax.errors import InputError
-from lensjax.finetune import Plan, Search
 from lensjax.jobs.candidates import Candidate, find_candidates
 from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
 from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
-from lensjax.journal import GAUGES, LOG_ME
-from lensjax.models import Lora
+from lensjax.journal import LOG_ME, PRETRAINED_SCORES
 from lensjax.select.budget import Budget, Ledger
 from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule
 from lensjax.tasks import Task
-from lensjax.tasks.dataset_info import Outline
+from lensjax.tasks.dataset_info import DatasetSummary
 
 DEMO_SMALLEST, SMALLEST = 50, 200
-UNTRAINED = ("zero_shot", "model_size", *GAUGES)
+UNTRAINED = ("zero_shot", "model_size", *PRETRAINED_SCORES)
 """Methods that need no fine-tuned candidate."""
 RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
 
@@ -72,7 +70,7 @@ class Request(JobRequest):
 class Prepared:
     """A request that was checked as a whole: nothing in it fails for a reason that could have been known before.
 
-    With an `outlined` task, `task` and `tokens` are stand-ins of the same sizes.
+    With an `summary` task, `task` and `tokens` are stand-ins of the same sizes.
     """
 
     request: Request
@@ -83,7 +81,7 @@ class Prepared:
     target: int
     max_length: int
     notes: tuple[str, ...]
-    outlined: Outline | None = None
+    summary: DatasetSummary | None = None
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -153,19 +151,19 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
     check_rule(request.gamma, request.tau)
     request.plan.check()
     request.search.check(request.plan)
-    outlined = None if fetch else dataset_summary_of(request)
-    task = task_of(request) if outlined is None else outlined.task
+    summary = None if fetch else dataset_summary_of(request)
+    task = task_of(request) if summary is None else summary.task
     sizes, target = _sizes(request, len(task.train))
     candidates = find_candidates(request.models, request.lora, fetch=fetch)
     limits = [c.config.max_length for c in candidates]
     max_length = min([request.max_length, *(n for n in limits if n is not None)])
-    notes = [*task.notes, *(outlined.notes if outlined is not None else ())]
+    notes = [*task.notes, *(summary.notes if summary is not None else ())]
     tokens: dict[str, Tokens] = {}
     for candidate in candidates:
         needed = target if request.verify else sizes[-1]
-        if outlined is not None:
+        if summary is not None:
             if candidate.tokenizer not in tokens:
-                tokens[candidate.tokenizer] = placeholder_tokens(outlined, candidate, sizes[-1], needed, max_length)
+                tokens[candidate.tokenizer] = placeholder_tokens(summary, candidate, sizes[-1], needed, max_length)
             continue
         if candidate.tokenizer not in tokens:
             found = tokens_of(task, candidate, sizes[-1], needed, max_length)
@@ -186,7 +184,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
         )
     if request.tangents > sizes[-1]:
         raise InputError(f"--tangents {request.tangents}: the largest subset has {sizes[-1]} samples; lower it.")
-    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes), outlined)
+    prepared = Prepared(request, task, candidates, tokens, sizes, target, max_length, tuple(notes), summary)
     _check_budget(prepared)
     return prepared
 

@@ -15,11 +15,11 @@ from lensjax._display import duration
 from lensjax.finetune import Progress, Trial
 from lensjax.finetune.search import Point
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.process import Worker
-from lensjax.jobs.runner import Assignment, Bench, Hooks, RunFailedError, Trials, reason
-from lensjax.journal import GAUGES, Journal, Run
+from lensjax.jobs.process import CandidateProcess
+from lensjax.jobs.runner import Callbacks, CandidateRunner, RunFailedError, RunnerConfig, Trials, reason
+from lensjax.journal import PRETRAINED_SCORES, Journal, Run
 from lensjax.losses.curves import FACT_COLUMNS, Curves
-from lensjax.progress.board import Board, Running
+from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import Console
 from lensjax.select.budget import paid
 from lensjax.select.details import of_run, of_scores, of_trial
@@ -33,10 +33,10 @@ COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
 RANKING_SHARE = 0.03  # of the time so far: what the rankings for who looks on may have taken
 
 
-def assign(prepared: Prepared, candidate: Candidate) -> Assignment:
+def assign(prepared: Prepared, candidate: Candidate) -> RunnerConfig:
     """Return what the runs of a candidate need."""
     request = prepared.request
-    return Assignment(
+    return RunnerConfig(
         name=candidate.name,
         path=candidate.path,
         vocabulary=candidate.config.vocab_size,
@@ -47,7 +47,7 @@ def assign(prepared: Prepared, candidate: Candidate) -> Assignment:
     )
 
 
-class Measurements:
+class Session:
     """Makes the runs of a prepared request: the journal is read first, and no finished run is repeated.
 
     Parameters
@@ -66,9 +66,9 @@ class Measurements:
     failures, unverified : dict of candidate to reason
         Those that are not ranked, and those of no run on all samples.
     looks : dict of candidate to what a look found
-    gauged, ungauged : dict of score to dict of candidate to what was found, or to reason
-        For scores in `lensjax.journal.GAUGES`.
-    board : Board
+    pretrained_scores, scores_unavailable : dict of score to dict of candidate to what was found, or to reason
+        For scores in `lensjax.journal.PRETRAINED_SCORES`.
+    board : SelectionState
         What there is to see.
 
     Raises
@@ -83,23 +83,23 @@ class Measurements:
         self.failures: dict[str, str] = {}
         self.unverified: dict[str, str] = {}
         self.looks: dict[str, dict[str, Any]] = {}
-        self.gauged: dict[str, dict[str, dict[str, Any]]] = {what: {} for what in GAUGES}
-        self.ungauged: dict[str, dict[str, str]] = {what: {} for what in GAUGES}
+        self.pretrained_scores: dict[str, dict[str, dict[str, Any]]] = {what: {} for what in PRETRAINED_SCORES}
+        self.scores_unavailable: dict[str, dict[str, str]] = {what: {} for what in PRETRAINED_SCORES}
         self.found: dict[tuple[str, int], Run] = {}
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
-        self.bench: Bench | Worker | None = None
+        self.bench: CandidateRunner | CandidateProcess | None = None
         self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in paid(self.journal.lines)))
         self.board = self._board()
         self._ranked: tuple[int, ...] = (0, 0, 0)  # runs, failures and other scores that the ranking so far knows
         self._ranking = 0.0  # seconds that rankings took
 
-    def _board(self) -> Board:
+    def _board(self) -> SelectionState:
         """Return what there is to see before the first run."""
         prepared = self.prepared
         zero_shot = () if prepared.races else (0,)
         target = (prepared.target,) if prepared.request.verify else ()
-        return Board(
+        return SelectionState(
             title=f"{prepared.task.name}: choosing for {prepared.target:,} samples",
             unit=f"nats per {prepared.request.loss_unit}",
             names=tuple(c.name for c in prepared.candidates),
@@ -125,7 +125,7 @@ class Measurements:
             board.spent = f"budget {whole}: {100 * share:.0f} % spent, {100 * (1 - share):.0f} % left"
         self.console.refresh()
 
-    def tick(self) -> None:
+    def heartbeat(self) -> None:
         """Take note of a sign of life."""
         self.stopwatch.keep()
         self.show()
@@ -140,7 +140,10 @@ class Measurements:
         last : bool
             Whether there will be no other: then it may take its time.
         """
-        console, news = self.console, (len(self.found), len(self.failures), sum(map(len, self.gauged.values())))
+        console, news = (
+            self.console,
+            (len(self.found), len(self.failures), sum(map(len, self.pretrained_scores.values()))),
+        )
         if news == self._ranked or not (console.live or console.verbose):
             return
         begun = console.elapsed
@@ -164,7 +167,7 @@ class Measurements:
         ready = []
         for candidate in self.prepared.candidates:
             sizes = [size for name, size in self.found if name == candidate.name and size <= largest]
-            scored = method not in GAUGES or candidate.name in self.gauged[method]
+            scored = method not in PRETRAINED_SCORES or candidate.name in self.pretrained_scores[method]
             if sizes and sum(s > 0 for s in sizes) >= needed and scored and candidate.name not in self.failures:
                 ready.append(candidate)
         if len(ready) < 2:
@@ -220,7 +223,7 @@ class Measurements:
 
     def facts(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the facts of candidates that selectors know, see `lensjax.losses.curves.FACT_COLUMNS`."""
-        merged = {n: {k: v for of in self.gauged.values() for k, v in of.get(n, {}).items()} for n in names}
+        merged = {n: {k: v for of in self.pretrained_scores.values() for k, v in of.get(n, {}).items()} for n in names}
         known = [fact for fact in FACT_COLUMNS if any(fact in own for own in merged.values())]
         return {fact: np.array([merged[n].get(fact, np.nan) for n in names]) for fact in known}
 
@@ -253,7 +256,7 @@ class Measurements:
             self.console.line(f"{label}: {doing}: test loss {loss:.4f} (from the journal)")
             return loss
         self.rank()
-        running = self.board.running = Running(candidate.name, size, f"loading and compiling; {why}")
+        running = self.board.running = ActiveRun(candidate.name, size, f"loading and compiling; {why}")
         self.console.next(f"{label}: next {doing}: {why}")
         self.console.status(f"{label}: {doing}, loading and compiling; {self.clock}")
         try:
@@ -272,7 +275,7 @@ class Measurements:
         self.console.detail(f"{label}: {doing}: {of_run(run)}")
         return loss
 
-    def _make(self, candidate: Candidate, size: int, label: str, why: str, running: Running, *, paid: bool) -> Run:
+    def _make(self, candidate: Candidate, size: int, label: str, why: str, running: ActiveRun, *, paid: bool) -> Run:
         """Make a run and put it into the journal, also if it fails."""
         key, request = run_key(self.prepared, candidate, size), self.prepared.request
         begun, seen = time.monotonic(), Progress(0, 1, 0, float("nan"))
@@ -284,7 +287,7 @@ class Measurements:
             self.clock.progress(candidate.name, size, at.done)
             step = f"step {at.step} of at most {at.total_steps}, validation loss {at.validation_loss:.4f}"
             running.doing, running.done = step, at.done
-            self.tick()
+            self.heartbeat()
             # A step is told of a second time when it has been evaluated.
             if at.step == before.step:
                 self.console.detail(f"{label}, evaluated in epoch {at.epoch}: {step} at best")
@@ -304,9 +307,9 @@ class Measurements:
         for line in self.journal.trials_of(key):
             trial = read_trial(line.facts["trial"])
             known[trial.learning_rate, trial.batch_size] = trial
-        bench = self.bench_of(candidate)
+        bench = self.runner_for(candidate)
         try:
-            hooks = Hooks(progress, trials, self.tick)
+            hooks = Callbacks(progress, trials, self.heartbeat)
             result = bench.run(size, known, hooks, self.deadline() if paid else None)
         except RunFailedError as error:
             # What no record of a trial says: the cost of the one under way, and of all where they have no records.
@@ -343,17 +346,19 @@ class Measurements:
             return None
         return self.stopwatch.deadline(budget.amount)
 
-    def bench_of(self, candidate: Candidate) -> Bench | Worker:
+    def runner_for(self, candidate: Candidate) -> CandidateRunner | CandidateProcess:
         """Return where the candidate is trained; what was there of another candidate is freed."""
         if self.bench is not None and self.bench.assignment.name == candidate.name:
             return self.bench
         self.leave()
         assignment = assign(self.prepared, candidate)
         if not self.isolate:
-            self.bench = Bench(assignment)
+            self.bench = CandidateRunner(assignment)
             return self.bench
         log = self.directory / LOGS / (re.sub(r"[^\w.+-]", "_", candidate.name) + ".log")
-        self.bench = Worker(replace(assignment, compiled=(self.directory / COMPILED).absolute(), log=log.absolute()))
+        self.bench = CandidateProcess(
+            replace(assignment, compiled=(self.directory / COMPILED).absolute(), log=log.absolute())
+        )
         return self.bench
 
     def leave(self) -> None:

@@ -7,19 +7,19 @@ import numpy as np
 from lensjax.errors import SelectionError
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.runner import OutOfTimeError, RunFailedError
-from lensjax.journal import GAUGES
+from lensjax.journal import PRETRAINED_SCORES
 from lensjax.select.extra_measurements import gauge
 from lensjax.select.request import UNTRAINED, sizes_needed
-from lensjax.select.session import Measurements
+from lensjax.select.session import Session
 from lensjax.selectors import should_stop
 
 
-def descend_all(made: Measurements) -> None:
+def descend_all(made: Session) -> None:
     """Train every candidate on what the method needs, one after the other.
 
     Parameters
     ----------
-    made : Measurements
+    made : Session
         What is in its journal counts; the runs are made and noted there.
 
     Raises
@@ -47,7 +47,7 @@ def descend_all(made: Measurements) -> None:
             _descend(made, candidate, sizes)
         for size in prepared.sizes:
             made.clock.skip(candidate.name, size)
-        if budget is None and request.method in GAUGES:
+        if budget is None and request.method in PRETRAINED_SCORES:
             # First, for without it there is nothing to verify.
             gauge(made, candidate)
         if request.verify and budget is None:
@@ -58,7 +58,7 @@ def descend_all(made: Measurements) -> None:
         made.clock.skip(candidate.name, prepared.target)
 
 
-def _affordable(made: Measurements) -> tuple[int, ...]:
+def _affordable(made: Session) -> tuple[int, ...]:
     """Return the sizes that the budget pays for, if every candidate is trained on all of them; descending.
 
     Prices in FLOPs and samples do not change, and a resumed selection must come to the same answer: all runs count,
@@ -79,7 +79,7 @@ def _affordable(made: Measurements) -> tuple[int, ...]:
     return tuple(found[::-1])
 
 
-def _descend(made: Measurements, candidate: Candidate, sizes: tuple[int, ...]) -> None:
+def _descend(made: Session, candidate: Candidate, sizes: tuple[int, ...]) -> None:
     """Measure what the method needs: zero-shot, then from the largest affordable subset downwards.
 
     Algorithm 1 and AtS stop where the line ends; the laws need all sizes, SubTuning the largest, the others none.

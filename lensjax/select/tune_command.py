@@ -20,7 +20,7 @@ from lensjax.select.request import Prepared, Request
 TUNE = ("python", "-m", "lensjax.tune")
 
 
-def next_command(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> str:
+def tune_command(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> str:
     """Return the command that fine-tunes a candidate on the target, as its runs in the selection were made.
 
     Learning rate and batch size are those of its largest run, chosen there among several; without a run, those asked
@@ -61,7 +61,7 @@ def next_command(prepared: Prepared, name: str, runs: Iterable[Run], directory: 
     return shlex.join([*arguments, "--selection", str(directory), "--out", str(out)])
 
 
-def next_note(prepared: Prepared, name: str, directory: Path) -> str:
+def tune_note(prepared: Prepared, name: str, directory: Path) -> str:
     """Return what to know before giving that command, empty if it is nothing."""
     request, plan = prepared.request, prepared.request.plan
     candidate = next(c for c in prepared.candidates if c.name == name)
@@ -88,14 +88,14 @@ def next_note(prepared: Prepared, name: str, directory: Path) -> str:
     return " ".join(notes)
 
 
-def next_facts(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> dict[str, str]:
+def tune_facts(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> dict[str, str]:
     """Return both as facts of a `lensjax.selection.Selection`."""
     # The same words, whether the selection was started here or resumed by a whole path.
     whole, here = directory.absolute(), Path.cwd()
     directory = whole.relative_to(here) if whole.is_relative_to(here) else whole
-    facts = {"next_command": next_command(prepared, name, runs, directory)}
-    note = next_note(prepared, name, directory)
-    return {**facts, "next_note": note} if note else facts
+    facts = {"tune_command": tune_command(prepared, name, runs, directory)}
+    note = tune_note(prepared, name, directory)
+    return {**facts, "tune_note": note} if note else facts
 
 
 def given(request: Request, candidate: Candidate) -> str:

@@ -158,7 +158,7 @@ def _posterior(
     priors: tuple[jax.Array, jax.Array, jax.Array],
     constants: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Log losses (M, S) where `known`, at `sizes` (S,) -> see `Forecast`; also the posterior (M, G) of the laws."""
+    """Log losses (M, S) where `known`, at `sizes` (S,) -> see `Posterior`; also the posterior (M, G) of the laws."""
     noise, drift, fade, freedom = constants
     measured = jnp.where(known, jnp.log2(sizes), -jnp.inf)
     age = jnp.where(known, measured.max(axis=1, keepdims=True) - jnp.log2(sizes), 0.0)
@@ -189,7 +189,7 @@ def _posterior(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Forecast:
+class Posterior:
     """What the losses of M candidates will be at a size: a weighted set of G laws for each, and AtS.
 
     Attributes
@@ -275,7 +275,7 @@ class Forecast:
         noise = np.random.default_rng(1).standard_normal(draws.shape)
         return best_probability(draws + (self.merit() - self.mixed) + self.settings.spread * noise)
 
-    def rows(self, which: np.ndarray) -> Forecast:
+    def rows(self, which: np.ndarray) -> Posterior:
         """Return the forecast for some of the candidates, by position, as if there were no others."""
         likelihood = self.likelihood[which]
         weights, centres = posterior(likelihood, hyper_priors(self.settings))
@@ -348,7 +348,7 @@ class Forecast:
         return self._stretched(found + np.where(right, self.shift, 0.0))
 
 
-def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Forecast:
+def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Posterior:
     """Predict the losses at `target` samples from all measured losses above 0 samples.
 
     Parameters
@@ -361,7 +361,7 @@ def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Fo
 
     Returns
     -------
-    Forecast
+    Posterior
 
     Raises
     ------
@@ -395,7 +395,7 @@ def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Fo
     enough = np.flatnonzero(known.sum(axis=1) >= 2)
     if len(enough) and settings.ats_share:
         line[enough] = np.log(ats(curves.rows(enough), target).predicted_loss)
-    return Forecast(
+    return Posterior(
         float(target), np.where(known, sizes, 0.0).max(axis=1), weights, log_loss, centres, likelihood, line, settings
     )
 
@@ -454,7 +454,7 @@ def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) ->
         remarks=tuple(_remark(int(n), bool(r)) for n, r in zip(used.sum(axis=1), raised, strict=True)),
         interval=found.quantiles((margin, 1 - margin)),
         best_probability=probability,
-        may_be_best=smallest_set(probability, CERTAINTY),
+        credible_set=smallest_set(probability, CERTAINTY),
     )
 
 

@@ -38,7 +38,7 @@ class Scores:
         Losses between which the loss at `target` lies with probability `lensjax.selectors.CERTAINTY`.
     best_probability : float64 array (M,) or None
         Probability of having the lowest loss at `target`, adding to 1.
-    may_be_best : bool array (M,) or None
+    credible_set : bool array (M,) or None
         The smallest set that contains the best candidate with probability `CERTAINTY`.
 
     Examples
@@ -60,7 +60,7 @@ class Scores:
     remarks: tuple[str, ...] = ()
     interval: np.ndarray | None = None
     best_probability: np.ndarray | None = None
-    may_be_best: np.ndarray | None = None
+    credible_set: np.ndarray | None = None
 
     @property
     def order(self) -> np.ndarray:

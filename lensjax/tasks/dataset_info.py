@@ -16,7 +16,7 @@ TYPICAL_BYTES = 3  # of text for each token, where only the bytes of a data set 
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
+class DatasetSummary:
     """A task whose rows are not here.
 
     Attributes
@@ -41,7 +41,7 @@ class Outline:
     notes: tuple[str, ...]
 
 
-def outline(
+def summarize_dataset(
     source: str | os.PathLike[str],
     *,
     input_field: str | None = None,
@@ -57,7 +57,7 @@ def outline(
     validation: int = 300,
     test: int = 500,
     seed: int = 0,
-) -> Outline | None:
+) -> DatasetSummary | None:
     """Say how many samples a data set of the hub has, without fetching its rows.
 
     Parameters
@@ -67,7 +67,7 @@ def outline(
 
     Returns
     -------
-    Outline or None
+    DatasetSummary or None
         None for files, directories and data sets that are in the cache of `datasets`: `load_task` fetches nothing.
 
     Raises
@@ -157,7 +157,7 @@ def outline(
         text_only=text_only,
     )
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    return Outline(task, info.download_size, info.dataset_size, cache, tokens, tuple(notes))
+    return DatasetSummary(task, info.download_size, info.dataset_size, cache, tokens, tuple(notes))
 
 
 def _refusal(dataset: str, config: str | None, split: str, error: Exception) -> InputError:

@@ -85,7 +85,7 @@ def check_directory(directory: Path, *, overwrite: bool) -> None:
     raise InputError(f"--out {directory}: holds {what}. Name a new directory, or replace it with --overwrite.")
 
 
-class Keeper:
+class BestCheckpoint:
     """Puts weights into a directory whenever they are the best so far; in the end it holds those of the chosen trial.
 
     Whatever happens, the directory holds a whole model or, before the first are there, none. What an earlier run left
@@ -154,29 +154,29 @@ class Keeper:
         same = self.saved is not None and _trial(self.saved) == _trial(found)
         if best:
             self._put(found)
-        self._chosen = self.saved if best or same else self._write(found, self._aside)
+        self._chosen = self.saved if best or same else self._write(found, self._previous_best)
         if best or same:
-            self._aside.unlink(missing_ok=True)
+            self._previous_best.unlink(missing_ok=True)
         return best or same
 
     def choose(self, trial: Trial) -> None:
         """See to it that the weights of the chosen trial, which has finished, are the ones in the directory."""
         if self.saved is None or self.saved.validation_loss != trial.validation_loss:
-            os.replace(self._aside, self.directory / self.weights)
+            os.replace(self._previous_best, self.directory / self.weights)
             self.saved = self._chosen
 
     @property
-    def _aside(self) -> Path:
+    def _previous_best(self) -> Path:
         """Where the weights of the best finished trial are while better ones of another are in the directory."""
         return self.work / f"finished-{self.weights}"
 
     def _put(self, found: Weights) -> None:
         if self.saved is not None and self.saved == self._chosen:
-            self._aside.unlink(missing_ok=True)
+            self._previous_best.unlink(missing_ok=True)
             try:
-                os.link(self.directory / self.weights, self._aside)
+                os.link(self.directory / self.weights, self._previous_best)
             except OSError:  # some file systems have no links
-                shutil.copyfile(self.directory / self.weights, self._aside)
+                shutil.copyfile(self.directory / self.weights, self._previous_best)
         self.saved = self._write(found, self.directory / self.weights)
         self.note(RUNNING)
 
@@ -186,12 +186,12 @@ class Keeper:
         self.save(found.params, part, not self._files)
         digest = _digest(part / self.weights)
         if not self._files:
-            self._put_the_rest(part)
+            self._write_static_files(part)
         os.replace(part / self.weights, target)
         sync_directory(target.parent)
         return Saved(*_trial(found), digest)
 
-    def _put_the_rest(self, part: Path) -> None:
+    def _write_static_files(self, part: Path) -> None:
         """Move what belongs to the weights into place, after an earlier model is gone."""
         earlier = (read_record(self.directory) or {}).get("files")
         # The record may be anybody's: only what lies in the directory itself is removed, no "" and no "..".

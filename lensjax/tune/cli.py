@@ -108,8 +108,8 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         return 0
     given = parser().parse_args(arguments)
     from lensjax.jobs.candidates import ADAPTED
-    from lensjax.progress.console import Console
     from lensjax.jobs.request import JobRequest
+    from lensjax.progress.console import Console
     from lensjax.tune.job import Tuning, TuningError, prepare_job
 
     for flag in options.LORA_OPTIONS:

@@ -1,4 +1,4 @@
-"""What a selection foretold of the model that is being fine-tuned, and whether it came true."""
+"""What a selection predicted of the model that is being fine-tuned, and whether it came true."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHOSEN_HERE = ("learning_rate", "batch_size", "lora")  # of a plan: searched, or
 
 
 @dataclasses.dataclass(frozen=True)
-class Expectation:
+class SelectionComparison:
     """What a selection expects of a candidate.
 
     Attributes
@@ -32,7 +32,7 @@ class Expectation:
         Whether losses are per byte of target text instead of per token.
     target : float
         Training samples it is for.
-    doubts : tuple of str
+    caveats : tuple of str
         In what this fine-tuning differs from the one that was expected.
     """
 
@@ -42,7 +42,7 @@ class Expectation:
     certainty: float | None
     per_byte: bool
     target: float
-    doubts: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
 
     def verdict(self, loss: float) -> str:
         """Say whether a test loss, in the expectation's unit, is what was expected."""
@@ -56,13 +56,13 @@ class Expectation:
             sure = "" if self.certainty is None else f"{100 * self.certainty:.0f} % "
             where = "within" if low <= loss <= high else "ABOVE" if loss > high else "BELOW"
             text += f" ({sure}interval {low:.4f} to {high:.4f}): the loss is {where} it."
-        return text + (f" But {'; '.join(self.doubts)}." if self.doubts else "")
+        return text + (f" But {'; '.join(self.caveats)}." if self.caveats else "")
 
 
-def read_expectation(
+def read_comparison(
     source: Path, candidate: Candidate, *, task: str, plan: Mapping[str, Any], max_length: int, samples: int
-) -> Expectation:
-    """Read what a selection foretold.
+) -> SelectionComparison:
+    """Read what a selection predicted.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def read_expectation(
     try:
         document = json.loads(path.read_text("utf-8"))
         facts, method = document["facts"], document["methods"][document["method"]]
-        ranking = {entry["name"]: _foretold(entry) for entry in method["ranking"]}
+        ranking = {entry["name"]: _predicted(entry) for entry in method["ranking"]}
         certainty = None if method.get("certainty") is None else float(method["certainty"])
         specification = facts.get("specification") or {}
         known, there = dict(specification.get("candidates") or {}), dict(specification.get("plan") or {})
@@ -101,30 +101,30 @@ def read_expectation(
         raise InputError(
             f"--selection {source}: ranks no {name} (but {', '.join(ranking)}); name another, or leave it out."
         )
-    doubts = []
+    caveats = []
     if known.get(name, candidate.fingerprint) != candidate.fingerprint:
-        doubts.append("the model's files or its adapters' settings have changed since")
+        caveats.append("the model's files or its adapters' settings have changed since")
     if specification.get("task", task) != task:
-        doubts.append("the data, the samples set aside or the seed are others")
+        caveats.append("the data, the samples set aside or the seed are others")
     settings = [n for n in plan if n in there and n not in CHOSEN_HERE and there[n] != plan[n]]
     settings += ["max_length"] if specification.get("max_length", max_length) != max_length else []
     if settings:
-        doubts.append(f"it was made for another {', '.join(settings)}")
+        caveats.append(f"it was made for another {', '.join(settings)}")
     if target != samples:
-        doubts.append(f"it is for {target:g} samples")
+        caveats.append(f"it is for {target:g} samples")
     loss, interval = ranking[name]
-    return Expectation(
+    return SelectionComparison(
         name=name,
         loss=loss,
         interval=interval,
         certainty=certainty,
         per_byte=unit.endswith("byte"),
         target=target,
-        doubts=tuple(doubts),
+        caveats=tuple(caveats),
     )
 
 
-def _foretold(entry: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
+def _predicted(entry: Mapping[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
     """Return the loss and the interval of an entry of a ranking."""
     loss, interval = entry["predicted_loss"], entry.get("interval")
     low, high = interval or (None, None)

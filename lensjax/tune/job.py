@@ -20,17 +20,16 @@ from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
 from lensjax.jobs.candidates import ADAPTED, Candidate, find_candidate
-from lensjax.jobs.request import task_of
-from lensjax.jobs.runner import Assignment, Bench, reason
+from lensjax.jobs.request import JobRequest, task_of
+from lensjax.jobs.runner import CandidateRunner, RunnerConfig, reason
 from lensjax.jobs.tokens import Tokens, tokens_of
 from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lensjax.models.checkpoints.pretrained import is_gguf
-from lensjax.progress.board import Board, Place, Running
+from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
-from lensjax.jobs.request import JobRequest
 from lensjax.tasks import Task
-from lensjax.tune.best_checkpoint import FINISHED, Keeper, check_directory
-from lensjax.tune.comparison import Expectation, read_expectation
+from lensjax.tune.best_checkpoint import FINISHED, BestCheckpoint, check_directory
+from lensjax.tune.comparison import SelectionComparison, read_comparison
 
 MODEL_WEIGHTS = "model.safetensors"
 ONE_FILE = 2**62  # bytes: weights in shards could not be replaced at once
@@ -59,7 +58,7 @@ class Job:
         Of the `samples` training samples, and those set aside.
     samples, max_length : int
     notes : tuple of str
-    expectation : Expectation or None
+    expectation : SelectionComparison or None
         From a selection.
     arguments : tuple of str
         Of the command, for the record.
@@ -74,7 +73,7 @@ class Job:
     samples: int
     max_length: int
     notes: tuple[str, ...] = ()
-    expectation: Expectation | None = None
+    expectation: SelectionComparison | None = None
     arguments: tuple[str, ...] = ()
 
 
@@ -107,7 +106,7 @@ def prepare_job(
     Raises
     ------
     InputError
-        See `load_task`, `lensjax.models.check_checkpoint`, `check_directory` and `read_expectation`; more samples than
+        See `load_task`, `lensjax.models.check_checkpoint`, `check_directory` and `read_comparison`; more samples than
         there are; a tokenizer that does not fit the model.
     """
     environment.require_exact_backend()
@@ -125,7 +124,7 @@ def prepare_job(
     max_length = request.max_length if limit is None else min(request.max_length, limit)
     expectation = None
     if selection is not None:
-        expectation = read_expectation(
+        expectation = read_comparison(
             selection,
             candidate,
             task=task.fingerprint,
@@ -163,7 +162,7 @@ class Tuning:
     def __init__(self, job: Job, console: Console) -> None:
         self.job, self.console = job, console
         request, candidate = job.request, job.candidate
-        assignment = Assignment(
+        assignment = RunnerConfig(
             name=candidate.name,
             path=candidate.path,
             vocabulary=candidate.config.vocab_size,
@@ -172,9 +171,9 @@ class Tuning:
             tokens=job.tokens,
             seed=request.seed,
         )
-        self.bench = Bench(assignment)
-        self.running = Running(candidate.name, job.samples, "loading and compiling")
-        self.board = Board(
+        self.bench = CandidateRunner(assignment)
+        self.running = ActiveRun(candidate.name, job.samples, "loading and compiling")
+        self.board = SelectionState(
             title=f"Fine-tuning on {job.samples} samples of {job.task.name}",
             unit="nats per token",
             names=(candidate.name,),
@@ -183,8 +182,8 @@ class Tuning:
             running=self.running,
         )
         if job.expectation is not None and job.expectation.loss is not None and not job.expectation.per_byte:
-            self.board.places = {candidate.name: Place(1, job.expectation.loss, float("nan"))}
-        self.keeper: Keeper | None = None
+            self.board.places = {candidate.name: RankedCandidate(1, job.expectation.loss, float("nan"))}
+        self.keeper: BestCheckpoint | None = None
         self.first: tuple[float, float] | None = None  # when training was first heard of, and what was done by then
         self.trials: list[Trial] = []
 
@@ -212,7 +211,7 @@ class Tuning:
         Raises
         ------
         InputError
-            See `Keeper`; devices that do not suit the batches.
+            See `BestCheckpoint`; devices that do not suit the batches.
         TuningError
             If training diverged at every rate, memory ran out, or the weights could not be written.
         """
@@ -223,7 +222,7 @@ class Tuning:
             console.line(f"note: {note}")
         name = MODEL_WEIGHTS if job.candidate.lora is None else ADAPTER_WEIGHTS
         console.detail(f"JAX devices: {', '.join(map(str, jax.devices()))}")
-        self.keeper = Keeper(job.out, self._save, name, self._known(), overwrite=job.overwrite)
+        self.keeper = BestCheckpoint(job.out, self._save, name, self._known(), overwrite=job.overwrite)
         status = FAILED
         try:
             with console.follow(self.board):

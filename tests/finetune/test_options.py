@@ -198,7 +198,7 @@ def test_a_plan_that_cannot_be_meant_is_refused(setting, change, message):
         (Search(learning_rates=(1e-3, -1.0)), "the learning rate is -1; it must be positive"),
         (Search(learning_rates=(1e-3, 1e-3)), "one is named twice"),
         (Search(lanes=-1), "lanes -1 must be at least 1"),
-        (Search(hopeless_after=0), "hopeless_after 0 and"),
+        (Search(prune_after=0), "prune_after 0 and"),
         (Search(retry=-1.0), "the retry is -1; it must be positive"),
         (Search(batch_sizes=(8, 6)), "micro-batch 4 does not divide the batch size 6"),
     ],

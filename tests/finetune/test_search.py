@@ -53,7 +53,7 @@ def test_a_lane_that_ends_leaves_the_others_as_they_are(bench, setting, alone):
 
 
 def test_the_trial_with_the_lowest_validation_loss_is_the_run_and_all_are_paid_for(bench, setting, alone):
-    found = tune(bench, *setting[1], search=Search(learning_rates=RATES, hopeless_after=100), seed=0)
+    found = tune(bench, *setting[1], search=Search(learning_rates=RATES, prune_after=100), seed=0)
     best = min(alone, key=lambda t: t.validation_loss)
     assert (found.learning_rate, found.batch_size) == (best.learning_rate, 8)
     assert found.test_loss == pytest.approx(best.test_loss, rel=1e-6)
@@ -71,7 +71,7 @@ def test_hopeless_trials_end_early_and_the_choice_stays(bench, setting, lanes):
     hopeless = [t for t in found.trials if t.status == "hopeless"]
     assert hopeless
     for trial in hopeless:
-        assert trial.steps_run >= search.hopeless_after * trial.steps_per_epoch
+        assert trial.steps_run >= search.prune_after * trial.steps_per_epoch
         assert trial.steps_run < PLAN.max_epochs * trial.steps_per_epoch
         assert "worse than the other trials" in trial.reason
     assert found.learning_rate == 1e-2
@@ -118,7 +118,7 @@ def test_a_trial_that_diverges_beside_others_is_recorded_and_never_chosen(settin
 
 
 def test_on_an_accelerator_as_many_rates_are_trained_at_once_as_fit(bench, monkeypatch):
-    assert bench.lanes_that_fit(4) == 1
+    assert bench.parallel_trials(4) == 1
 
     class Accelerator:
         def __init__(self, memory):
@@ -131,9 +131,9 @@ def test_on_an_accelerator_as_many_rates_are_trained_at_once_as_fit(bench, monke
     for lanes in (1, 2, 3, 9):
         room = 2 * (4 * bench.parameters + 20 * bench.trainable * lanes) + 8
         monkeypatch.setattr(jax, "local_devices", lambda room=room: [Accelerator(room)])
-        assert bench.lanes_that_fit(4) == min(lanes, 4)
+        assert bench.parallel_trials(4) == min(lanes, 4)
     monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator(0)])
-    assert bench.lanes_that_fit(4) == 1
+    assert bench.parallel_trials(4) == 1
 
 
 def test_progress_covers_all_trials(bench, setting):

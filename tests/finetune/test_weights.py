@@ -45,7 +45,7 @@ def test_each_improvement_is_told_with_the_weights_that_have_that_loss(setting, 
 
 def test_lanes_tell_of_their_own_weights(setting, bench):
     sets = setting[1]
-    outcome, found = told(bench, sets, Search(learning_rates=(1e-2, 3e-2), lanes=2, hopeless_after=9))
+    outcome, found = told(bench, sets, Search(learning_rates=(1e-2, 3e-2), lanes=2, prune_after=9))
     for weights, loss in found:
         assert loss == pytest.approx(weights.validation_loss, rel=1e-5)
     finished = {w.learning_rate: w.validation_loss for w, _ in found if w.finished}

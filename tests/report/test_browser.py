@@ -143,7 +143,7 @@ def pages(make, hostile, tmp_path):
     plain.write_text(
         render_html(make("averaged", "lens", truth=np.array([1.0, 2, 3]), facts={"tangents": tangents})), "utf-8"
     )
-    facts = {"next_command": hostile[1], "notes": [hostile[0]], "specification": {hostile[0]: hostile[1]}}
+    facts = {"tune_command": hostile[1], "notes": [hostile[0]], "specification": {hostile[0]: hostile[1]}}
     selection = make(names=hostile, source=hostile[0], failures={hostile[1]: hostile[0]}, facts=facts)
     evil.write_text(render_html(selection), "utf-8")
     return {"plain": plain, "evil": evil}

@@ -58,7 +58,7 @@ class Page(html.parser.HTMLParser):
 def rich(make):
     """A selection with everything in it."""
     facts = {
-        "next_command": "python -m lensjax.select --fine-tune 'alpha & co'",
+        "tune_command": "python -m lensjax.select --fine-tune 'alpha & co'",
         "command": "python -m lensjax.select <here>",
         "task": "0123456789abcdef",
         "seed": 7,
@@ -77,7 +77,7 @@ def rich(make):
         failures={"broken": "MemoryError: no room for <3.2 GiB>"},
         unverified={"beta": "OSError: gone"},
         refused={"power": "too few points"},
-        lost_flops=1e9,
+        failed_flops=1e9,
         facts=facts,
     )
 
@@ -258,7 +258,7 @@ def test_hostile_names_and_texts_are_escaped(make, hostile, tmp_path):
         failures={hostile[0]: evil},
         unverified={evil: hostile[2]},
         facts={
-            "next_command": evil,
+            "tune_command": evil,
             "command": hostile[0],
             "directory": evil,
             "task": evil,
@@ -334,7 +334,7 @@ def test_what_was_saved_counts_the_winners_own_fine_tuning(make):
     full = selection.full_flops.sum()
     kept = selection.spent(selection.main) + selection.full_flops[selection.main.order[0]]
     assert f"{100 * (1 - kept / full):.1f} % is saved" in Page(render_html(selection)).text
-    dear = make("averaged", lost_flops=full)
+    dear = make("averaged", failed_flops=full)
     assert "nothing is saved at this size" in Page(render_html(dear)).text
     unknown = make("averaged", flops=np.full((3, 5), np.nan))
     page = Page(render_html(unknown))

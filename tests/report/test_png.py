@@ -48,7 +48,7 @@ def test_there_is_a_png_for_each_svg(rich, tmp_path):
     for name in names:
         image = imread(tmp_path / f"{name}.png")
         assert image.ndim == 3
-        assert image.std() > 0.02  # something is drawn
+        assert image.std() > 0.02  # something is render_all
         assert (image[:3] > 0.99).mean() > 0.9  # and not beyond the edge
         widths[name] = image.shape[1]
     assert widths.pop("ranking") == 8 * png_figures.DPI
@@ -124,8 +124,8 @@ def test_the_cost_is_that_of_the_svg(rich):
     spent, winner = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
     assert widths == [spent, spent, winner, rich.full_flops.sum()]
     shown = [text for text in texts(figure) if text.endswith(" %")]
-    drawn = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
-    assert shown == [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
+    render_all = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
+    assert shown == [t.text for t in render_all.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
 
 
 def test_kernels_and_traces():
@@ -143,7 +143,7 @@ def test_kernels_and_traces():
 def test_hostile_names_are_shown_as_they_are(make, hostile):
     names = ("$\\frac{1}{0}$ and $", *hostile, "\N{CJK UNIFIED IDEOGRAPH-4E2D}\n_^%#&")
     selection = make("averaged", names=names, facts={"tangents": {names[0]: LOOK}})
-    written = png_figures.drawn(selection)
+    written = png_figures.render_all(selection)
     assert len(written) == 2 + 6 + 2
     assert all(content.startswith(b"\x89PNG") for content in written.values())
     titles = [texts(curve_of(selection, row))[0] for row in range(6)]
@@ -161,7 +161,7 @@ def test_hostile_names_are_shown_as_they_are(make, hostile):
 @pytest.mark.parametrize("method", ["zero_shot", "subtuning", "ats", "rectified"])
 def test_methods_that_say_less_have_figures_too(make, method):
     selection = make(method, complete=True, flops=np.full((3, 5), np.nan))
-    written = png_figures.drawn(selection)
+    written = png_figures.render_all(selection)
     assert len(written) == 1 + 3
     assert "cost" not in written
 
@@ -169,9 +169,9 @@ def test_methods_that_say_less_have_figures_too(make, method):
 def test_nothing_of_the_users_matplotlib_changes(rich):
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "font.size": 30}):
         before = dict(matplotlib.rcParams)
-        styled = png_figures.drawn(rich)
+        styled = png_figures.render_all(rich)
         assert dict(matplotlib.rcParams) == before
-    assert styled == png_figures.drawn(rich)  # the same selection gives the same bytes
+    assert styled == png_figures.render_all(rich)  # the same selection gives the same bytes
     code = "import sys, lensjax.report.figures.png_figures; print('matplotlib.pyplot' in sys.modules)"
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from lensjax._display import duration
-from lensjax.progress.board import Board, Running
+from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import EVERY, Console
 
 
@@ -59,7 +59,7 @@ def test_only_a_verbose_console_writes_details():
 def test_quiet_writes_nothing():
     stream = Terminal()
     console = Console(stream, quiet=True)
-    board = Board("title", "nats", ("a", "b"), (10, 20), 100, running=Running("a", 10, "loading"))
+    board = SelectionState("title", "nats", ("a", "b"), (10, 20), 100, running=ActiveRun("a", 10, "loading"))
     with console.follow(board):
         console.status("working")
         console.next("next")

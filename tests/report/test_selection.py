@@ -89,12 +89,12 @@ def test_numbers_are_short():
 def test_certainty_is_shown_where_a_method_has_it():
     plain = selection(score=(2.0, 1.5, 1.0))
     assert "interval" not in render(plain)
-    assert "may_be_best" not in plain.as_dict()["methods"]["lens"]
+    assert "credible_set" not in plain.as_dict()["methods"]["lens"]
     scores = dataclasses.replace(
         plain.main,
         interval=np.array([[1.5, 2.5], [1.2, 1.8], [0.9, 1.25]]),
         best_probability=np.array([0.05, 0.25, 0.7]),
-        may_be_best=np.array([False, True, True]),
+        credible_set=np.array([False, True, True]),
     )
     found = dataclasses.replace(plain, scores={"lens": scores})
     lines = render(found).splitlines()
@@ -104,7 +104,7 @@ def test_certainty_is_shown_where_a_method_has_it():
     )
     assert any("gamma" in line and "0.9000 to 1.2500" in line and "70 %" in line for line in lines[3:])
     method = found.as_dict()["methods"]["lens"]
-    assert method["may_be_best"] == ["gamma", "beta"]
+    assert method["credible_set"] == ["gamma", "beta"]
     assert method["certainty"] == 0.9
     assert method["ranking"][0]["interval"] == [0.9, 1.25]
     assert method["ranking"][0]["best_probability"] == 0.7

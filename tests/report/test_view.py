@@ -15,7 +15,7 @@ import pytest
 import rich.console
 from rich.cells import cell_len
 
-from lensjax.progress.board import Board, Place, Running
+from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
 from lensjax.progress.terminal import EVERY, View, crop, screen_for, shorten
 from lensjax.selectors import Scores
@@ -123,13 +123,13 @@ SIZES = (0, 200, 400, 800, 1600)
 
 def board(names=("alpha", "beta", "gamma", "delta"), measured=2):
     """A selection under way: some candidates are measured and ranked, the next one is running."""
-    found = Board("wikitext: choosing for 12,800 samples", "nats per token", tuple(names), SIZES, 12800)
+    found = SelectionState("wikitext: choosing for 12,800 samples", "nats per token", tuple(names), SIZES, 12800)
     for number, name in enumerate(names[:measured]):
         found.losses |= {(name, size): 3.0 - 0.1 * number - size / 10000 for size in SIZES}
-        found.places[name] = Place(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
+        found.places[name] = RankedCandidate(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
     if measured < len(names):
         found.losses[names[measured], 1600] = 2.2222
-        found.running = Running(names[measured], 800, "step 13 of at most 60, validation loss 2.8123", 0.21)
+        found.running = ActiveRun(names[measured], 800, "step 13 of at most 60, validation loss 2.8123", 0.21)
     found.time_left, found.spent = "at most about 12:40 left", "budget 3 h: 62 % spent, 38 % left"
     return found
 
@@ -166,11 +166,11 @@ def test_everything_there_is_to_see_is_on_the_screen(follow):
 
 def test_a_run_that_has_not_begun_and_zero_shot_and_a_look_are_named(follow):
     found = board()
-    found.running = Running("gamma", 0, "loading and compiling; the model as it is")
+    found.running = ActiveRun("gamma", 0, "loading and compiling; the model as it is")
     text, _ = draw(found, follow, 100, 30)
     assert "now: gamma, zero-shot: loading and compiling; the model as it is" in text
     assert re.search(r"▸ +gamma +… +2\.2222\n", text)
-    found.running = Running("beta", None, "kernel and Hessian trace on 8 samples")
+    found.running = ActiveRun("beta", None, "kernel and Hessian trace on 8 samples")
     text, _ = draw(found, follow, 100, 30)
     assert "now: beta: kernel and Hessian trace on 8 samples" in text
     # Nobody knows how long a look takes: the time left is that of the losses.
@@ -225,7 +225,10 @@ def test_however_small_a_terminal_is_nothing_breaks(follow, columns, lines):
 
 def test_methods_without_predictions_or_probabilities_have_no_columns_for_them(follow):
     found = board()
-    found.places = {"beta": Place(1, float("nan"), float("nan")), "alpha": Place(2, float("nan"), float("nan"))}
+    found.places = {
+        "beta": RankedCandidate(1, float("nan"), float("nan")),
+        "alpha": RankedCandidate(2, float("nan"), float("nan")),
+    }
     lines = draw(found, follow, 100, 30)[0].split("\n")
     assert lines[1].split() == ["#", "candidate", "0", "200", "400", "800", "1,600"]
     assert [line.split()[1] for line in lines[2:4]] == ["beta", "alpha"]
@@ -319,17 +322,17 @@ def test_it_is_drawn_at_most_four_times_a_second_but_at_once_when_it_must(follow
     console, stream, now = follow()
     found = board()
     with console.follow(found):
-        drawn = []
+        render_all = []
         for _ in range(100):
             now[0] += EVERY / 10
             before = len(stream.getvalue())
             console.status("step")
-            drawn.append(len(stream.getvalue()) > before)
-        assert 9 <= sum(drawn) <= 10
+            render_all.append(len(stream.getvalue()) > before)
+        assert 9 <= sum(render_all) <= 10
         before = len(stream.getvalue())
         console.refresh()
         assert len(stream.getvalue()) == before
-        found.running = Running("alpha", 400, "loading")
+        found.running = ActiveRun("alpha", 400, "loading")
         console.next("alpha: next 400 samples")
         assert "now: alpha, 400 samples: loading" in shown(stream)
         assert "alpha: next" not in shown(stream)
@@ -359,11 +362,11 @@ def test_an_interrupt_gives_the_cursor_back_and_says_where_it_stopped(follow):
 
 def test_an_interrupt_while_drawing_gives_the_cursor_back(follow, monkeypatch):
     console, stream, _ = follow()
-    whole, drawn = View._table, []
+    whole, render_all = View._table, []
 
     def interrupted(view, *arguments, **options):
-        drawn.append(1)
-        if len(drawn) == 1:
+        render_all.append(1)
+        if len(render_all) == 1:
             raise KeyboardInterrupt
         return whole(view, *arguments, **options)
 
@@ -371,7 +374,7 @@ def test_an_interrupt_while_drawing_gives_the_cursor_back(follow, monkeypatch):
     with pytest.raises(KeyboardInterrupt), console.follow(board()):
         pytest.fail("the first drawing was not interrupted")
     assert Screen(100, 30).feed(stream.getvalue()).cursor_shown
-    assert len(drawn) == 2
+    assert len(render_all) == 2
 
 
 def test_no_thread_draws_and_what_others_print_goes_above(follow, monkeypatch):
@@ -430,7 +433,7 @@ def test_a_ranking_is_taken_over():
         best_probability=np.array([0.2, 0.8, 0.0]),
     )
     found.rank(scores)
-    assert found.places == {"beta": Place(1, 1.1, 0.8), "alpha": Place(2, 2.1, 0.2)}
+    assert found.places == {"beta": RankedCandidate(1, 1.1, 0.8), "alpha": RankedCandidate(2, 2.1, 0.2)}
     found.rank(None)
     assert found.places == {}
 

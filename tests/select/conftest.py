@@ -77,10 +77,10 @@ def mistake(capsys, monkeypatch, tmp_path, tiny_models, tiny_task):
 
 @pytest.fixture(scope="session")
 def scripted_run():
-    """Return what makes a stand-in for `Bench.run` from a law: no training, and notes of what would have been read."""
+    """Return what makes a stand-in for `CandidateRunner.run` from a law: no training, and notes of what would have been read."""
 
     def script(loss, made=None):
-        """Stand in for `Bench.run`: no training, the losses of a function of (candidate, size)."""
+        """Stand in for `CandidateRunner.run`: no training, the losses of a function of (candidate, size)."""
 
         def run(bench, size, known, hooks, deadline=None):
             name = bench.assignment.name

@@ -141,7 +141,7 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
         costs = {"samples": 4 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
         return runner.Result(dataclasses.replace(result.outcome, **costs), {})
 
-    monkeypatch.setattr(runner.Bench, "run", dear)
+    monkeypatch.setattr(runner.CandidateRunner, "run", dear)
     spent = []
     amounts = {
         ("averaged", "flops"): (5e8, 4e9),
@@ -178,7 +178,7 @@ def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, mon
         hooks.progress(Progress(1, 2, 1, 3.0, 0.5, 5))
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(runner.Bench, "run", slow)
+    monkeypatch.setattr(runner.CandidateRunner, "run", slow)
     out = tmp_path / "out"
     arguments = [str(a) for a in (*options, "--budget", "20s", "--quiet", "--out", out)]
     first, again = io.StringIO(), io.StringIO()
@@ -212,7 +212,7 @@ def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it
         now[0] += seconds
         return law(bench, size, known, hooks)
 
-    monkeypatch.setattr(runner.Bench, "run", slow)
+    monkeypatch.setattr(runner.CandidateRunner, "run", slow)
     visible = () if method == "averaged" else ("--visible", 80)
     for seconds in (16, 25, 50):
         out = tmp_path / f"{seconds}"
@@ -264,9 +264,9 @@ def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
     prepared = request_module.prepare(request)
     assignment = session.assign(prepared, prepared.candidates[0])
     heard = []
-    for bench in (runner.Bench(assignment), process.Worker(assignment)):
+    for bench in (runner.CandidateRunner(assignment), process.CandidateProcess(assignment)):
         # In the middle of training: the time is over at the first sign of life.
-        hooks = runner.Hooks(heard.append, lambda _: None)
+        hooks = runner.Callbacks(heard.append, lambda _: None)
         whole = bench.run(20, {}, hooks)
         assert whole.outcome.steps_run > 0
         with pytest.raises(runner.OutOfTimeError, match="the time is spent"):
@@ -302,7 +302,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
     found = selection.execute()
     assert console.killed == 1
     assert list(found.failures) == ["tiny-8"]
-    assert found.lost_flops > 0
+    assert found.failed_flops > 0
     assert "its process was killed by SIGKILL, as the system does when memory runs out" in found.failures["tiny-8"]
     assert set(found.curves.names) == {"tiny-16", "tiny-8+lora"}
     assert not multiprocessing.active_children()

@@ -58,7 +58,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
     path = tmp_path / "t.txt"
     path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
     made = []
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, _ = command("--in-process", "--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
     assert status == 0
     tokens = made[0][2]
@@ -69,7 +69,7 @@ def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, mon
 
 def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch, scripted_run):
     made = []
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     common = ("--in-process", "--models", *tiny_models, "--task", tiny_task, *SIZES)
     command(*common, "--out", tmp_path / "token")
     status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
@@ -123,10 +123,10 @@ def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     prepared = request_module.prepare(request)
     found = prepared.candidates[0]
     assert (found.name, found.path) == ("small.gguf", file)
-    bench = runner.Bench(session.assign(prepared, found))
+    bench = runner.CandidateRunner(session.assign(prepared, found))
     plain = request_module.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
-    theirs = runner.Bench(session.assign(plain, plain.candidates[0]))
-    losses = [b.run(0, {}, runner.Hooks(print, print)).outcome.test_loss for b in (bench, theirs)]
+    theirs = runner.CandidateRunner(session.assign(plain, plain.candidates[0]))
+    losses = [b.run(0, {}, runner.Callbacks(print, print)).outcome.test_loss for b in (bench, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

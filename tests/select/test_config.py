@@ -288,7 +288,9 @@ def test_a_name_that_no_record_could_hold_is_refused(refused):
 def test_a_selection_leaves_its_options_and_is_resumed_from_them(tmp_path, file, scripted_run, monkeypatch):
     import io
 
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3 - len(name) / 20 + 40 / (size + 30)))
+    monkeypatch.setattr(
+        runner.CandidateRunner, "run", scripted_run(lambda name, size: 3 - len(name) / 20 + 40 / (size + 30))
+    )
     config = file('method = "subtuning"\n[choice]\nvisible = 100\n')
     directory = tmp_path / "run"
     out = io.StringIO()

@@ -13,7 +13,7 @@ import pytest
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import Plan, Search
-from lensjax.jobs.tangent_measurements import look_flops
+from lensjax.jobs.tangent_measurements import tangent_flops
 from lensjax.journal import JOURNAL, Journal, Run
 from lensjax.models import Lora
 from lensjax.select.budget import Budget
@@ -228,14 +228,14 @@ def test_trials_verification_and_kernels_are_counted(request_of):
     assert verification.size == 100
     assert verification.flops == 6 * small.parameters * int(train.token_counts.sum()) * 2 * 4
     (kernel,) = [r for r in found.runs if r.purpose == KERNEL and r.candidate == small.name]
-    assert kernel.flops == look_flops(small.parameters, int(train.first(5).token_counts.sum()), 5)
+    assert kernel.flops == tangent_flops(small.parameters, int(train.first(5).token_counts.sum()), 5)
     assert "4 x 2" in found.render()
     assert any("--tangents" in note for note in found.notes)
     said = "kernel and Hessian trace: 54 for each weight and token, 2 for each weight and pair of samples"
     assert said in found.basis["FLOPs"]
     assert "Hessian" not in once.basis["FLOPs"]
     tokens = int(train.first(5).token_counts.sum())
-    assert look_flops(small.parameters, tokens, 5) == small.parameters * (54 * tokens + 2 * 5 * 5)
+    assert tangent_flops(small.parameters, tokens, 5) == small.parameters * (54 * tokens + 2 * 5 * 5)
 
 
 def test_adapters_cost_less_and_are_said(foretold, tiny_models):

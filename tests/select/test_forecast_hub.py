@@ -277,7 +277,7 @@ def test_texts_are_taken_for_as_long_as_their_bytes_say(dataset, asked):
     assert run.tokens == 20 * 30  # 90 bytes a text
     assert any("30 tokens are assumed for each" in note for note in found.notes)
     prepared = prepare(request, fetch=False)
-    assert prepared.outlined.tokens == 30
+    assert prepared.summary.tokens == 30
 
 
 def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, asked, monkeypatch):

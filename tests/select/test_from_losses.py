@@ -43,7 +43,7 @@ def test_the_default_says_how_sure_it_is(command, tmp_path):
         low, high = row["interval"]
         assert 0 < low < row["predicted_loss"] < high
     by_name = {row["name"]: row["best_probability"] for row in found["ranking"]}
-    likely = [by_name[name] for name in found["may_be_best"]]
+    likely = [by_name[name] for name in found["credible_set"]]
     assert sum(likely) >= found["certainty"] == 0.9
     assert sum(likely[:-1]) < 0.9
     low, high = found["ranking"][0]["interval"]

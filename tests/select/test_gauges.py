@@ -70,7 +70,9 @@ def finished(options, tmp_path_factory, scripted_run):
     """
     directory = tmp_path_factory.mktemp("gauges") / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name))))
+        patch.setattr(
+            runner.CandidateRunner, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name)))
+        )
         return directory, *select(options, directory, "--method", "all")
 
 
@@ -179,9 +181,9 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     directory = tmp_path / "again"
     shutil.copytree(finished[0], directory)
     before = (directory / JOURNAL).read_bytes()
-    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(runner.CandidateRunner, "run", lambda *_: pytest.fail("a run was repeated"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Bench, "gauge", lambda *_: pytest.fail("a score was measured again"))
+        patch.setattr(runner.CandidateRunner, "gauge", lambda *_: pytest.fail("a score was measured again"))
         status, text, _ = select(options, directory, "--method", "all")
     assert status == 0
     assert text.replace(str(directory), str(finished[0])) == finished[2]
@@ -191,8 +193,8 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     last = json.loads(lines[-1])
     assert (last["candidate"], last["part_of"]) == ("tiny-8", "log_me")
     (directory / JOURNAL).write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
-    made, whole = [], runner.Bench.gauge
-    monkeypatch.setattr(runner.Bench, "gauge", lambda *asked: made.append(asked[1:3]) or whole(*asked))
+    made, whole = [], runner.CandidateRunner.gauge
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *asked: made.append(asked[1:3]) or whole(*asked))
     assert select(options, directory, "--method", "all")[0] == 0
     assert made == [("log_me", 40)]
     again = journal(directory)[-1]
@@ -203,7 +205,7 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
 def test_asked_for_by_name_a_candidate_without_the_score_has_failed(finished, options, tmp_path, monkeypatch):
     directory = tmp_path / "again"
     shutil.copytree(finished[0], directory)
-    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(runner.CandidateRunner, "run", lambda *_: pytest.fail("a run was repeated"))
     status, text, _ = select(options, directory, "--method", "nlp_metrics")
     assert status == 1
     assert text.startswith("Fine-tune wide")
@@ -211,7 +213,7 @@ def test_asked_for_by_name_a_candidate_without_the_score_has_failed(finished, op
     found = document(directory)
     assert list(found["methods"]) == ["nlp_metrics"]
     assert set(found["failures"]) == {"tiny-8"}
-    assert found["lost_flops"] > 0
+    assert found["failed_flops"] > 0
     assert "ranked by their weights alone" in (directory / "report.html").read_text()
     status, text, _ = select(options, directory, "--method", "log_me")
     assert status == 0
@@ -220,13 +222,13 @@ def test_asked_for_by_name_a_candidate_without_the_score_has_failed(finished, op
 
 def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, scripted_run):
     made, asked = [], []
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
 
     def gauge(bench, what, *_):
         asked.append((bench.assignment.name, what))
         return {"log_me": float(len(asked)), "pl_alpha": float(len(asked))}
 
-    monkeypatch.setattr(runner.Bench, "gauge", gauge)
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", gauge)
     names = ("wide", "wide+lora", "tiny-8")
     for method, whats in (("log_me", ["log_me"]), ("nlp_metrics", ["nlp_metrics"]), ("zero_shot", [])):
         made.clear()
@@ -240,14 +242,14 @@ def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, 
 
 
 def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(bench, what, *_):
         if what == "log_me" and bench.assignment.name != "wide":
             raise runner.RunFailedError("MemoryError: no room")
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(runner.Bench, "gauge", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", failing)
     status, _, said = select(options, tmp_path / "out", "--method", "all")
     assert status == 0
     assert said.count("no score by log_me: MemoryError: no room") == 2
@@ -255,7 +257,7 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
     found = document(tmp_path / "out")
     assert found["refused_methods"]["log_me"] == "wide+lora: MemoryError: no room; tiny-8: MemoryError: no room"
     assert "log_me" not in found["methods"]
-    monkeypatch.setattr(runner.Bench, "gauge", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
     assert select(options, tmp_path / "out", "--method", "all")[0] == 0
     # The two that crashed were noted with their cost, and made again.
     records = [r for r in journal(tmp_path / "out") if r["part_of"] == "log_me"]
@@ -268,7 +270,7 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
 
 def test_weights_that_cannot_be_read_now_are_read_another_time(options, monkeypatch):
     prepared = prepare(request(options))
-    bench = runner.Bench(assign(prepared, prepared.candidates[0]))
+    bench = runner.CandidateRunner(assign(prepared, prepared.candidates[0]))
     monkeypatch.setattr(process.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
     with pytest.raises(runner.RunFailedError, match="InputError: half a file"):
         bench.gauge("nlp_metrics", 0)
@@ -277,13 +279,13 @@ def test_weights_that_cannot_be_read_now_are_read_another_time(options, monkeypa
 def test_with_a_budget_they_are_measured_last_and_within_it(options, tmp_path, monkeypatch, scripted_run):
     order = []
     scripted = scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1)
-    monkeypatch.setattr(runner.Bench, "run", lambda *asked: order.append("run") or scripted(*asked))
+    monkeypatch.setattr(runner.CandidateRunner, "run", lambda *asked: order.append("run") or scripted(*asked))
 
     def gauge(*asked):
         order.append(asked[1])
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(runner.Bench, "gauge", gauge)
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", gauge)
     assert select(options, tmp_path / "one", "--method", "all", "--budget", "1e12")[0] == 0
     assert order == [*["run"] * 12, *["nlp_metrics", "log_me"] * 3]
     monkeypatch.setattr(extra_measurements, "evidence_flops", lambda *_: 1e30)
@@ -296,8 +298,8 @@ def test_other_tokenizers_are_pointed_out(options, tmp_path, monkeypatch, script
     other = tmp_path / "other"
     shutil.copytree(tiny_models[1], other)
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
-    monkeypatch.setattr(runner.Bench, "gauge", lambda *_: {"log_me": -0.5})
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *_: {"log_me": -0.5})
     changed = ["--models", str(wide), str(other), *options[options.index("--task") :]]
     _, text, said = select(changed, tmp_path / "out", "--method", "log_me")
     assert text.count("its classes are its own tokens, and the candidates have different tokenizers") == 2
@@ -344,7 +346,7 @@ def test_samples_hold_enough_target_tokens():
 
 def test_a_worker_measures_in_its_own_process(finished, options):
     prepared = prepare(request(options))
-    worker = process.Worker(assign(prepared, prepared.candidates[1]))
+    worker = process.CandidateProcess(assign(prepared, prepared.candidates[1]))
     try:
         found = worker.gauge("log_me", 40)
     finally:

@@ -107,13 +107,13 @@ def test_an_interrupted_selection_goes_on_where_it_was(finished, options, comman
     lines = (directory / JOURNAL).read_bytes().splitlines(keepends=True)
     (directory / JOURNAL).write_bytes(b"".join(lines[:7]) + lines[7][:50])  # killed while writing the eighth run
     made = []
-    whole = runner.Bench.run
+    whole = runner.CandidateRunner.run
 
     def counted(bench, size, *rest):
         made.append((bench.assignment.name, size))
         return whole(bench, size, *rest)
 
-    monkeypatch.setattr(runner.Bench, "run", counted)
+    monkeypatch.setattr(runner.CandidateRunner, "run", counted)
     status, _ = command(*options, "--out", directory, "--verify")
     assert status == 0
     assert made == [("tiny-16", 20), ("tiny-16", 10), ("tiny-16", 100)]
@@ -129,7 +129,7 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
     shutil.copytree(tiny_models[1], third)
     config = json.loads((third / "config.json").read_text())
     (third / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
-    whole = runner.Bench.run
+    whole = runner.CandidateRunner.run
 
     def failing(bench, size, *rest):
         if bench.assignment.name == "third" and size == 20:
@@ -138,7 +138,7 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
             raise runner.RunFailedError("RuntimeError: only the verification fails")
         return whole(bench, size, *rest)
 
-    monkeypatch.setattr(runner.Bench, "run", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     options[options.index("--task") : options.index("--task")] = [third]
     status, text = command(*options, "--out", tmp_path / "out", "--verify")
     assert status == 1
@@ -159,7 +159,7 @@ def test_algorithm_1_stops_where_the_line_ends(options, command, tmp_path, monke
     losses = {0: 5.0, 80: 1.0, 40: 2.0, 20: 4.001, 10: 4.1, 5: 4.2}
     made = []
 
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: losses[size], made))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: losses[size], made))
     options[options.index("--smallest") + 1] = 5
     options[options.index("--visible") + 1] = 80
     status, _ = command(*options, "--method", "lens", "--target", "1000", "--out", tmp_path / "out")
@@ -172,7 +172,9 @@ def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypat
     made = []
 
     slopes = {"tiny-8": 0.1, "tiny-16": 0.4}
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda name, size: 3.0 * size ** -slopes[name], made))
+    monkeypatch.setattr(
+        runner.CandidateRunner, "run", scripted_run(lambda name, size: 3.0 * size ** -slopes[name], made)
+    )
     for flag in ("--visible", "--smallest"):
         at = options.index(flag)
         del options[at : at + 2]
@@ -198,7 +200,7 @@ def test_with_a_budget_the_candidates_race(options, command, tmp_path, monkeypat
 def test_a_method_trains_only_what_it_needs(options, command, tmp_path, monkeypatch, method, sizes, scripted_run):
     made = []
 
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
     status, text = command(*options, "--method", method, "--out", tmp_path / "out")
     assert status == 0
     assert [size for _, size, _ in made] == sizes * 2
@@ -211,7 +213,7 @@ def test_when_fewer_than_two_candidates_can_be_measured_the_selection_fails_and_
     def failing(bench, size, *rest):
         raise runner.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(runner.Bench, "run", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     assert cli.main([str(a) for a in (*options, "--out", tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert "0 candidate(s) could be fine-tuned, choosing needs two (tiny-8: MemoryError: no room; tiny-16:" in message
@@ -230,7 +232,7 @@ def test_a_renamed_model_keeps_its_runs(finished, options, command, tiny_models,
 
 def test_results_go_to_a_directory_of_their_own_by_default(options, command, tmp_path, monkeypatch, scripted_run):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     command(*options)
     command(*options, "--seed", "1")
     assert len(list((tmp_path / "runs").iterdir())) == 2

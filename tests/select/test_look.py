@@ -13,7 +13,7 @@ from lensjax import models, tangents
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Trial
 from lensjax.jobs import runner
-from lensjax.jobs.tangent_measurements import kernel_residual, look, look_flops
+from lensjax.jobs.tangent_measurements import kernel_residual, look, tangent_flops
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
 from lensjax.select import cli, looks, request
@@ -70,8 +70,8 @@ def test_a_look_is_the_kernel_and_the_trace_of_the_samples(tiny_models, tiny_tas
     assert kernel_residual(found, 0.1, 0) == pytest.approx(losses @ losses, rel=1e-5)
     assert kernel_residual(found, 1e9, 10**9) < 1e-3 * (losses @ losses)
     assert found["trace"] == pytest.approx(sum(found["trace_by_layer"].values()), rel=1e-5)
-    assert found["flops"] == look_flops(100, int(samples.token_counts.sum()), 6)
-    assert look_flops(1, 10, 2) == (6 + 4 * 12) * 10 + 2 * 4
+    assert found["flops"] == tangent_flops(100, int(samples.token_counts.sum()), 6)
+    assert tangent_flops(1, 10, 2) == (6 + 4 * 12) * 10 + 2 * 4
 
 
 def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path, tiny_models, monkeypatch):
@@ -94,26 +94,26 @@ def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path,
         assert record["flops"] == found["flops"] > 0
         assert record["test_loss"] is None
     assert "Tangents: kernels and curvature" in (out / "report.html").read_text()
-    monkeypatch.setattr(runner.Bench, "look", lambda *_: pytest.fail("a look was repeated"))
+    monkeypatch.setattr(runner.CandidateRunner, "look", lambda *_: pytest.fail("a look was repeated"))
     monkeypatch.setattr(FineTuner, "__init__", lambda *_: pytest.fail("a run was repeated"))
     assert command(*options, "--tangents", 8, "--out", out)[1] == text
     assert len(journal(out)) == len(runs)
 
 
 def test_a_look_that_fails_or_costs_too_much_leaves_the_ranking(options, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(*_):
         raise runner.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(runner.Bench, "look", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "look", failing)
     options.remove("--quiet")
     said = io.StringIO()
     arguments = [str(a) for a in (*options, "--tangents", 8, "--out", tmp_path / "one")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("could not be measured: MemoryError: no room") == 2
     said = io.StringIO()
-    monkeypatch.setattr(looks, "look_flops", lambda *_: 1e30)
+    monkeypatch.setattr(looks, "tangent_flops", lambda *_: 1e30)
     arguments = [str(a) for a in (*options, "--tangents", 8, "--budget", "1e9", "--out", tmp_path / "two")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("not measured, it would exceed the budget") == 2
@@ -191,7 +191,7 @@ def test_a_search_that_diverged_is_not_paid_for_again(options, command, tmp_path
 
 
 def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypatch, scripted_run):
-    monkeypatch.setattr(runner.Bench, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
     here = tmp_path / "here"
     here.mkdir()
     shutil.copy(options[4], here / "task.jsonl")
@@ -203,7 +203,7 @@ def test_resuming_needs_only_the_directory(options, command, tmp_path, monkeypat
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr(runner.Bench, "run", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(runner.CandidateRunner, "run", lambda *_: pytest.fail("a finished run was repeated"))
     for resume in (("--resume", here / "run"), (f"--resume={here / 'run'}",)):
         assert command(*resume, "--json", "found.json", "--html", "found.html", "--figures", "drawn") == (0, text)
     assert (here / "run" / "selection.txt").exists()
@@ -264,4 +264,4 @@ def test_what_a_failed_search_cost_is_reported_as_lost(options, command, tmp_pat
     assert status == 1
     lost = [r["flops"] for r in journal(out) if r["part_of"] and "+lora" in r["candidate"]]
     assert len(lost) == 3  # two rates and the retry, at the first size
-    assert json.loads((out / "selection.json").read_text())["lost_flops"] == sum(lost) > 0
+    assert json.loads((out / "selection.json").read_text())["failed_flops"] == sum(lost) > 0

@@ -63,7 +63,7 @@ def trained(monkeypatch, scripted_run):
         facts = {"device": "cpu", "devices": 1, "sharding": "none", "precision": "float32", "peak_bytes": 3 * 2**20}
         return runner.Result(result.outcome, facts)
 
-    monkeypatch.setattr(runner.Bench, "run", run)
+    monkeypatch.setattr(runner.CandidateRunner, "run", run)
     return run
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_command_gives_the_cursor_back(options, monkeypatch, trai
             raise KeyboardInterrupt
         return trained(bench, size, known, hooks, deadline)
 
-    monkeypatch.setattr(runner.Bench, "run", interrupted)
+    monkeypatch.setattr(runner.CandidateRunner, "run", interrupted)
     with watched(60) as (stream, written), pytest.raises(KeyboardInterrupt):
         cli.run(options, io.StringIO(), stream)
     (text,) = written
@@ -149,7 +149,7 @@ def failing(monkeypatch, options, tiny_models, trained):
         except MemoryError as error:
             raise runner.RunFailedError(runner.reason(error)) from error
 
-    monkeypatch.setattr(runner.Bench, "run", run)
+    monkeypatch.setattr(runner.CandidateRunner, "run", run)
     options.insert(2, f"{tiny_models[0]}+lora")
 
 
@@ -238,7 +238,7 @@ def test_a_ranking_that_fails_breaks_nothing(options, trained, monkeypatch):
 def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatch):
     """Five seconds each, where each run takes ten: one when it first can be, and then one in the end."""
     now, ranked = [0.0], []
-    run, score_all = runner.Bench.run, session.score_all
+    run, score_all = runner.CandidateRunner.run, session.score_all
 
     def slow(*arguments, **named):
         now[0] += 10
@@ -249,7 +249,7 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
         ranked.append(int(np.isfinite(curves.losses).sum()))
         return score_all(curves, *arguments, **named)
 
-    monkeypatch.setattr(runner.Bench, "run", slow)
+    monkeypatch.setattr(runner.CandidateRunner, "run", slow)
     monkeypatch.setattr(session, "score_all", dear)
     request = request_module.Request(
         models=tuple(options[1:3]), task=options[4], smallest=5, visible=40, validation=20, test=20, max_length=24
@@ -311,10 +311,10 @@ def test_a_failure_in_another_process_says_where_it_was(monkeypatch):
         except ValueError as error:
             raise runner.RunFailedError("ValueError: deep inside") from error
 
-    monkeypatch.setattr(runner.Bench, "run", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        process.serve(Connection(), runner.Assignment("a", None, 1, None, None, None, 0))
+        process.worker_main(Connection(), runner.RunnerConfig("a", None, 1, None, None, None, 0))
     finally:
         signal.signal(signal.SIGINT, handler)
     ((kind, *content),) = sent

@@ -311,7 +311,7 @@ def test_what_is_promised_of_the_published_tables_holds():
                     100 * rel_acc(scores.score, truth),
                     np.sqrt(np.mean(np.log(scores.predicted_loss / truth) ** 2)),
                     np.mean((low <= truth) & (truth <= high)),
-                    scores.may_be_best[truth.argmin()],
+                    scores.credible_set[truth.argmin()],
                 )
             )
     means = np.array([np.mean(found[name], axis=0) for name in TABLES])

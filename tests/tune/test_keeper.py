@@ -10,7 +10,7 @@ import pytest
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
 from lensjax.tune import best_checkpoint
-from lensjax.tune.best_checkpoint import RECORD, WORK, Keeper
+from lensjax.tune.best_checkpoint import RECORD, WORK, BestCheckpoint
 
 FILE = "weights.bin"
 
@@ -50,7 +50,7 @@ def open_keeper(tmp_path):
     opened = []
 
     def open_keeper(*, saving=save, **options):
-        opened.append(Keeper(tmp_path / "out", saving, FILE, {"model": "m"}, **options))
+        opened.append(BestCheckpoint(tmp_path / "out", saving, FILE, {"model": "m"}, **options))
         return opened[-1]
 
     yield open_keeper
@@ -91,7 +91,7 @@ def test_in_the_end_the_chosen_trial_is_there_whatever_others_had(open_keeper):
 
 
 def test_a_trial_that_finishes_behind_one_under_way_is_kept_too(open_keeper):
-    """Lanes side by side: the better one diverges after the other has finished, whose weights were on disk never."""
+    """TrainingLoop side by side: the better one diverges after the other has finished, whose weights were on disk never."""
     kept = open_keeper()
     kept.take(told(2.0, 0.2))
     kept.take(told(3.0, 0.1))
@@ -147,7 +147,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
     for last in range(CRASHES):
         directory = tmp_path / str(last)
         if overwrite:
-            earlier = Keeper(directory, save, FILE, {"model": "earlier"})
+            earlier = BestCheckpoint(directory, save, FILE, {"model": "earlier"})
             earlier.take(told(9.0, 0.9, finished=True))
             (directory / "config.json").write_text("earlier config")
             earlier.note("finished")
@@ -169,7 +169,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
             for place, name in ((os, "replace"), (os, "link"), (Path, "unlink"), (Path, "replace")):
                 patch.setattr(place, name, counted(getattr(place, name)))
             done, crashed = [], False
-            kept = Keeper(directory, save, FILE, {"model": "m"}, overwrite=overwrite)
+            kept = BestCheckpoint(directory, save, FILE, {"model": "m"}, overwrite=overwrite)
             try:
                 for weights in (told(3.0), told(3.0, finished=True), told(2.0, 0.2), told(1.0, 0.2, step=2)):
                     kept.take(weights)
@@ -193,7 +193,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
                 right = found is not None and found["sha256"] == hashlib.sha256(content(directory).encode()).hexdigest()
                 assert right or len(done) < 4
         # Whoever comes next can go on from there.
-        again = Keeper(directory, save, FILE, {"model": "m"}, overwrite=True)
+        again = BestCheckpoint(directory, save, FILE, {"model": "m"}, overwrite=True)
         again.take(told(0.5, 0.3, finished=True))
         again.note("finished")
         again.close()
@@ -270,7 +270,7 @@ def test_directories_of_another_kind_are_refused(tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("")
     for name, message in (("file", "is a file"), ("full", "holds no model of lensjax.tune")):
         with pytest.raises(InputError, match=message):
-            Keeper(tmp_path / name, save, FILE, {}, overwrite=True)
+            BestCheckpoint(tmp_path / name, save, FILE, {}, overwrite=True)
     assert (tmp_path / "full" / "thesis.tex").exists()
 
 

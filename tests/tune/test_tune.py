@@ -28,7 +28,7 @@ from lensjax.select.request import Request
 from lensjax.tasks import encode, load_task
 from lensjax.tune import cli, job
 from lensjax.tune.best_checkpoint import RECORD
-from lensjax.tune.comparison import Expectation
+from lensjax.tune.comparison import SelectionComparison
 
 SIZES = ("--validation", 20, "--test", 20, "--max-length", 24)
 TRAINING = ("--max-epochs", 2, "--batch-size", 8)
@@ -52,7 +52,7 @@ def selected(tiny_models, tiny_task, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tuned(selected, tune_command):
     """The winner, fine-tuned by the selection's command: where it is, what was printed, the record."""
-    python, dash, module, *arguments = shlex.split(selected.found["facts"]["next_command"])
+    python, dash, module, *arguments = shlex.split(selected.found["facts"]["tune_command"])
     assert (python, dash, module) == ("python", "-m", "lensjax.tune")
     status, text, progress = tune_command(*arguments)
     assert status == 0
@@ -147,7 +147,7 @@ def test_the_record_says_what_was_done(tuned, selected):
     assert record["seconds"] > 0
     assert record["versions"]["jax"]
     assert sorted([*record["files"], RECORD]) == sorted(MODELS)
-    assert shlex.join(["python", "-m", "lensjax.tune", *record["arguments"]]) == selected.found["facts"]["next_command"]
+    assert shlex.join(["python", "-m", "lensjax.tune", *record["arguments"]]) == selected.found["facts"]["tune_command"]
     assert record["plan"]["max_epochs"] == 2
 
 
@@ -166,7 +166,7 @@ def test_the_result_is_said_and_held_against_the_selections_interval(tuned, sele
 
 
 def test_the_selection_shows_the_command_in_text_and_report(selected):
-    command = selected.found["facts"]["next_command"]
+    command = selected.found["facts"]["tune_command"]
     assert selected.text.split("\n\n")[0].splitlines()[-1] == command
     page = (selected.directory / "report.html").read_text()
     assert f'<pre style="user-select: all"><code>{command}</code></pre>' in page
@@ -175,7 +175,7 @@ def test_the_selection_shows_the_command_in_text_and_report(selected):
 def test_a_selection_from_losses_says_what_to_do_where_no_model_is_at_hand():
     selection = select_from_losses("published:wmt19", gamma=3, tau=5.0)
     assert f"\nNext: fine-tune {selection.best} on all " in render(selection)
-    noted = dataclasses.replace(selection, facts={"next_command": "tune 'a<b'", "next_note": "Mind & heed."})
+    noted = dataclasses.replace(selection, facts={"tune_command": "tune 'a<b'", "tune_note": "Mind & heed."})
     assert "\nNext, this fine-tunes it and saves the model. Mind & heed.\ntune 'a<b'\n" in render(noted)
     page = render_html(noted)
     assert "Mind &amp; heed." in page
@@ -267,7 +267,7 @@ def test_training_that_helps_nothing_saves_the_model_as_it_was(
 
 
 def test_a_finished_model_is_not_overwritten_unless_asked_for(tuned, selected, refused, tmp_path):
-    arguments = shlex.split(selected.found["facts"]["next_command"])[3:]
+    arguments = shlex.split(selected.found["facts"]["tune_command"])[3:]
     message = refused(*arguments)
     assert message == (
         f"--out {tuned.directory}: holds a fine-tuned model already. Name a new directory, or replace it with "
@@ -282,7 +282,7 @@ def test_doubts_about_the_forecast_are_said(selected, tiny_models, tiny_task, tm
     request = Request(models=(str(tiny_models[0]),), task=tiny_task, validation=20, test=20, max_length=24)
     request = dataclasses.replace(request, plan=Plan(batch_size=8, max_epochs=3))
     found = job.prepare_job(request, tmp_path / "out", samples=50, selection=selected.directory).expectation
-    assert found.doubts == (
+    assert found.caveats == (
         "the data, the samples set aside or the seed are others",
         "it was made for another max_epochs",
         "it is for 100 samples",
@@ -293,11 +293,11 @@ def test_doubts_about_the_forecast_are_said(selected, tiny_models, tiny_task, tm
     (changed / "tokenizer_config.json").write_text((changed / "tokenizer_config.json").read_text() + " ")
     request = dataclasses.replace(request, models=(str(changed),), seed=1, plan=Plan(batch_size=8, max_epochs=2))
     found = job.prepare_job(request, tmp_path / "out", selection=selected.directory / "selection.json").expectation
-    assert found.doubts == ("the model's files or its adapters' settings have changed since",)
+    assert found.caveats == ("the model's files or its adapters' settings have changed since",)
 
 
 def test_forecasts_are_judged_in_their_own_unit():
-    sure = Expectation("m", 2.0, (1.5, 2.5), 0.9, False, 100.0)
+    sure = SelectionComparison("m", 2.0, (1.5, 2.5), 0.9, False, 100.0)
     assert sure.verdict(2.5) == "The selection expected 2.0000 (90 % interval 1.5000 to 2.5000): the loss is within it."
     assert "ABOVE" in sure.verdict(2.6)
     assert "BELOW" in sure.verdict(1.4)

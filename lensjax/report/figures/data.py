@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lensjax._display import number, percent, samples
-from lensjax.report.predicted_curves import Paths
+from lensjax.report.predicted_curves import PredictedCurves
 from lensjax.selection import Selection
 from lensjax.selectors import CERTAINTY, Scores
 
@@ -18,7 +18,7 @@ Costs = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 """Label of a bar, and what it is made of: class and FLOPs."""
 
 
-def fitted(selection: Selection, row: int, found: Paths) -> int:
+def fitted(selection: Selection, row: int, found: PredictedCurves) -> int:
     """Return how many points of a candidate's curve are fitted, up to the largest size used; others are forecast."""
     used = selection.curves.sizes[selection.main.used[row]]
     return int(np.searchsorted(found.sizes, used[-1] if len(used) else 0.0, side="right"))
@@ -54,7 +54,7 @@ def describe(selection: Selection, row: int) -> str:
 
 def costs(selection: Selection) -> Costs:
     """Return the cost of the choice, of it and fine-tuning the winner, of fine-tuning everything; () if unknown."""
-    spent = selection.spent(selection.main) + selection.lost_flops
+    spent = selection.spent(selection.main) + selection.failed_flops
     full = float(selection.full_flops.sum())
     winner = float(selection.full_flops[selection.main.order[0]])
     if not np.isfinite([spent, full, winner]).all() or full <= 0:
@@ -78,7 +78,7 @@ def layers(by_layer: Mapping[str, Any]) -> dict[str, float]:
     return {str(layer): float(value) for layer, value in by_layer.items() if np.isfinite(float(value))}
 
 
-def stems(selection: Selection) -> dict[int, str]:
+def file_stems(selection: Selection) -> dict[int, str]:
     """Return what the names of each candidate's files end with, best first: its number and name."""
     found = {}
     for row in map(int, selection.main.order):
@@ -87,7 +87,7 @@ def stems(selection: Selection) -> dict[int, str]:
     return found
 
 
-def looks(selection: Selection) -> dict[int, Mapping[str, Any]]:
+def tangents_by_row(selection: Selection) -> dict[int, Mapping[str, Any]]:
     """Return what was measured of each candidate's kernel and curvature, best candidate first."""
     known = selection.facts.get("tangents")
     known = known if isinstance(known, Mapping) else {}

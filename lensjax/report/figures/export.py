@@ -9,7 +9,7 @@ from pathlib import Path
 from lensjax._files import write_atomically
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.report.figures.data import looks, stems
+from lensjax.report.figures.data import file_stems, tangents_by_row
 from lensjax.report.figures.svg_figures import cost, curve, frame, ranking, spectrum, traces
 from lensjax.report.predicted_curves import paths
 from lensjax.selection import Selection
@@ -71,19 +71,19 @@ def write_figures(selection: Selection, directory: Path, formats: Sequence[str] 
 
 
 def _png(selection: Selection) -> dict[str, bytes]:
-    from lensjax.report.figures.png_figures import drawn
+    from lensjax.report.figures.png_figures import render_all
 
-    return drawn(selection)
+    return render_all(selection)
 
 
 def _svg(selection: Selection) -> dict[str, str]:
     found = paths(selection, selection.main)
     axes = frame(selection, found)
     files = {"ranking": ranking(selection, name="ranking"), "cost": cost(selection, name="cost", alone=True)}
-    ends = stems(selection)
+    ends = file_stems(selection)
     for row, end in ends.items():
         files[f"curve-{end}"] = curve(selection, row, found, axes, name=f"curve-{row + 1}", alone=True)
-    for row, seen in looks(selection).items():
+    for row, seen in tangents_by_row(selection).items():
         values, by_layer = seen.get("kernel_spectrum"), seen.get("trace_by_layer") or {}
         of = selection.curves.names[row]
         files[f"spectrum-{ends[row]}"] = spectrum(values, name=f"spectrum-{row + 1}", of=of)

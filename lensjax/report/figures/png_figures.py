@@ -1,4 +1,4 @@
-"""The figures of a selection as PNG, drawn by matplotlib from the same data as the SVG ones.
+"""The figures of a selection as PNG, render_all by matplotlib from the same data as the SVG ones.
 
 Figures are made by themselves, without pyplot, whose state and settings are the user's.
 """
@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from lensjax._display import flops, percent, samples
 from lensjax.report.figures import data, svg_figures
 from lensjax.report.figures.svg import Scale, compact, shortened
-from lensjax.report.predicted_curves import Paths, paths
+from lensjax.report.predicted_curves import PredictedCurves, paths
 from lensjax.selection import Selection
 from lensjax.selectors import CERTAINTY
 
@@ -35,7 +35,7 @@ SETTINGS |= {"axes.titlecolor": INK, "axes.titlesize": 10, "legend.fontsize": 8,
 ZERO_SHOT = 0.1  # of the axis for the point at 0 samples, which a logarithmic axis has no place for
 
 
-def drawn(selection: Selection) -> dict[str, bytes]:
+def render_all(selection: Selection) -> dict[str, bytes]:
     """Draw all figures.
 
     Returns
@@ -62,10 +62,10 @@ def made(selection: Selection) -> Iterator[tuple[str, Figure]]:
     yield "ranking", ranking(selection)
     if data.costs(selection):
         yield "cost", cost(selection)
-    ends = data.stems(selection)
+    ends = data.file_stems(selection)
     for row, end in ends.items():
         yield f"curve-{end}", curve(selection, row, found, axes)
-    for row, seen in data.looks(selection).items():
+    for row, seen in data.tangents_by_row(selection).items():
         name = selection.curves.names[row]
         kept, dropped = data.eigenvalues(seen.get("kernel_spectrum"))
         if len(kept):
@@ -110,7 +110,7 @@ def _logarithmic(axes: Axes, side: str, scale: Scale, also: Mapping[float, str] 
     axis.set_ticklabels(list(ticks.values()))
 
 
-def curve(selection: Selection, row: int, found: Paths, frame: svg_figures.Frame) -> Figure:
+def curve(selection: Selection, row: int, found: PredictedCurves, frame: svg_figures.Frame) -> Figure:
     """Draw one candidate: what was measured, the curve through it, what is expected at the target."""
     curves, scores = selection.curves, selection.main
     figure, axes = _new(6.4, 4.4, literal(curves.names[row]))
@@ -143,7 +143,7 @@ def curve(selection: Selection, row: int, found: Paths, frame: svg_figures.Frame
     return figure
 
 
-def _expected(axes: Axes, selection: Selection, row: int, found: Paths) -> None:
+def _expected(axes: Axes, selection: Selection, row: int, found: PredictedCurves) -> None:
     """Draw the band, the fit up to the largest size used, the forecast from there on, the phase transition."""
     if len(found.sizes) > 1:
         if found.interval is not None and np.isfinite(found.interval[row]).all():

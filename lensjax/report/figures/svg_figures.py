@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from lensjax._display import flops, number, percent, samples
 from lensjax.report.figures.data import costs, describe, eigenvalues, fitted, layers, transition_of
 from lensjax.report.figures.svg import Scale, compact, document, escaped, line, shortened, spread
-from lensjax.report.predicted_curves import Paths
+from lensjax.report.predicted_curves import PredictedCurves
 from lensjax.selection import Selection
 
 WIDTH, HEIGHT = 380, 250
@@ -37,7 +37,7 @@ class Frame:
     target: float
 
 
-def frame(selection: Selection, found: Paths) -> Frame:
+def frame(selection: Selection, found: PredictedCurves) -> Frame:
     """Choose axes that hold all losses and predictions."""
     curves, scores = selection.curves, selection.main
     tuned = curves.sizes[curves.sizes > 0]
@@ -58,7 +58,9 @@ def frame(selection: Selection, found: Paths) -> Frame:
     )
 
 
-def curve(selection: Selection, row: int, found: Paths, axes: Frame, *, name: str, alone: bool = False) -> str:
+def curve(
+    selection: Selection, row: int, found: PredictedCurves, axes: Frame, *, name: str, alone: bool = False
+) -> str:
     """Draw one candidate: what was measured, the curve through it, what is expected at the target."""
     scores, curves = selection.main, selection.curves
     body = [*_axes(axes), f'<clipPath id="{name}-c"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" ']
@@ -119,7 +121,7 @@ def _axes(axes: Frame) -> list[str]:
     return body
 
 
-def _expected(selection: Selection, row: int, found: Paths, axes: Frame) -> list[str]:
+def _expected(selection: Selection, row: int, found: PredictedCurves, axes: Frame) -> list[str]:
     """Draw the band, the fit up to the largest size used, the forecast from there on, the phase transition."""
     body = []
     if found.interval is not None and np.isfinite(found.interval[row]).all() and len(found.sizes) > 1:

@@ -65,7 +65,7 @@ def layers_of(candidate: Candidate) -> int:
     return candidate.config.layers + getattr(candidate.config, "decoder_layers", 0)
 
 
-class Speed:
+class DurationEstimate:
     """How long runs take here: by the speed of matrix products, or by that of the journal's runs.
 
     Attributes

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.tangent_measurements import COUNTED, look_flops
-from lensjax.journal import BESIDES, LOG_ME, NLP_METRICS, Journal, Run, key_of
+from lensjax.jobs.tangent_measurements import COUNTED, tangent_flops
+from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, NLP_METRICS, Journal, Run, key_of
 from lensjax.select.budget import Ledger
-from lensjax.select.dry_run.duration import Shapes, Speed, layers_of
+from lensjax.select.dry_run.duration import DurationEstimate, Shapes, layers_of
 from lensjax.select.dry_run.forecast import (
     AS_IT_IS,
     CHOICE,
@@ -22,14 +22,14 @@ from lensjax.select.dry_run.forecast import (
     LATER,
     SPECTRA,
     VERIFICATION,
-    Forecast,
-    Place,
+    DiskNeed,
+    DryRun,
     PlannedRun,
     amount,
 )
 from lensjax.select.dry_run.machine import Machine, free_disk, this_machine
-from lensjax.select.dry_run.memory import Fitting
-from lensjax.select.extra_measurements import gauge_flops, gauge_key, gauge_size, gauges_of
+from lensjax.select.dry_run.memory import MemoryEstimate
+from lensjax.select.extra_measurements import pretrained_scores_of, score_flops, score_key, score_samples
 from lensjax.select.live import default_directory
 from lensjax.select.records import run_key
 from lensjax.select.request import UNTRAINED, Prepared, Request, prepare, sizes_needed
@@ -43,7 +43,7 @@ DIRECTORY_DISK = 4 * 2**20  # bytes of the report and all else there
 COMPILED_DISK = 2**17  # bytes for each layer and padded length, until the selection is finished
 
 
-def forecast(request: Request, directory: Path | None = None, *, machine: Machine | None = None) -> Forecast:
+def forecast(request: Request, directory: Path | None = None, *, machine: Machine | None = None) -> DryRun:
     """Say what a selection would do and take; nothing is fine-tuned, no weights and no rows are fetched.
 
     Parameters
@@ -57,7 +57,7 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
 
     Returns
     -------
-    Forecast
+    DryRun
 
     Raises
     ------
@@ -65,16 +65,16 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
         As `prepare` and `Journal`: what a selection would refuse is refused.
     """
     prepared = prepare(request, fetch=False)
-    if directory is None and prepared.outlined is None:
+    if directory is None and prepared.summary is None:
         directory = default_directory(prepared)
     runs_there: tuple[Run, ...] = ()
-    if directory is not None and prepared.outlined is None:
+    if directory is not None and prepared.summary is None:
         runs_there = Journal(directory, prepared.specification, read_only=True).lines
     machine = machine or this_machine(request.plan.precision)
     shapes = {key: Shapes(tokens) for key, tokens in prepared.tokens.items()}
-    memory = [Fitting(prepared, c, shapes[c.tokenizer], machine) for c in prepared.candidates]
+    memory = [MemoryEstimate(prepared, c, shapes[c.tokenizer], machine) for c in prepared.candidates]
     needs = [m.need() for m in memory]
-    clock = Speed(prepared, shapes, machine, {m.candidate.name: m.devices for m in memory}, runs_there)
+    clock = DurationEstimate(prepared, shapes, machine, {m.candidate.name: m.devices for m in memory}, runs_there)
     planned = _planned(prepared, shapes, clock, runs_there)
     elapsed = _elapsed(directory, runs_there)
     ledger = prepared.ledger()
@@ -92,7 +92,7 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     budget = "" if request.budget is None else ledger.say(ledger.amount)
     if ledger.spent:
         budget += f", of which {ledger.say(ledger.spent)} are spent"
-    return Forecast(
+    return DryRun(
         task=prepared.task.name,
         directory=None if directory is None else str(directory),
         method=request.method,
@@ -115,11 +115,13 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     )
 
 
-def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, runs: Sequence[Run]) -> list[PlannedRun]:
+def _planned(
+    prepared: Prepared, shapes: Mapping[str, Shapes], clock: DurationEstimate, runs: Sequence[Run]
+) -> list[PlannedRun]:
     """Return the runs that there may be, whatever the budget; sure is what is made in any case."""
     request = prepared.request
     done = {run.key for run in runs if run.test_loss is not None and not run.part_of}
-    looked = {run.key for run in runs if run.part_of in BESIDES}
+    looked = {run.key for run in runs if run.part_of in EXTRA_MEASUREMENTS}
     trials = request.search.trials(request.plan) - 1
     common = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
     sizes = () if request.method in UNTRAINED else prepared.sizes
@@ -133,7 +135,7 @@ def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, run
 
         def add(size: int, purpose: str, *, sure: bool, candidate: Candidate = candidate, own: Shapes = own) -> None:
             nonlocal started
-            known = prepared.outlined is None and run_key(prepared, candidate, size) in done
+            known = prepared.summary is None and run_key(prepared, candidate, size) in done
             seconds = 0.0
             if not known:
                 # The first run of a process loads and compiles.
@@ -156,7 +158,7 @@ def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, run
             add(prepared.target, VERIFICATION, sure=True)
         if request.tangents:
             count = request.tangents
-            flops = look_flops(candidate.parameters, own.trained(count), count)
+            flops = tangent_flops(candidate.parameters, own.trained(count), count)
             key = key_of({"look": run_key(prepared, candidate, count)})
             planned.append(
                 PlannedRun(
@@ -164,9 +166,9 @@ def _planned(prepared: Prepared, shapes: Mapping[str, Shapes], clock: Speed, run
                     seconds=clock.look(candidate, flops),
                 )
             )
-        for what in gauges_of(request.method):
-            size, flops = gauge_size(prepared, candidate, what), gauge_flops(prepared, candidate, what)
-            known = prepared.outlined is None and gauge_key(prepared, candidate, what) in looked
+        for what in pretrained_scores_of(request.method):
+            size, flops = score_samples(prepared, candidate, what), score_flops(prepared, candidate, what)
+            known = prepared.summary is None and score_key(prepared, candidate, what) in looked
             purpose = SPECTRA if what == NLP_METRICS else FEATURES
             seconds = 0.0 if known else clock.look(candidate, flops)
             planned.append(PlannedRun(candidate.name, size, purpose, True, known, 1, own.trained(size), flops, seconds))
@@ -240,7 +242,7 @@ def _counted(prepared: Prepared) -> str:
     lora = any(c.lora for c in prepared.candidates)
     trials = request.search.trials(request.plan) - 1
     gauges = {NLP_METRICS: "products and eigenvalues of the weights", LOG_ME: "2 for each weight and token it reads"}
-    other = "".join(f"; {what}: {gauges[what]}" for what in gauges_of(request.method))
+    other = "".join(f"; {what}: {gauges[what]}" for what in pretrained_scores_of(request.method))
     if request.tangents:
         other += f"; kernel and Hessian trace: {COUNTED}"
     return (
@@ -255,7 +257,7 @@ def _disk(
     shapes: Mapping[str, Shapes],
     runs: Sequence[PlannedRun],
     directory: Path | None,
-) -> tuple[list[Place], list[str]]:
+) -> tuple[list[DiskNeed], list[str]]:
     """Return what takes up disk where, and what does not fit."""
     wanted: list[tuple[str, Path, int]] = []
     downloads = sum({c.listing.name: c.listing.missing for c in prepared.candidates if c.listing}.values())
@@ -263,10 +265,10 @@ def _disk(
         from huggingface_hub import constants
 
         wanted.append(("models, from the hub", Path(constants.HF_HUB_CACHE), downloads))
-    if prepared.outlined is not None:
-        size = (prepared.outlined.download or 0) + (prepared.outlined.disk or 0)
+    if prepared.summary is not None:
+        size = (prepared.summary.download or 0) + (prepared.summary.disk or 0)
         if size:
-            wanted.append(("data set, from the hub", prepared.outlined.cache, size))
+            wanted.append(("data set, from the hub", prepared.summary.cache, size))
         tokens = sum(
             4 * int(part.token_counts.sum()) + 16 * len(part) for s in shapes.values() for part in s.tokens.parts
         )
@@ -279,7 +281,7 @@ def _disk(
     places, used, free_of = [], dict[int, int](), dict[int, int]()
     for what, path, needed in wanted:
         free, system = free_disk(path)
-        places.append(Place(what, str(path), needed, free))
+        places.append(DiskNeed(what, str(path), needed, free))
         used[system], free_of[system] = used.get(system, 0) + needed, free
     problems = [
         f"the disk has {amount(free_of[system])} free, and {amount(needed)} are needed ({_on(wanted, system)}). Make "

@@ -61,7 +61,7 @@ class PlannedRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """What one candidate needs.
 
     Attributes
@@ -104,7 +104,7 @@ class Need:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class DiskNeed:
     """A directory that will take up disk.
 
     Attributes
@@ -122,7 +122,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
+class DryRun:
     """What a selection by fine-tuning would run, and what that takes.
 
     Attributes
@@ -137,7 +137,7 @@ class Forecast:
         Subsets, ascending.
     max_length, passes : int
         Tokens of a sample, and passes over a subset, at most.
-    needs : tuple of Need
+    needs : tuple of MemoryNeed
         One for each candidate.
     runs : tuple of PlannedRun
     flops, seconds : (float, float)
@@ -145,7 +145,7 @@ class Forecast:
         passes that are allowed.
     budget : str
         What the choice may cost; empty without a budget.
-    places : tuple of Place
+    places : tuple of DiskNeed
     basis : mapping of str to str
         How "FLOPs", "time" and "memory" were found.
     notes, problems : tuple of str
@@ -162,12 +162,12 @@ class Forecast:
     sizes: tuple[int, ...]
     max_length: int
     passes: int
-    needs: tuple[Need, ...]
+    needs: tuple[MemoryNeed, ...]
     runs: tuple[PlannedRun, ...]
     flops: tuple[float, float]
     seconds: tuple[float, float]
     budget: str = ""
-    places: tuple[Place, ...] = ()
+    places: tuple[DiskNeed, ...] = ()
     basis: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from lensjax.finetune.memory import Footprint, footprint, weight_counts
 from lensjax.finetune.sharding import COPIES
 from lensjax.jobs.candidates import ADAPTED, Candidate, name_of
 from lensjax.select.dry_run.duration import Shapes, layers_of
-from lensjax.select.dry_run.forecast import Need, amount
+from lensjax.select.dry_run.forecast import MemoryNeed, amount
 from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Prepared
 
@@ -24,7 +24,7 @@ REMEDY = "Choose a --batch-size (or --micro-batch) that is a multiple of their n
 SHORTEST = 16  # tokens that a remedy shortens samples to
 
 
-class Fitting:
+class MemoryEstimate:
     """What one candidate needs of memory, as it is asked for and with changes."""
 
     def __init__(self, prepared: Prepared, candidate: Candidate, shapes: Shapes, machine: Machine) -> None:
@@ -90,7 +90,7 @@ class Fitting:
         return found, copies
 
     def _lanes(self) -> int:
-        """Return how many learning rates are trained at once, as `FineTuner.lanes_that_fit`."""
+        """Return how many learning rates are trained at once, as `FineTuner.parallel_trials`."""
         rates = max(len(r) for _, r in self.prepared.request.search.grid(self.plan))
         wanted = self.prepared.request.search.lanes or rates
         if self.machine.platform == "cpu" or self.machine.devices > 1 or self.machine.memory is None:
@@ -104,7 +104,7 @@ class Fitting:
             return 0
         return PROCESS_BYTES[0] + PROCESS_BYTES[1] * layers_of(self.candidate)
 
-    def need(self) -> Need:
+    def need(self) -> MemoryNeed:
         """Return what the candidate needs, and a remedy if it does not fit."""
         candidate, available = self.candidate, self.machine.memory
         try:
@@ -114,8 +114,8 @@ class Fitting:
             # What training would refuse of this candidate.
             parts = dict.fromkeys(("weights", "optimiser", "working", "process"), 0)
             own = {"parameters": candidate.parameters, "trainable": candidate.trainable, **parts}
-            return Need(candidate.name, **own, available=available, problem=str(error), remedy=REMEDY)
-        need = Need(
+            return MemoryNeed(candidate.name, **own, available=available, problem=str(error), remedy=REMEDY)
+        need = MemoryNeed(
             name=candidate.name,
             parameters=candidate.parameters,
             trainable=candidate.trainable,
@@ -147,7 +147,7 @@ class Fitting:
             changes["lora"] = [(f"--models ... {name} in its place", {"lora": self.prepared.request.lora})]
         lengths = []
         # With packed texts, shorter rows lose nothing; else the inputs must fit, and what does not fit is cut off.
-        free = self.shapes.tokens.train.packed or self.prepared.outlined is not None
+        free = self.shapes.tokens.train.packed or self.prepared.summary is not None
         least = SHORTEST if free else max(SHORTEST, self.shapes.longest_prompt + 2)
         length = self.shapes.longest // 2
         while length // 8 * 8 >= least:
