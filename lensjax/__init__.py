@@ -3,9 +3,9 @@
 The names below load on first use, so that ``import lensjax`` costs little more than ``import jax``.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lensjax._lazy import lazy_names
 from lensjax.errors import InputError, UnsupportedBackendError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lensjax.selectors import SELECTORS, Scores
     from lensjax.tangents import hessian_trace, kernel_dynamics, ntk, ntk_blocks, ntk_features
 
-_HOME = {
+_HOMES = {
     "Curves": "lensjax.losses.curves",
     "read_losses": "lensjax.losses.curves",
     "Fits": "lensjax.laws",
@@ -59,14 +59,4 @@ __all__ = [
     "rectified_law",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lensjax' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, globals(), _HOMES)

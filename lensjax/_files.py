@@ -1,4 +1,4 @@
-"""TODO"""
+"""Files that survive crashes and belong to one process: atomic writes, locks, syncing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What messages about a user's input end with: the name that was probably meant, why a file is no text."""
+"""Hints at the end of messages about a user's input: the name that was probably meant, how to write a number."""
 
 from __future__ import annotations
 

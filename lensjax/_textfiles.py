@@ -1,4 +1,4 @@
-"""TODO"""
+"""Decoding of text files that users give, with the reason where a file is not text."""
 
 from __future__ import annotations
 

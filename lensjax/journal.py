@@ -22,8 +22,10 @@ SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
 TANGENTS, NLP_METRICS, LOG_ME = "tangents", "nlp_metrics", "log_me"
 PRETRAINED_SCORES = (NLP_METRICS, LOG_ME)
+"""Scores of a candidate that need no fine-tuning, in the order in which they are measured."""
+
 EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
-"""What is measured of a candidate beside its runs."""
+"""Measurements of a candidate that are recorded beside its fine-tuning runs."""
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 
 

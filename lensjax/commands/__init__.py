@@ -1,1 +1,1 @@
-"""TODO"""
+"""What the commands share: options, shell completion, exit codes."""

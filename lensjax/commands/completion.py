@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lensjax.commands.options import Parser, add_completion
-from lensjax.select.options import METHODS
+from lensjax.selectors.methods import NAMES
 
 FILES = frozenset({"config", "losses", "html", "json", "task", "model", "models"})
 """Options that take a file, or may."""
@@ -32,7 +32,7 @@ def completion(p: Parser, script: str, shell: str) -> str:
         if action.dest in FILES or action.type is Path:
             action.complete = shtab.FILE if action.dest in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.dest == "method":
-            action.choices = METHODS
+            action.choices = NAMES
     return shtab.complete(p, shell=shell)
 
 

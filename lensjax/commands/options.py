@@ -1,4 +1,4 @@
-"""TODO"""
+"""The options that the commands share; nothing heavy is imported for `--help`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lensjax._messages import did_you_mean, number_hint, ungrouped
 from lensjax.errors import InputError
+from lensjax.jobs.defaults import DEMO_LEARNING_RATE
 
 if TYPE_CHECKING:
     from lensjax.finetune import Plan, Search
@@ -166,7 +167,6 @@ def plan_of(given: argparse.Namespace, *, demo: bool) -> tuple[Plan, Search]:
         Whether the models are the demo's, whose learning rate is higher by default.
     """
     from lensjax.finetune import Plan, Search
-    from lensjax.jobs.request import DEMO_LEARNING_RATE
 
     settings: dict[str, Any] = {"learning_rate": DEMO_LEARNING_RATE} if demo else {}
     settings |= {n: getattr(given, n) for n in PLAN_OPTIONS if getattr(given, n) is not None}

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Jobs: what choosing a model and tuning one share, from the request to the process that trains a candidate."""

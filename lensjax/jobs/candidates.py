@@ -16,13 +16,10 @@ from flax import nnx
 from lensjax import data, models
 from lensjax.errors import InputError
 from lensjax.finetune import tuning_flops
+from lensjax.jobs.defaults import ADAPTED, DEMO_MODELS
 from lensjax.models import Lora
 from lensjax.models.checkpoints.hub import Listing, listing
 from lensjax.models.checkpoints.pretrained import is_gguf
-
-DEMO_MODELS = ("demo", "models")
-ADAPTED = "+lora"
-"""Ends the name of a candidate that only gets adapters."""
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -56,6 +53,8 @@ class Candidate:
         Its adapters.
     listing : Listing, optional
         Of a model on the hub whose weights were not fetched: `path` holds its configuration and tokenizer only.
+    asked : str
+        What the user typed for it; of a demo model its path.
     """
 
     name: str
@@ -67,6 +66,7 @@ class Candidate:
     tokenizer: str
     lora: Lora | None = None
     listing: Listing | None = None
+    asked: str = ""
 
     @property
     def flops_per_token(self) -> float:
@@ -164,7 +164,7 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         settings = json.dumps(dataclasses.asdict(adapters), sort_keys=True)
         fingerprint = hashlib.sha256(f"{fingerprint} {settings}".encode()).hexdigest()[:16]
     name = name_of(asked) if name is None else name
-    return Candidate(name, place, config, parameters, trainable, fingerprint, tokenizer, adapters, listed)
+    return Candidate(name, place, config, parameters, trainable, fingerprint, tokenizer, adapters, listed, asked)
 
 
 def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:

@@ -8,13 +8,10 @@ from typing import Any
 
 from lensjax import data
 from lensjax.finetune import Plan, Search
+from lensjax.jobs.defaults import DEMO_FIELDS, DEMO_TASK
 from lensjax.models import Lora
 from lensjax.tasks import Task, load_task
 from lensjax.tasks.dataset_info import DatasetSummary, summarize_dataset
-
-DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
-DEMO_FIELDS = ("word", "definition")
-DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; `Plan`'s default suits larger ones
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,150 +1,71 @@
-"""TODO"""
+"""Jobs of one candidate in this process."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from lensjax import models
 from lensjax.errors import InputError
-from lensjax.finetune import DivergedError, FineTuner, Outcome, Plan, Progress, Search, Trial, tune
-from lensjax.finetune.search import Point
-from lensjax.jobs.pretrained_scores import evidence, spectra
+from lensjax.finetune import DivergedError, FineTuner, Progress, Trial, tune
+from lensjax.jobs import pretrained_scores, tangent_measurements
+from lensjax.jobs.job import (
+    Callbacks,
+    FineTuning,
+    Measurement,
+    OutOfTimeError,
+    PretrainedScore,
+    Result,
+    RunFailedError,
+    RunnerConfig,
+    Trials,
+    first_line,
+)
 from lensjax.jobs.resources import peak, reset_peak
-from lensjax.jobs.tangent_measurements import look
-from lensjax.jobs.tokens import Tokens
 from lensjax.journal import NLP_METRICS
-
-Trials = tuple[Trial, ...]
-Heartbeat = Callable[[], None]
-
-
-def no_heartbeat() -> None:
-    """Hear a heartbeat and do nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-    """All that runs of a candidate need; it can be sent to another process.
-
-    Attributes
-    ----------
-    name : str
-    path : Path
-    vocabulary : int
-        Tokens the model knows.
-    plan : Plan
-    search : Search
-    tokens : Tokens
-    seed : int
-    compiled : Path or None
-        Where compiled programs are kept for the candidate's next process.
-    log : Path or None
-        Where a process's own output goes.
-    """
-
-    name: str
-    path: Path
-    vocabulary: int
-    plan: Plan
-    search: Search
-    tokens: Tokens
-    seed: int
-    compiled: Path | None = None
-    log: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run gave, and on what.
-
-    Attributes
-    ----------
-    outcome : Outcome
-    facts : mapping
-        Devices, precision, sharding, peak memory in bytes.
-    """
-
-    outcome: Outcome
-    facts: Mapping[str, Any]
-
-
-class RunFailedError(RuntimeError):
-    """A run that gave no loss.
-
-    Attributes
-    ----------
-    trials : tuple of Trial
-        That were made before.
-    """
-
-    def __init__(self, message: str, trials: Trials = (), details: str = "") -> None:
-        super().__init__(message)
-        self.trials, self._details = trials, details
-
-    @property
-    def details(self) -> str:
-        """The traceback of what went wrong, also in another process; empty if there is none."""
-        cause = self.__cause__
-        return self._details or ("" if cause is None else "".join(traceback.format_exception(cause)).rstrip())
-
-
-class OutOfTimeError(RunFailedError):
-    """A run that was stopped because the budget of time was spent."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Callbacks:
-    """What the caller wants to hear of during a run."""
-
-    progress: Callable[[Progress], None]
-    trials: Callable[[Trials], None]
-    heartbeat: Heartbeat = no_heartbeat
 
 
 class CandidateRunner:
-    """One candidate in this process, loaded and compiled when its first run is really needed."""
+    """Runs one candidate's jobs in this process; the model is loaded and compiled when the first one needs it.
 
-    def __init__(self, assignment: RunnerConfig) -> None:
-        self.assignment = assignment
+    Only one copy of the weights is held at a time: that of the fine-tuner, or that of the model as it was pre-trained.
+
+    Parameters
+    ----------
+    config : RunnerConfig
+    """
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self.config = config
         self._tuner: FineTuner | None = None
-        self._untuned: models.LanguageModel | None = None
-
-    @property
-    def pad_id(self) -> int:
-        """Token for padding."""
-        # Padding is masked, but an id outside of the vocabulary would still give NaN.
-        own = self.assignment
-        return own.tokens.pad_id if own.tokens.pad_id < own.vocabulary else 0
+        self._pretrained: models.LanguageModel | None = None
 
     @property
     def tuner(self) -> FineTuner:
         """The compiled fine-tuner."""
         if self._tuner is None:
-            own, self._untuned = self.assignment, None
-            model = models.load_model(own.path)
-            sizes = [size for size, _ in own.search.grid(own.plan)]
-            plan = dataclasses.replace(own.plan, batch_size=max(sizes))
-            self._tuner = FineTuner(model, plan, own.tokens.buckets, self.pad_id, batch_sizes=sizes)
+            self._pretrained = None
+            config = self.config
+            sizes = [size for size, _ in config.search.grid(config.plan)]
+            plan = dataclasses.replace(config.plan, batch_size=max(sizes))
+            model = models.load_model(config.path)
+            self._tuner = FineTuner(model, plan, config.tokens.buckets, config.pad_id, batch_sizes=sizes)
         return self._tuner
 
-    def run(self, size: int, known: Mapping[Point, Trial], hooks: Callbacks, deadline: float | None = None) -> Result:
-        """Fine-tune on `size` samples, or evaluate if that is 0.
+    @property
+    def pretrained(self) -> models.LanguageModel:
+        """The model before fine-tuning and without adapters."""
+        if self._pretrained is None:
+            self._tuner = None
+            self._pretrained = models.load_model(self.config.path)
+        return self._pretrained
 
-        Parameters
-        ----------
-        size : int
-        known : mapping
-            Trials of this run that were made before.
-        hooks : Callbacks
-        deadline : float, optional
-            Of `time.monotonic`: past it, the run is given up at its next look.
+    def run(self, job: FineTuning, callbacks: Callbacks, deadline: float | None = None) -> Result:
+        """Fine-tune or evaluate; see `lensjax.jobs.job.Runner`. The deadline is checked at each progress report.
 
         Raises
         ------
@@ -152,30 +73,30 @@ class CandidateRunner:
             If it gave no loss.
         """
         reset = reset_peak()
-        tokens, own = self.assignment.tokens, self.assignment
-        made: list[Trial] = []
+        config, tokens = self.config, self.config.tokens
+        ended: list[Trial] = []
 
         def progress(at: Progress) -> None:
             if deadline is not None and time.monotonic() > deadline:
-                raise OutOfTimeError("the time is spent", tuple(made))
-            hooks.progress(at)
+                raise OutOfTimeError("the time is spent", tuple(ended))
+            callbacks.progress(at)
 
         def trials(found: Trials) -> None:
-            made.extend(found)
-            hooks.trials(found)
+            ended.extend(found)
+            callbacks.trials(found)
 
         try:
-            if size == 0:
+            if job.size == 0:
                 outcome = self.tuner.zero_shot(tokens.test)
             else:
                 outcome = tune(
                     self.tuner,
-                    tokens.train.first(size),
+                    tokens.train.first(job.size),
                     tokens.validation,
                     tokens.test,
-                    search=own.search,
-                    seed=own.seed,
-                    known=known,
+                    search=config.search,
+                    seed=config.seed,
+                    known=job.known,
                     on_trials=trials,
                     on_progress=progress,
                     count_flops=True,
@@ -183,89 +104,49 @@ class CandidateRunner:
         except RunFailedError:
             raise
         except Exception as error:
-            before = error.trials if isinstance(error, DivergedError) else tuple(made)
-            raise RunFailedError(reason(error), before) from error
+            before = error.trials if isinstance(error, DivergedError) else tuple(ended)
+            raise RunFailedError(first_line(error), before) from error
         return Result(outcome, {**self._facts(), **peak(reset)})
 
-    def look(
-        self, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
-    ) -> dict[str, Any]:
-        """Measure the candidate's kernel and curvature on the first training samples; see `look.look`.
+    def measure(self, job: Measurement, callbacks: Callbacks, deadline: float | None = None) -> dict[str, Any]:
+        """Measure something that takes no training; see `lensjax.jobs.job.Runner`.
 
-        A deadline keeps it from starting; what has started is not ended.
+        A deadline that has passed keeps it from starting; what has started is not ended.
 
         Raises
         ------
         RunFailedError
-            If it could not be.
+            If it failed.
         """
         if deadline is not None and time.monotonic() > deadline:
             raise OutOfTimeError("the time is spent")
         reset = reset_peak()
-        own = self.assignment
         try:
-            model = models.load_model(own.path)
-            if own.plan.lora is not None:
-                model = models.add_lora(model, key=jax.random.key(0), **dataclasses.asdict(own.plan.lora))
-            found = look(model, own.tokens.train.first(samples), self.pad_id, self.tuner.parameters)
+            found = self._score(job) if isinstance(job, PretrainedScore) else self._tangents(job.samples)
         except Exception as error:
-            raise RunFailedError(reason(error)) from error
+            raise RunFailedError(first_line(error)) from error
         return {**found, **peak(reset)}
 
-    def gauge(
-        self, what: str, samples: int, deadline: float | None = None, heartbeat: Callable[[], None] = lambda: None
-    ) -> dict[str, Any]:
-        """Measure what a score needs that knows nothing of fine-tuning, of the weights without adapters.
+    def _tangents(self, samples: int) -> dict[str, Any]:
+        config = self.config
+        model = self.pretrained
+        if config.plan.lora is not None:
+            model = models.add_lora(model, key=jax.random.key(0), **dataclasses.asdict(config.plan.lora))
+        return tangent_measurements.measure(model, config.tokens.train.first(samples), config.pad_id)
 
-        A deadline keeps it from starting; what has started is not ended.
-
-        Parameters
-        ----------
-        what : str
-            One of `lensjax.journal.PRETRAINED_SCORES`.
-        samples : int
-            Training samples to measure on, if any.
-        deadline, heartbeat
-            As in `look`.
-
-        Returns
-        -------
-        dict
-            Of `untuned.spectra` or `untuned.evidence`; or ``problem``: why weights or samples do not allow it, which
-            another try would not change.
-
-        Raises
-        ------
-        RunFailedError
-            If it could not be done.
-        """
-        if deadline is not None and time.monotonic() > deadline:
-            raise OutOfTimeError("the time is spent")
-        reset = reset_peak()
-        own = self.assignment
+    def _score(self, job: PretrainedScore) -> Mapping[str, Any]:
+        config, model = self.config, self.pretrained
         try:
-            if self._untuned is None:
-                # What fine-tuning holds would take memory from it.
-                self._tuner = None
-                self._untuned = models.load_model(own.path)
-        except Exception as error:
-            raise RunFailedError(reason(error)) from error
-        try:
-            if what == NLP_METRICS:
-                found = spectra(self._untuned)
-            else:
-                found = evidence(self._untuned, own.tokens.train.first(samples), own.tokens.buckets, self.pad_id)
+            if job.name == NLP_METRICS:
+                return pretrained_scores.spectra(model)
+            samples = config.tokens.train.first(job.samples)
+            return pretrained_scores.evidence(model, samples, config.tokens.buckets, config.pad_id)
         except InputError as error:
-            found = {"problem": str(error)}
-        except Exception as error:
-            raise RunFailedError(reason(error)) from error
-        return {**found, **peak(reset)}
+            return {"problem": str(error)}
 
     def close(self) -> None:
-        """Free what the candidate held."""
-        self._tuner = self._untuned = None
-        # Compiled functions of one candidate are of no use to the next.
-        jax.clear_caches()
+        """Free the weights and, with the fine-tuner, its compiled programs."""
+        self._tuner = self._pretrained = None
 
     def _facts(self) -> dict[str, Any]:
         placement = self.tuner.placement
@@ -275,9 +156,3 @@ class CandidateRunner:
             "sharding": placement.name,
             "precision": self.tuner.dtype.name,
         }
-
-
-def reason(error: BaseException) -> str:
-    """Return an error in one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

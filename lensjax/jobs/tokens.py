@@ -1,4 +1,4 @@
-"""TODO"""
+"""A task as the token ids of one tokenizer."""
 
 from __future__ import annotations
 

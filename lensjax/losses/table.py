@@ -1,4 +1,4 @@
-"""TODO"""
+"""Tables of test losses: packaged ones, and CSV files, wide or long."""
 
 from __future__ import annotations
 

@@ -18,28 +18,7 @@ from lensjax.report.style import STYLE
 from lensjax.report.tables import SURE, name_of
 from lensjax.report.text import LAW_COLUMNS, comparison_cells
 from lensjax.selection import Selection, losses_fingerprint
-
-METHODS = {
-    "averaged": "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
-    "family as data grow; every curve of it is weighted by how well it explains what was measured, and their average "
-    "is read off at the full size, leaning to what is feared. What remains undecided between the curves is the "
-    "interval. In the order, a loss that owes less to extrapolation counts for more.",
-    "lens": "Each candidate was fine-tuned on small parts of the data, from the largest part downwards, until its "
-    "losses left a straight line (LensLLM, Algorithm 1). The law L(D) = B / (F + D^beta) + E is fitted to them and "
-    "read off at the full size.",
-    "rectified": "The law L(D) = B / (D_l + D^beta) + E is fitted to all losses and read off at the full size.",
-    "power": "The law L(D) = (B / D^beta + E)^alpha is fitted to all losses and read off at the full size.",
-    "ats": "A straight line through the losses of the larger sizes, both axes logarithmic, is read off at the full "
-    "size.",
-    "subtuning": "The candidates are ranked by their losses after fine-tuning on the largest part of the data.",
-    "zero_shot": "The candidates are ranked by their losses before any fine-tuning.",
-    "model_size": "The candidates are ranked by their size; no loss is looked at.",
-    "nlp_metrics": "The candidates are ranked by their weights alone: the eigenvalues of a well-trained layer have a "
-    "heavy tail, and the smaller the exponent of its power law, on average over all weight matrices, the better.",
-    "log_me": "The candidates are ranked by how well a linear model explains the answers' tokens by what each "
-    "candidate makes of the text before any fine-tuning (LogME). Candidates with different "
-    "tokenizers are hard to compare so.",
-}
+from lensjax.selectors.methods import METHODS
 
 
 def render_html(selection: Selection) -> str:
@@ -242,6 +221,8 @@ def _curves(selection: Selection) -> str:
         "phase transition": "transition" in scores.details,
         "measured at the target": selection.truth is not None,
     }
+    known = METHODS.get(scores.method)
+    explanation = f"Method {scores.method}." if known is None else known.description
     legend = "".join(
         f'<li><svg class="fig" viewBox="0 0 30 14" aria-hidden="true" focusable="false">{mark}</svg>{text}</li>'
         for mark, text in LEGEND
@@ -251,7 +232,7 @@ def _curves(selection: Selection) -> str:
         [
             '<section aria-labelledby="curves">',
             '<h2 id="curves">Loss curves</h2>',
-            _paragraph(escaped(METHODS.get(scores.method, f"Method {scores.method}."))),
+            _paragraph(escaped(explanation)),
             _paragraph(
                 "The test loss says how badly a model predicts the answers of the test set: lower is better. All "
                 "figures have the same axes, both logarithmic; 0 samples is the model as it came.",

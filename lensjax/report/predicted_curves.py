@@ -11,7 +11,7 @@ from lensjax.errors import InputError
 from lensjax.laws import LAWS
 from lensjax.losses.curves import Curves
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, SELECTORS, Scores
+from lensjax.selectors import CERTAINTY, METHODS, SELECTORS, Scores
 from lensjax.selectors.bayesian_average import forecast, laws, shape
 
 POINTS = 48
@@ -51,15 +51,16 @@ def paths(selection: Selection, scores: Scores) -> PredictedCurves:
     if not np.isfinite(scores.predicted_loss).any():
         return PredictedCurves(sizes, nothing, None, f"Method {scores.method} ranks without predicting a loss.")
     name = scores.method
+    curve = METHODS[name].curve if name in METHODS else "none"
     interval = None
     try:
-        if name == "averaged":
+        if curve == "average":
             losses, interval = _averaged(selection, sizes)
-        elif name in LAWS and {"B", "E", "beta"} <= set(scores.details):
+        elif curve == "law" and {"B", "E", "beta"} <= set(scores.details):
             params = {key: value[:, None] for key, value in scores.details.items()}
             with jax.enable_x64(True):
                 losses = np.exp(np.asarray(LAWS[name](params, sizes)))
-        elif name == "ats":
+        elif curve == "line":
             losses = np.exp(_lines(selection.curves, sizes))
         else:
             return PredictedCurves(sizes, nothing, None, f"Method {name} predicts one loss, not a curve.")

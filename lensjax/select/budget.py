@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from lensjax._messages import did_you_mean
@@ -97,7 +97,7 @@ def paid(lines: Sequence[Run]) -> list[Run]:
 
 
 class Ledger:
-    """Keeps what is spent against a budget.
+    """Accounts for what is spent of a budget.
 
     It follows from the journal alone, so that a resumed selection goes on as an undisturbed one does.
 
@@ -125,7 +125,7 @@ class Ledger:
         self.budget, self.passes, self.target = budget, passes, target
         self.flops_per_sample = flops_per_sample
         self.amount, self.spent = float("inf"), 0.0
-        self.beside = 0.0  # of it on scores that need no fine-tuning
+        self.spent_on_scores = 0.0  # part of `spent`
         self.prices: dict[str, float] = dict.fromkeys(weights, 0.0)
         if budget is None:
             return
@@ -148,9 +148,47 @@ class Ledger:
         return f"{amount:,.0f} samples" if kind == "samples" else f"{amount:.3g} FLOPs"
 
     @property
+    def timed(self) -> bool:
+        """Whether the budget is one of time."""
+        return self.budget is not None and self.budget.kind == "seconds"
+
+    @property
     def left(self) -> float:
         """What may still be spent."""
         return self.amount - self.spent
+
+    def pays(self, flops: float) -> bool:
+        """Return whether a measurement that costs so many FLOPs may start."""
+        if self.budget is None:
+            return True
+        return self.left > 0 and not (self.budget.kind == "flops" and flops > self.left)
+
+    def affordable(
+        self, sizes: Sequence[int], prices: Callable[[int], Sequence[float]], needed: int
+    ) -> tuple[int, ...]:
+        """Return the sizes that the budget pays for if every candidate is trained on all of them.
+
+        Prices in FLOPs and samples do not change, and a resumed selection must come to the same answer: all runs count,
+        against all of the budget. Prices in seconds do change: those still to be made count, against what is left.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            Subset sizes, ascending.
+        prices : callable (size) -> sequence of float
+            Of the runs at that size that count.
+        needed : int
+            Sizes that the method cannot do without: within a time budget, whose prices are estimates, they are kept.
+        """
+        total, found = 0.0, list[int]()
+        for size in sizes:
+            own = prices(size)
+            total += sum(own)
+            kept = self.timed and (not own or len(found) < needed)
+            if self.budget is not None and not kept and total > (self.left if self.timed else self.amount):
+                break
+            found.append(size)
+        return tuple(found)
 
     def price(self, name: str, size: int) -> float:
         """Return what a run may cost at most; for seconds an estimate from the runs so far, 0 before the first."""
@@ -161,10 +199,10 @@ class Ledger:
 
         What is `needed` in any case may start while there is time left, for its price in time is an estimate only.
         """
-        if self.budget is None or (needed and self.budget.kind == "seconds" and self.left > 0):
+        if self.budget is None or (needed and self.timed and self.left > 0):
             return ""
         # Scores take what runs leave. When a selection is continued with a larger budget, they are there already.
-        price, left = self.price(name, size), max(self.left + self.beside, 0.0)
+        price, left = self.price(name, size), max(self.left + self.spent_on_scores, 0.0)
         if price <= left and left > 0:
             return ""
         return (
@@ -201,4 +239,4 @@ class Ledger:
             self.spent = float(sum(r.samples for r in counted))
         else:
             self.spent = float(sum(r.flops for r in counted))
-            self.beside = float(sum(r.flops for r in counted if r.part_of in PRETRAINED_SCORES))
+            self.spent_on_scores = float(sum(r.flops for r in counted if r.part_of in PRETRAINED_SCORES))

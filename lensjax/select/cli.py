@@ -1,9 +1,8 @@
-"""The command line: options in, exit status out. What it does is in `from_losses` and `live`."""
+"""The command line: options in, exit status out. What it does is in `from_losses` and `driver`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from lensjax.commands.completion import write_completion
 from lensjax.commands.exit_codes import FAILED, guarded
 from lensjax.commands.options import LORA_OPTIONS, TASK_OPTIONS, check_text, lora_of, plan_of
 from lensjax.errors import InputError
+from lensjax.jobs.defaults import ADAPTED
 from lensjax.select.config_file import naming, print_config, read_config
 from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, SCRIPT, parser
 
@@ -68,10 +68,9 @@ def _run(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: 
     """Run the command with all its options, those of a file too, or continue an earlier one."""
     own_process = own_process and not given.in_process
     if given.resume is not None:
-        arguments, place = resumed(given.resume.absolute(), arguments, given)
+        arguments = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
-        with contextlib.chdir(place):
-            return _select(given, _without(arguments, OUTPUT_FLAGS), out, err, own_process=own_process)
+        return _select(given, _without(arguments, OUTPUT_FLAGS), out, err, own_process=own_process)
     return _select(given, arguments, out, err, own_process=own_process)
 
 
@@ -91,8 +90,10 @@ def _yielding(before: Sequence[str], now: Sequence[str]) -> list[str]:
     return _without(before, VERBOSITY_FLAGS) if any(flag in now for flag in VERBOSITY_FLAGS) else list(before)
 
 
-def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
-    """Return the arguments that a selection was started with, and where; those given now come after and win.
+def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> list[str]:
+    """Return the arguments that a selection was started with; those given now come after and win.
+
+    Paths of files that were relative to another working directory become absolute.
 
     Raises
     ------
@@ -116,10 +117,22 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
                 f"{flag} {value}: --resume {directory} continues the selection there; remove {flag} or --resume."
             )
     now = _without(arguments, ("--resume",))
-    # A path given now is meant from here, not from where the selection was started.
-    files = {"--json": given.json, "--html": given.html, "--figures": given.figures}
-    named = [part for flag, file in files.items() if file is not None for part in (flag, str(file.absolute()))]
-    return [*_yielding(before, now), *now, *named, "--out", str(directory)], place
+    return [*_anchored(_yielding(before, now), place), *now, "--out", str(directory)]
+
+
+def _anchored(arguments: Sequence[str], place: Path) -> list[str]:
+    """Return arguments with the data and models that lie below a directory named by absolute paths."""
+    if place == Path.cwd():
+        return list(arguments)
+    found, current = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        current = flag or current
+        plain = value.removesuffix(ADAPTED)
+        if plain and current in ("--task", "--models") and (place / plain).exists():
+            value = str(place / plain) + value[len(plain) :]
+        found.append(f"{flag}{equals}{value}")
+    return found
 
 
 def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool) -> int:
@@ -159,10 +172,10 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
 
 
 def _dry_run(given: argparse.Namespace, out: TextIO) -> int:
-    from lensjax.select.dry_run.estimate import forecast
+    from lensjax.select.dry_run.estimate import dry_run
 
     request = _request(given)
-    found = forecast(request, request.out)
+    found = dry_run(request, request.out)
     out.write(found.render() + "\n")
     if given.json is not None:
         write_atomically(given.json, json.dumps(found.as_dict(), indent=2, allow_nan=False) + "\n")
@@ -199,7 +212,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.figure_format is not None and given.figures is None:
         raise InputError("--figure-format: no figures are asked for; add --figures DIR, or remove --figure-format.")
     check_formats(given.figure_format or ())
-    adapted = any(model.endswith("+lora") for model in given.models or ())
+    adapted = any(model.endswith(ADAPTED) for model in given.models or ())
     for flag in LORA_OPTIONS:
         if getattr(given, flag) is not None and not adapted:
             name = "--" + flag.replace("_", "-")
@@ -252,8 +265,9 @@ def _request(given: argparse.Namespace) -> Request:
 def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
     """Select by fine-tuning; `arguments` are what a later session is to be started with."""
     from lensjax.progress.console import Console
-    from lensjax.select.live import LiveSelection, default_directory
+    from lensjax.select.driver import select
     from lensjax.select.request import prepare
+    from lensjax.select.session import Session
 
     request = _request(given)
     console = Console(err, quiet=given.quiet, verbose=given.verbose)
@@ -261,12 +275,12 @@ def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> S
     if given.verbose:
         console.line(settings)
     prepared = prepare(request)
-    directory = request.out or default_directory(prepared)
-    live = LiveSelection(prepared, directory, console, isolate=not given.in_process)
+    directory = request.out or prepared.default_directory
+    session = Session(prepared, directory, console, isolate=not given.in_process)
     command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
     write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
     write_atomically(directory / CONFIG, settings)
-    return live.execute()
+    return select(session)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -236,6 +236,7 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
 
 def _defaults(given: argparse.Namespace) -> dict[str, Any]:
     """Return what an option is where it is not given, if that does not depend on the data."""
+    from lensjax.jobs.defaults import ADAPTED
     from lensjax.models import Lora
     from lensjax.select.request import SMALLEST, Request
 
@@ -251,7 +252,7 @@ def _defaults(given: argparse.Namespace) -> dict[str, Any]:
     found |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
     if given.task is not None:
         found["smallest"] = SMALLEST
-    if any(model.endswith("+lora") for model in given.models or ()):
+    if any(model.endswith(ADAPTED) for model in given.models or ()):
         # Refused where no candidate has adapters.
         found |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
     return found
@@ -259,7 +260,7 @@ def _defaults(given: argparse.Namespace) -> dict[str, Any]:
 
 def _demo_defaults(given: argparse.Namespace) -> dict[str, Any]:
     """Return what the demo's task and models bring with them, where they are the ones."""
-    from lensjax.jobs.request import DEMO_FIELDS, DEMO_LEARNING_RATE
+    from lensjax.jobs.defaults import DEMO_FIELDS, DEMO_LEARNING_RATE
     from lensjax.select.request import DEMO_SMALLEST
 
     found: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}

@@ -1,128 +1,239 @@
-"""Scores that need no fine-tuning, NLPmetrics and LogME: measured of each candidate where the method wants them."""
+"""Measurements beside fine-tuning runs: pretrained scores (NLPmetrics, LogME), neural tangent kernels, Hessian traces.
+
+Each is described once, by `tangents` or `score`; `measure` makes it, within the budget, and records it in the journal.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import jax
+import numpy as np
 
 from lensjax._display import duration
 from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.job import Measurement, OutOfTimeError, PretrainedScore, RunFailedError, TangentMeasurement
 from lensjax.jobs.pretrained_scores import MIN_EIGENVALUES, POSITIONS, evidence_flops, samples_for, spectra_flops
-from lensjax.jobs.runner import OutOfTimeError, RunFailedError
-from lensjax.journal import LOG_ME, NLP_METRICS, PRETRAINED_SCORES, Run, key_of
+from lensjax.jobs.tangent_measurements import tangent_flops
+from lensjax.journal import NLP_METRICS, TANGENTS, Run, key_of
+from lensjax.laws import kernel_residual
 from lensjax.progress.board import ActiveRun
 from lensjax.select.records import common_facts, run_key
 from lensjax.select.request import Prepared
 from lensjax.select.session import Session
+from lensjax.selectors import method
 
-SHOWN = {NLP_METRICS: "pl_alpha", LOG_ME: "log_me"}
-
-
-def pretrained_scores_of(method: str) -> tuple[str, ...]:
-    """Return which of `PRETRAINED_SCORES` a method scores by."""
-    return PRETRAINED_SCORES if method == "all" else tuple(what for what in PRETRAINED_SCORES if what == method)
+OVER_BUDGET = "not measured, it would exceed the budget"
 
 
-def score_samples(prepared: Prepared, candidate: Candidate, what: str) -> int:
-    """Return on how many training samples it is measured; the weights need none."""
-    if what == NLP_METRICS:
-        return 0
-    return samples_for(prepared.tokens[candidate.tokenizer].train, prepared.sizes[-1])
+@dataclasses.dataclass(frozen=True)
+class ExtraMeasurement:
+    """One measurement of one candidate, as planned.
+
+    Attributes
+    ----------
+    name : str
+        One of `lensjax.journal.EXTRA_MEASUREMENTS`.
+    title : str
+        For progress lines.
+    job : Measurement
+    key : str
+        Identifies it in the journal.
+    samples : int
+        Training samples it is measured on; 0: the weights alone.
+    flops : float
+        What it costs.
+    method : str
+        How it is measured, for the journal.
+    result_text : callable (dict) -> str
+        Puts what was found in words.
+    records_failures : bool
+        Whether a failure is put into the journal too, with its cost.
+    """
+
+    name: str
+    title: str
+    job: Measurement
+    key: str
+    samples: int
+    flops: float
+    method: str
+    result_text: Callable[[Mapping[str, Any]], str]
+    records_failures: bool
 
 
-def score_key(prepared: Prepared, candidate: Candidate, what: str) -> str:
-    """Return what identifies the measurement in the journal."""
-    if what == NLP_METRICS:
-        return key_of({what: candidate.fingerprint, "min_eigenvalues": MIN_EIGENVALUES})
-    size = score_samples(prepared, candidate, what)
-    return key_of({what: run_key(prepared, candidate, size), "positions": POSITIONS})
+def tangents(prepared: Prepared, candidate: Candidate, samples: int) -> ExtraMeasurement:
+    """Describe the measurement of a candidate's neural tangent kernel and Hessian trace on some training samples."""
+    tokens = prepared.tokens[candidate.tokenizer].train.first(samples)
+    return ExtraMeasurement(
+        name=TANGENTS,
+        title=f"kernel and Hessian trace on {samples} samples",
+        job=TangentMeasurement(samples),
+        # What journals have called it since the first one.
+        key=key_of({"look": run_key(prepared, candidate, samples)}),
+        samples=samples,
+        flops=tangent_flops(candidate.parameters, int(tokens.token_counts.sum()), samples),
+        method="kernel and Hessian trace",
+        result_text=lambda found: (
+            f"largest eigenvalue {found['kernel_spectrum'][0]:.3g}, trace {found['trace']:.3g} "
+            f"+- {found['trace_error']:.2g}"
+        ),
+        records_failures=False,
+    )
 
 
-def score_flops(prepared: Prepared, candidate: Candidate, what: str) -> float:
-    """Count its floating-point operations: of a forward pass, or of the products and eigenvalues of the weights."""
-    if what == NLP_METRICS:
-        return spectra_flops(candidate.config)
-    # Adapters are not there yet.
-    weights = candidate.parameters - (0 if candidate.lora is None else candidate.trainable)
-    size = score_samples(prepared, candidate, what)
-    return evidence_flops(weights, prepared.tokens[candidate.tokenizer].train.first(size))
+def score(prepared: Prepared, candidate: Candidate, name: str) -> ExtraMeasurement:
+    """Describe the measurement of one of a candidate's `PRETRAINED_SCORES`."""
+    if name == NLP_METRICS:
+        samples = 0
+        key = key_of({name: candidate.fingerprint, "min_eigenvalues": MIN_EIGENVALUES})
+        flops = spectra_flops(candidate.config)
+        how, shown = "the weights' spectra", "pl_alpha"
+    else:
+        train = prepared.tokens[candidate.tokenizer].train
+        samples = samples_for(train, prepared.sizes[-1])
+        key = key_of({name: run_key(prepared, candidate, samples), "positions": POSITIONS})
+        # It is measured before adapters are added.
+        weights = candidate.parameters - (0 if candidate.lora is None else candidate.trainable)
+        flops = evidence_flops(weights, train.first(samples))
+        how, shown = f"one forward pass over {samples} samples", "log_me"
+    return ExtraMeasurement(
+        name=name,
+        title=name,
+        job=PretrainedScore(name, samples),
+        key=key,
+        samples=samples,
+        flops=flops,
+        method=how,
+        result_text=lambda found: f"{shown} {found[shown]:.4f}",
+        records_failures=True,
+    )
 
 
-def gauge(made: Session, candidate: Candidate) -> None:
-    """Measure of a candidate what the method scores by, unless that was done or the candidate failed.
+def measure_scores(session: Session, candidate: Candidate) -> None:
+    """Measure the pretrained scores that the method ranks by, unless they are known or the candidate failed.
 
     Parameters
     ----------
-    made : Session
-        What is found goes to its `pretrained_scores` and its journal, what cannot be measured to its `scores_unavailable`; where the method
-        is asked for by name, that candidate has failed.
+    session : Session
+        Gets what is found in its `pretrained_scores` and its journal, and reasons in its `scores_unavailable`; where
+        the method is asked for by name, a candidate without its score has failed.
     candidate : Candidate
     """
-    method = made.prepared.request.method
-    for what in pretrained_scores_of(method):
-        known = candidate.name in made.pretrained_scores[what] or candidate.name in made.scores_unavailable[what]
-        if known or candidate.name in made.failures:
+    asked = session.prepared.request.method
+    for name in method(asked).pretrained_scores:
+        known = candidate.name in session.pretrained_scores[name] or candidate.name in session.scores_unavailable[name]
+        if known or candidate.name in session.failures:
             continue
         try:
-            found = _find(made, candidate, what)
+            found = measure(session, candidate, score(session.prepared, candidate, name))
             if found.get("problem"):
                 raise RunFailedError(found["problem"])
         except RunFailedError as error:
-            made.scores_unavailable[what][candidate.name] = str(error)
-            if what == method:
-                made.failed(candidate, error)
+            session.scores_unavailable[name][candidate.name] = str(error)
+            if name == asked:
+                session.failed(candidate, error)
             else:
-                made.console.line(f"{made.label(candidate)}: no score by {what}: {error}")
-                made.console.detail(f"{made.label(candidate)}: {what}: {error.details or error}")
+                label = session.label(candidate)
+                session.console.line(f"{label}: no score by {name}: {error}")
+                session.console.detail(f"{label}: {name}: {error.details or error}")
         else:
-            made.pretrained_scores[what][candidate.name] = found
+            session.pretrained_scores[name][candidate.name] = found
 
 
-def _find(made: Session, candidate: Candidate, what: str) -> dict[str, Any]:
-    """Return what is measured: from the journal, or made now and put there.
+def measure_tangents(session: Session, samples: int) -> None:
+    """Measure every candidate's kernel and Hessian trace, as far as the budget goes; failures are only reported.
+
+    Parameters
+    ----------
+    session : Session
+        Gets what is found in its `tangents` and its journal.
+    samples : int
+        Training samples to measure on.
+    """
+    for candidate in session.prepared.candidates:
+        if candidate.name in session.failures:
+            continue
+        planned = tangents(session.prepared, candidate, samples)
+        label = f"{session.label(candidate)}: {planned.title}"
+        try:
+            session.tangents[candidate.name] = measure(session, candidate, planned)
+        except RunFailedError as error:
+            said = str(error)
+            session.console.line(f"{label}: {said if said == OVER_BUDGET else f'could not be measured: {said}'}")
+            session.console.detail(f"{label}: {error.details or error}")
+
+
+def measure(session: Session, candidate: Candidate, planned: ExtraMeasurement) -> dict[str, Any]:
+    """Return a measurement: from the journal, or made now and put there.
 
     Raises
     ------
     RunFailedError
-        If it could not be, or would exceed the budget; it is tried again when the selection is continued.
+        If it failed, or would exceed the budget; it is tried again when the selection is continued.
     """
-    prepared, console = made.prepared, made.console
-    label = f"{made.label(candidate)}: {what}"
-    key, size = score_key(prepared, candidate, what), score_samples(prepared, candidate, what)
-    run = made.journal.get(key)
-    if run is not None and what in run.facts:
-        return dict(run.facts[what])
-    cost, budget = score_flops(prepared, candidate, what), made.ledger.budget
-    if budget is not None and (made.ledger.left <= 0 or (budget.kind == "flops" and cost > made.ledger.left)):
-        raise RunFailedError("not measured, it would exceed the budget")
-    made.rank()
-    made.board.running = ActiveRun(candidate.name, None, what)
+    console = session.console
+    label = f"{session.label(candidate)}: {planned.title}"
+    known = session.journal.get(planned.key)
+    if known is not None and planned.name in known.facts:
+        return dict(known.facts[planned.name])
+    if not session.ledger.pays(planned.flops):
+        raise RunFailedError(OVER_BUDGET)
+    session.rank()
+    session.board.running = ActiveRun(candidate.name, None, planned.title)
     console.refresh(now=True)
     console.status(label)
     begun = time.monotonic()
 
-    def note(reason: str, **found: Any) -> float:
-        """Put into the journal what was found, or that nothing was; return the seconds it took."""
-        seconds = time.monotonic() - begun
-        facts = common_facts(prepared, candidate)
-        if found:
-            facts[what] = found | {"seconds": seconds}
-        own: dict[str, Any] = {"flops": cost, "seconds": seconds, "reason": reason, "facts": facts}
-        made.journal.append(Run(key, candidate.name, size, None, part_of=what, **own))
-        made.settle()
-        return seconds
+    def record(reason: str, found: Mapping[str, Any] | None) -> None:
+        facts = common_facts(session.prepared, candidate)
+        if found is not None:
+            facts[planned.name] = found
+        session.journal.append(
+            Run(
+                *(planned.key, candidate.name, planned.samples, None),
+                flops=planned.flops,
+                seconds=time.monotonic() - begun,
+                reason=reason,
+                facts=facts,
+                part_of=planned.name,
+            )
+        )
+        session.update_ledger()
 
     try:
-        found = {**made.runner_for(candidate).gauge(what, size, made.deadline(), made.heartbeat), "flops": cost}
+        found = session.runner_for(candidate).measure(planned.job, session.callbacks, session.deadline())
     except OutOfTimeError:
         raise
     except RunFailedError as error:
-        note(str(error))
+        if planned.records_failures:
+            record(str(error), None)
         raise
     finally:
-        made.board.running = None
-    on = "the weights' spectra" if what == NLP_METRICS else f"one forward pass over {size} samples"
-    found["seconds"] = seconds = note(on, **found)
+        session.board.running = None
+    found = {**found, "flops": planned.flops, "seconds": time.monotonic() - begun}
+    record(planned.method, found)
     if not found.get("problem"):
-        console.line(f"{label}: {SHOWN[what]} {found[SHOWN[what]]:.4f} ({duration(seconds)})")
+        console.line(f"{label}: {planned.result_text(found)} ({duration(found['seconds'])})")
+    return found
+
+
+def with_residuals(measured: Mapping[str, Mapping[str, Any]], runs: Iterable[Run]) -> dict[str, Any]:
+    """Return the candidates' kernel measurements with F(Theta, t) of LensLLM's eq. 9 at the time each run stopped.
+
+    Negative eigenvalues, which only rounding makes, count as 0. The unit is nats^2.
+    """
+    runs, found = list(runs), {}
+    for name, own in measured.items():
+        eigenvalues, residual = np.maximum(np.array(own["kernel_spectrum"]), 0.0), np.array(own["residual"])
+        with jax.enable_x64(True):
+            residuals = {
+                str(run.size): float(kernel_residual(run.steps, eigenvalues, residual, run.facts["learning_rate"]))
+                for run in runs
+                if run.candidate == name and run.size
+            }
+        found[name] = {**own, "kernel_residual": residuals}
     return found

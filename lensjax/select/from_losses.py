@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.metrics import training_flops
 from lensjax.selection import Selection
-from lensjax.selectors import DEFAULT, SELECTORS, Scores, Selector, get_selector
+from lensjax.selectors import DEFAULT, GAMMA, METHODS, TAU, Scores, Selector, get_selector
+from lensjax.selectors.methods import ALL
 
 DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the paper's least demanding budget
 
@@ -134,18 +136,18 @@ def score_all(
     InputError
         If the method is unknown or cannot be used on these curves.
     """
-    options = {"lens": {"gamma": gamma, "tau": tau}, "ats": {"k": gamma, "delta": tau}}
-    if method != "all":
-        return {method: get_selector(method)(curves, target, **options.get(method, {}))}, {}
+    if method != ALL:
+        selector = get_selector(method)
+        return {method: selector(curves, target, **METHODS[method].options(gamma=gamma, tau=tau))}, {}
     found: dict[str, Scores] = {}
     refused: dict[str, str] = {}
-    for name, selector in SELECTORS.items():
+    for name, known in METHODS.items():
         try:
             reasons = (without or {}).get(name, {})
             found[name] = (
-                _without(selector, curves, target, reasons)
+                _without(known.selector, curves, target, reasons)
                 if reasons
-                else selector(curves, target, **options.get(name, {}))
+                else known.selector(curves, target, **known.options(gamma=gamma, tau=tau))
             )
         except InputError as error:
             refused[name] = str(error)
@@ -213,24 +215,24 @@ def read_metric(source: str, metric: str) -> Curves:
 
 
 def select_from_losses(
-    source: str,
+    source: str | os.PathLike[str] | Curves,
+    target: float | None = None,
     *,
     visible: float | None = None,
-    target: float | None = None,
     method: str = DEFAULT,
-    gamma: int,
-    tau: float,
+    gamma: int = GAMMA,
+    tau: float = TAU,
     metric: str | None = None,
     tokens_per_sample: float = 1.0,
 ) -> Selection:
-    """Rank the candidates of a table.
+    """Rank candidates from losses that are measured already.
 
     Parameters
     ----------
-    source : str
-        See `lensjax.losses.read`.
-    visible, target : float, optional
-        See `resolve_sizes`.
+    source : str, path or Curves
+        Losses, or where to read them: see `lensjax.losses.read`.
+    target, visible : float, optional
+        Training samples to choose for, and the largest size that the choice may be based on; see `resolve_sizes`.
     method : str
         A key of `lensjax.selectors.SELECTORS`, or "all".
     gamma, tau : int, float
@@ -244,8 +246,19 @@ def select_from_losses(
     ------
     InputError
         See `lensjax.losses.read`, `read_metric`, `resolve_sizes` and the selectors.
+
+    Examples
+    --------
+    >>> selection = select_from_losses("published:wmt19", visible=51_200)
+    >>> selection.best in selection.curves.names, len(selection.curves)
+    (True, 30)
     """
-    curves = losses.read(source) if metric is None else read_metric(source, metric)
+    if isinstance(source, Curves):
+        if metric is not None:
+            raise InputError(f"metric={metric!r} chooses among the metrics of runs, but curves hold one; leave it out.")
+        curves = source
+    else:
+        curves = losses.read(source) if metric is None else read_metric(os.fspath(source), metric)
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)
@@ -255,7 +268,7 @@ def select_from_losses(
     scores, refused = score_all(seen, target, method, gamma=gamma, tau=tau)
     parameters = np.full(len(curves), np.nan) if curves.parameters is None else curves.parameters
     return Selection(
-        source=source,
+        source=curves.source if isinstance(source, Curves) else os.fspath(source),
         curves=seen,
         target=target,
         scores=scores,

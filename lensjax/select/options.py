@@ -20,6 +20,7 @@ from lensjax.commands.options import (
 )
 from lensjax.errors import InputError
 from lensjax.select import budget
+from lensjax.selectors.methods import DEFAULT, NAMES
 
 if TYPE_CHECKING:
     pass
@@ -51,10 +52,6 @@ exit status: 0 chosen; 1 a candidate failed or does not fit, or the selection co
 be used; 130 interrupted
 """
 
-METHODS = (
-    *("averaged", "lens", "ats", "rectified", "power", "subtuning", "zero_shot", "model_size"),
-    *("nlp_metrics", "log_me", "all"),
-)
 FIGURE_FORMATS = ("svg", "png")
 
 LOSSES_ONLY = ("metric", "tokens_per_sample")
@@ -134,7 +131,9 @@ def _add_choice(group: Any) -> None:
         "for",
     )
     group.add_argument(
-        "--method", metavar="NAME", help=f"{METHODS[0]} (default), {', '.join(METHODS[1:])}: see the README"
+        "--method",
+        metavar="NAME",
+        help=f"{DEFAULT} (default), {', '.join(n for n in NAMES if n != DEFAULT)}: see the README",
     )
     group.add_argument("--gamma", type=samples, metavar="N", help="Algorithm 1: points that make a line (default 3)")
     group.add_argument("--tau", type=number, metavar="X", help="Algorithm 1: deviation that ends it (default 5)")

@@ -1,4 +1,4 @@
-"""What the journal is told of a run, and what is read from it again."""
+"""Records of runs in the journal: made, read again, and put in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lensjax.environment import versions
 from lensjax.finetune import Trial
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.runner import Result
+from lensjax.jobs.job import Result
 from lensjax.journal import Run, key_of
 from lensjax.select.request import Prepared
 
@@ -80,3 +80,24 @@ def by_xla(runs: Sequence[Run]) -> str:
         f"; XLA counts {steps:.3g} FLOPs for the same training steps ({steps / own:.2f} times as many, "
         f"padding included) and {evaluations:.3g} for evaluations"
     )
+
+
+def describe_trial(trial: Trial) -> str:
+    """Describe a trial for `--verbose`: its hyper-parameters, its losses and why it ended."""
+    text = f"trial with learning rate {trial.learning_rate:g}, batch size {trial.batch_size}: {trial.status}"
+    if trial.test_loss is not None:
+        text += f", test loss {trial.test_loss:.4f} with the weights of step {trial.steps}"
+    history = ", ".join(f"{loss:.4f} at step {step}" for step, loss in trial.validation_history)
+    return f"{text}; {trial.reason}; validation loss {history}"
+
+
+def describe_run(run: Run) -> str:
+    """Describe for `--verbose` where a run was made and what it took."""
+    facts = run.facts
+    if "device" not in facts:
+        return f"{run.flops:.3g} FLOPs"
+    text = f"made on {facts['devices']} JAX device(s) {facts['device']} in {facts['precision']}"
+    text += f", sharding {facts['sharding']}; {run.flops:.3g} FLOPs"
+    if "peak_bytes" in facts:
+        text += f", at most {facts['peak_bytes'] / 2**20:,.0f} MiB of memory"
+    return text

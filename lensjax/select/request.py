@@ -12,15 +12,13 @@ from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate, find_candidates
 from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
 from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
-from lensjax.journal import LOG_ME, PRETRAINED_SCORES
+from lensjax.journal import LOG_ME, key_of
 from lensjax.select.budget import Budget, Ledger
-from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule
+from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule, method
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary
 
 DEMO_SMALLEST, SMALLEST = 50, 200
-UNTRAINED = ("zero_shot", "model_size", *PRETRAINED_SCORES)
-"""Methods that need no fine-tuned candidate."""
 RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
 
 
@@ -65,12 +63,17 @@ class Request(JobRequest):
     tangents: int = 0
     verify: bool = False
 
+    @property
+    def races(self) -> bool:
+        """Whether the candidates race instead of being trained on all sizes."""
+        return self.budget is not None and method(self.method).races
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A request that was checked as a whole: nothing in it fails for a reason that could have been known before.
 
-    With an `summary` task, `task` and `tokens` are stand-ins of the same sizes.
+    With a `summary` of a data set that is not here, `task` and `tokens` are placeholders of the same sizes.
     """
 
     request: Request
@@ -112,9 +115,14 @@ class Prepared:
         }
 
     @property
+    def default_directory(self) -> Path:
+        """Run directory without --out: one for each task and specification, so that the same command continues."""
+        return Path("runs") / f"{self.task.name}-{key_of(self.specification)[:8]}"
+
+    @property
     def races(self) -> bool:
         """Whether the candidates race instead of being trained on all sizes."""
-        return self.request.budget is not None and self.request.method == "averaged"
+        return self.request.races
 
     def ledger(self) -> Ledger:
         """Return a new account of the budget."""
@@ -177,7 +185,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
             "not the same piece of text for all of them; --loss-unit byte compares the same text"
         )
-    if len({of.removesuffix("-separate") for of in tokens}) > 1 and request.method in (LOG_ME, "all"):
+    if len({of.removesuffix("-separate") for of in tokens}) > 1 and LOG_ME in method(request.method).pretrained_scores:
         notes.append(
             "the candidates have different tokenizers: LogME's classes are each candidate's own tokens, so that "
             "method log_me hardly compares them"
@@ -197,7 +205,7 @@ def _check_budget(prepared: Prepared) -> None:
     if prepared.races:
         least = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0]
     else:
-        least = prepared.sizes[: sizes_needed(request.method, request.gamma)]
+        least = prepared.sizes[: method(request.method).sizes_needed(request.gamma)]
     ledger = prepared.ledger()
     needed = sum(ledger.price(c.name, size) for c in prepared.candidates for size in least)
     if needed > ledger.amount:
@@ -223,7 +231,7 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
         raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
     if visible > available:
         raise InputError(f"--visible {visible}: the task has {available} training samples; lower it.")
-    if request.budget is not None and request.method == "averaged":
+    if request.races:
         return _race_sizes(request, smallest, available, target), target
     sizes = []
     size = smallest
@@ -235,7 +243,7 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
             f"--target {target} is not above the largest visible subset ({sizes[-1]}). Raise --target or lower "
             "--visible."
         )
-    needed = sizes_needed(request.method, request.gamma)
+    needed = method(request.method).sizes_needed(request.gamma)
     if len(sizes) < needed:
         raise InputError(
             f"{len(sizes)} subset size(s) ({', '.join(map(str, sizes))}) are too few: method {request.method} needs "
@@ -257,9 +265,3 @@ def _race_sizes(request: Request, smallest: int, available: int, target: int) ->
             f"{', '.join(map(str, common))}. Lower --smallest."
         )
     return (*common, *(size for size, _ in stages))
-
-
-def sizes_needed(method: str, gamma: int) -> int:
-    """Return how many subset sizes a method needs beside the zero-shot loss."""
-    needed = {"lens": gamma, "all": gamma, "power": 4, "rectified": 3, "ats": 2, "averaged": 2, "subtuning": 1}
-    return needed.get(method, 0)

@@ -1,4 +1,7 @@
-"""The measurements of a selection: each run is made once, in the journal before the next one starts, and shown."""
+"""The state of one selection by fine-tuning: its journal, its budget, and what has been measured so far.
+
+Every run is made once, and is in the journal before the next one starts.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,35 @@ from lensjax._display import duration
 from lensjax.finetune import Progress, Trial
 from lensjax.finetune.search import Point
 from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.job import Callbacks, FineTuning, Result, RunFailedError, Runner, RunnerConfig, Trials
 from lensjax.jobs.process import CandidateProcess
-from lensjax.jobs.runner import Callbacks, CandidateRunner, RunFailedError, RunnerConfig, Trials, reason
+from lensjax.jobs.runner import CandidateRunner
 from lensjax.journal import PRETRAINED_SCORES, Journal, Run
 from lensjax.losses.curves import FACT_COLUMNS, Curves
 from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import Console
 from lensjax.select.budget import paid
-from lensjax.select.details import of_run, of_scores, of_trial
 from lensjax.select.from_losses import score_all
-from lensjax.select.records import common_facts, read_trial, run_key, run_record, trial_record
-from lensjax.select.request import Prepared, sizes_needed
+from lensjax.select.interim_ranking import InterimRanking, rankable
+from lensjax.select.records import (
+    common_facts,
+    describe_run,
+    describe_trial,
+    read_trial,
+    run_key,
+    run_record,
+    trial_record,
+)
+from lensjax.select.request import Prepared
 from lensjax.select.timing import Clock, Stopwatch
-from lensjax.selectors import DEFAULT, Scores
+from lensjax.selectors import DEFAULT, Scores, method
+from lensjax.selectors.methods import ALL
 
 COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
-RANKING_SHARE = 0.03  # of the time so far: what the rankings for who looks on may have taken
 
 
-def assign(prepared: Prepared, candidate: Candidate) -> RunnerConfig:
-    """Return what the runs of a candidate need."""
+def runner_config(prepared: Prepared, candidate: Candidate) -> RunnerConfig:
+    """Return what the jobs of a candidate need."""
     request = prepared.request
     return RunnerConfig(
         name=candidate.name,
@@ -48,7 +60,7 @@ def assign(prepared: Prepared, candidate: Candidate) -> RunnerConfig:
 
 
 class Session:
-    """Makes the runs of a prepared request: the journal is read first, and no finished run is repeated.
+    """Runs jobs of a prepared request and keeps their results; a run in the journal is not repeated.
 
     Parameters
     ----------
@@ -58,18 +70,24 @@ class Session:
     console : Console
         For progress.
     isolate : bool
-        Whether each candidate is trained in a process of its own: whatever happens there, the others go on.
+        Whether each candidate is trained in a process of its own: if that one crashes, the others go on.
 
     Attributes
     ----------
-    found : dict of (candidate, size) to Run
-    failures, unverified : dict of candidate to reason
-        Those that are not ranked, and those of no run on all samples.
-    looks : dict of candidate to what a look found
-    pretrained_scores, scores_unavailable : dict of score to dict of candidate to what was found, or to reason
-        For scores in `lensjax.journal.PRETRAINED_SCORES`.
+    runs : dict of (candidate, size) to Run
+        Finished runs.
+    failures : dict of candidate to reason
+        Candidates that are not ranked.
+    unverified : dict of candidate to reason
+        Candidates whose run on all samples failed.
+    tangents : dict of candidate to measurement
+        See `lensjax.select.extra_measurements.measure_tangents`.
+    pretrained_scores, scores_unavailable : dict of score to dict of candidate to measurement, or to reason
+        For each of `lensjax.journal.PRETRAINED_SCORES`.
     board : SelectionState
-        What there is to see.
+        What the console shows.
+    callbacks : Callbacks
+        Keeps the time and the view up to date while a job runs.
 
     Raises
     ------
@@ -80,22 +98,22 @@ class Session:
     def __init__(self, prepared: Prepared, directory: Path, console: Console, *, isolate: bool = True) -> None:
         self.prepared, self.console, self.directory, self.isolate = prepared, console, directory, isolate
         self.journal = Journal(directory, prepared.specification)
+        self.runs: dict[tuple[str, int], Run] = {}
         self.failures: dict[str, str] = {}
         self.unverified: dict[str, str] = {}
-        self.looks: dict[str, dict[str, Any]] = {}
-        self.pretrained_scores: dict[str, dict[str, dict[str, Any]]] = {what: {} for what in PRETRAINED_SCORES}
-        self.scores_unavailable: dict[str, dict[str, str]] = {what: {} for what in PRETRAINED_SCORES}
-        self.found: dict[tuple[str, int], Run] = {}
+        self.tangents: dict[str, dict[str, Any]] = {}
+        self.pretrained_scores: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in PRETRAINED_SCORES}
+        self.scores_unavailable: dict[str, dict[str, str]] = {name: {} for name in PRETRAINED_SCORES}
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
-        self.bench: CandidateRunner | CandidateProcess | None = None
         self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in paid(self.journal.lines)))
+        self.callbacks = Callbacks(heartbeat=self.heartbeat)
         self.board = self._board()
-        self._ranked: tuple[int, ...] = (0, 0, 0)  # runs, failures and other scores that the ranking so far knows
-        self._ranking = 0.0  # seconds that rankings took
+        self._runner: Runner | None = None
+        self._ranking = InterimRanking(console, self.board)
 
     def _board(self) -> SelectionState:
-        """Return what there is to see before the first run."""
+        """Return what there is to show before the first run."""
         prepared = self.prepared
         zero_shot = () if prepared.races else (0,)
         target = (prepared.target,) if prepared.request.verify else ()
@@ -108,74 +126,44 @@ class Session:
             failures=self.failures,
         )
 
-    def settle(self) -> None:
-        """Keep the time, and work out what is spent."""
+    def update_ledger(self) -> None:
+        """Save the elapsed time and work out what is spent."""
         self.stopwatch.keep()
         self.ledger.settle(self.journal.lines, self.stopwatch.seconds)
-        self.show()
+        self.refresh()
 
-    def show(self) -> None:
-        """Show how things stand."""
+    def refresh(self) -> None:
+        """Bring the view up to date."""
         board, budget = self.board, self.ledger.budget
         board.time_left = str(self.clock)
         if budget is not None:
-            used = self.stopwatch.seconds if budget.kind == "seconds" else self.ledger.spent
+            used = self.stopwatch.seconds if self.ledger.timed else self.ledger.spent
             share = min(used / self.ledger.amount, 1.0)
             whole = f"{budget.amount:.3g} of tuning all" if budget.kind == "share" else self.ledger.say(budget.amount)
             board.spent = f"budget {whole}: {100 * share:.0f} % spent, {100 * (1 - share):.0f} % left"
         self.console.refresh()
 
     def heartbeat(self) -> None:
-        """Take note of a sign of life."""
+        """Save the elapsed time and refresh the view while a job runs."""
         self.stopwatch.keep()
-        self.show()
+        self.refresh()
 
     def rank(self, *, last: bool = False) -> None:
-        """Rank what is measured so far, if somebody looks on, there is news, and it takes little of the time.
+        """Show an interim ranking, if somebody watches; see `InterimRanking.update`."""
+        news = (len(self.runs), len(self.failures), sum(map(len, self.pretrained_scores.values())))
+        self._ranking.update(news, self._interim_scores, last=last)
 
-        Nothing here may stop the selection.
-
-        Parameters
-        ----------
-        last : bool
-            Whether there will be no other: then it may take its time.
-        """
-        console, news = (
-            self.console,
-            (len(self.found), len(self.failures), sum(map(len, self.pretrained_scores.values()))),
-        )
-        if news == self._ranked or not (console.live or console.verbose):
-            return
-        begun = console.elapsed
-        if self._ranking > RANKING_SHARE * begun and not last:
-            return
-        self._ranked, scores = news, None
-        try:
-            scores = self._so_far()
-        except Exception as error:
-            console.detail(f"no ranking so far: {reason(error)}")
-        self._ranking += console.elapsed - begun
-        self.board.rank(scores)
-        if scores is not None and not console.live:
-            console.detail(f"ranking so far: {of_scores(scores)}")
-
-    def _so_far(self) -> Scores | None:
-        """Return the verdict on the candidates that are measured as far as the method needs; None on less than two."""
+    def _interim_scores(self) -> Scores | None:
+        """Score the candidates that are measured as far as the method needs; None if they are fewer than two."""
         request, largest = self.prepared.request, self.prepared.sizes[-1]
-        method = DEFAULT if request.method == "all" else request.method
-        needed = 1 if method == "averaged" else sizes_needed(method, request.gamma)
-        ready = []
-        for candidate in self.prepared.candidates:
-            sizes = [size for name, size in self.found if name == candidate.name and size <= largest]
-            scored = method not in PRETRAINED_SCORES or candidate.name in self.pretrained_scores[method]
-            if sizes and sum(s > 0 for s in sizes) >= needed and scored and candidate.name not in self.failures:
-                ready.append(candidate)
+        chosen = method(DEFAULT if request.method == ALL else request.method)
+        ready = rankable(self.prepared, chosen, self.runs, self.pretrained_scores, self.failures)
         if len(ready) < 2:
             return None
-        names = {c.name for c in ready}
-        curves = self.curves(ready, sorted({s for name, s in self.found if name in names and s <= largest}))
-        scores, _ = score_all(curves, self.prepared.target, method, gamma=request.gamma, tau=request.tau)
-        return scores[method]
+        sizes = [size for size in self.measured_sizes([c.name for c in ready]) if size <= largest]
+        curves = self.curves(ready, sizes)
+        scores, _ = score_all(curves, self.prepared.target, chosen.name, gamma=request.gamma, tau=request.tau)
+        return scores[chosen.name]
 
     def label(self, candidate: Candidate) -> str:
         """Return a candidate's number and name."""
@@ -189,19 +177,19 @@ class Session:
 
     def verify(self, candidate: Candidate) -> None:
         """Fine-tune a candidate on all samples, unless that was done or it failed."""
-        done = (candidate.name, self.prepared.target) in self.found
+        done = (candidate.name, self.prepared.target) in self.runs
         if done or candidate.name in self.failures or candidate.name in self.unverified:
             return
         self.stopwatch.pause()
         try:
-            self.measure(candidate, self.prepared.target, "to verify the choice", paid=False)
+            self.loss(candidate, self.prepared.target, "to verify the choice", paid=False)
         except RunFailedError as error:
             self.unverified[candidate.name] = str(error)
             self.console.line(f"{candidate.name} could NOT BE VERIFIED: {error}")
         self.stopwatch.go()
 
     def refused(self, candidate: Candidate, size: int, *, needed: bool) -> bool:
-        """Say whether the budget forbids a run that is not in the journal yet."""
+        """Return whether the budget forbids a run that is not in the journal yet, and say so."""
         known = self.known(candidate, size) is not None
         refusal = "" if known else self.ledger.refuses(candidate.name, size, needed=needed)
         if refusal:
@@ -209,19 +197,28 @@ class Session:
         return bool(refusal)
 
     def curves(self, candidates: Sequence[Candidate], sizes: Sequence[int]) -> Curves:
-        """Return what is measured, with a column for each size, also for those of no run yet."""
-        found = {(r.candidate, r.size): r.test_loss for r in self.found.values() if r.test_loss is not None}
-        losses = [[found.get((c.name, s), np.nan) * self.unit(c) for s in sizes] for c in candidates]
+        """Return what is measured, (candidates, sizes), in the loss unit that was asked for; NaN where no run is."""
+        losses = np.full((len(candidates), len(sizes)), np.nan)
+        for row, candidate in enumerate(candidates):
+            for column, size in enumerate(sizes):
+                run = self.runs.get((candidate.name, size))
+                if run is not None and run.test_loss is not None:
+                    losses[row, column] = run.test_loss * self.unit(candidate)
+        names = tuple(c.name for c in candidates)
         return Curves(
-            names=tuple(c.name for c in candidates),
+            names=names,
             sizes=np.array(sizes, np.float64),
-            losses=np.array(losses, np.float64),
+            losses=losses,
             parameters=np.array([c.parameters for c in candidates], np.float64),
             source=self.prepared.task.name,
-            facts=self.facts([c.name for c in candidates]),
+            facts=self._facts(names),
         )
 
-    def facts(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def measured_sizes(self, names: Sequence[str]) -> list[int]:
+        """Return the sizes at which any of these candidates is measured, ascending."""
+        return sorted({size for name, size in self.runs if name in names})
+
+    def _facts(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the facts of candidates that selectors know, see `lensjax.losses.curves.FACT_COLUMNS`."""
         merged = {n: {k: v for of in self.pretrained_scores.values() for k, v in of.get(n, {}).items()} for n in names}
         known = [fact for fact in FACT_COLUMNS if any(fact in own for own in merged.values())]
@@ -232,143 +229,190 @@ class Session:
         run = self.journal.get(run_key(self.prepared, candidate, size))
         return None if run is None or run.test_loss is None else run
 
-    def _take(self, candidate: Candidate, size: int, run: Run) -> float:
-        """Keep a finished run; return its test loss."""
+    def _record(self, candidate: Candidate, size: int, run: Run) -> float:
+        """Keep a finished run; return its test loss, nats per token."""
         assert run.test_loss is not None
-        self.found[candidate.name, size] = run
+        self.runs[candidate.name, size] = run
         self.board.losses[candidate.name, size] = run.test_loss * self.unit(candidate)
         return run.test_loss
 
-    def measure(self, candidate: Candidate, size: int, why: str, *, paid: bool = True) -> float:
-        """Return the test loss of one run: from the journal, or made now and put there.
+    def load(self, candidate: Candidate, size: int) -> float | None:
+        """Take a finished run over from the journal; return its test loss, None if there is none.
+
+        Of a candidate that another name was given to, the run counts under its present name.
+        """
+        run = self.known(candidate, size)
+        if run is None:
+            return None
+        self.clock.skip(candidate.name, size)
+        loss = self._record(candidate, size, replace(run, candidate=candidate.name))
+        self.console.line(f"{self.label(candidate)}: {_what(size)}: test loss {loss:.4f} (from the journal)")
+        return loss
+
+    def loss(self, candidate: Candidate, size: int, why: str, *, paid: bool = True) -> float:
+        """Return the test loss of a run, nats per token: from the journal, or made now and put there.
+
+        Parameters
+        ----------
+        candidate : Candidate
+        size : int
+            Training samples; 0: the model is evaluated as it is.
+        why : str
+            Reason for the run, for progress and the journal.
+        paid : bool
+            Whether a time budget ends it.
 
         Raises
         ------
         RunFailedError
             If it gave none.
         """
-        label = self.label(candidate)
-        doing = f"{size} samples" if size else "zero-shot"
-        run = self.known(candidate, size)
-        if run is not None and run.test_loss is not None:
-            self.clock.skip(candidate.name, size)
-            loss = self._take(candidate, size, replace(run, candidate=candidate.name))
-            self.console.line(f"{label}: {doing}: test loss {loss:.4f} (from the journal)")
-            return loss
+        known = self.load(candidate, size)
+        if known is not None:
+            return known
+        label = f"{self.label(candidate)}: {_what(size)}"
         self.rank()
         running = self.board.running = ActiveRun(candidate.name, size, f"loading and compiling; {why}")
-        self.console.next(f"{label}: next {doing}: {why}")
-        self.console.status(f"{label}: {doing}, loading and compiling; {self.clock}")
+        self.console.next(f"{self.label(candidate)}: next {_what(size)}: {why}")
+        self.console.status(f"{label}, loading and compiling; {self.clock}")
         try:
-            run = self._make(candidate, size, f"{label}: {doing}", why, running, paid=paid)
+            run = self._run(candidate, size, label, why, running, paid=paid)
         except RunFailedError as error:
-            self.board.running = None
-            self.console.detail(f"{label}: {doing}: {error.details or error}")
+            self.console.detail(f"{label}: {error.details or error}")
             raise
-        self.board.running = None
-        loss = self._take(candidate, size, run)
+        finally:
+            self.board.running = None
+        loss = self._record(candidate, size, run)
         kept = f", best weights at step {run.steps} of {run.facts['steps_run']}" if size else ""
         if len(run.facts["trials"]) > 1:
             kept += f", learning rate {run.facts['learning_rate']:g}, batch size {run.facts['batch_size']}"
             kept += f" of {len(run.facts['trials'])} trials"
-        self.console.line(f"{label}: {doing}: test loss {loss:.4f}{kept} ({duration(run.seconds)}); {self.clock}")
-        self.console.detail(f"{label}: {doing}: {of_run(run)}")
+        self.console.line(f"{label}: test loss {loss:.4f}{kept} ({duration(run.seconds)}); {self.clock}")
+        self.console.detail(f"{label}: {describe_run(run)}")
         return loss
 
-    def _make(self, candidate: Candidate, size: int, label: str, why: str, running: ActiveRun, *, paid: bool) -> Run:
+    def _run(self, candidate: Candidate, size: int, label: str, why: str, running: ActiveRun, *, paid: bool) -> Run:
         """Make a run and put it into the journal, also if it fails."""
         key, request = run_key(self.prepared, candidate, size), self.prepared.request
-        begun, seen = time.monotonic(), Progress(0, 1, 0, float("nan"))
-        searches = request.search.trials(request.plan) > 2
+        begun, none_yet = time.monotonic(), Progress(0, 1, 0, float("nan"))
+        latest = none_yet
+        # Otherwise the record of the run is that of its only trial.
+        records_trials = request.search.trials(request.plan) > 2
 
         def progress(at: Progress) -> None:
-            nonlocal seen
-            before, seen = seen, at
+            nonlocal latest
+            before, latest = latest, at
             self.clock.progress(candidate.name, size, at.done)
             step = f"step {at.step} of at most {at.total_steps}, validation loss {at.validation_loss:.4f}"
             running.doing, running.done = step, at.done
             self.heartbeat()
-            # A step is told of a second time when it has been evaluated.
+            # A step is reported a second time when it has been evaluated.
             if at.step == before.step:
                 self.console.detail(f"{label}, evaluated in epoch {at.epoch}: {step} at best")
             self.console.status(f"{label}, {step}; {self.clock}")
 
-        def trials(found: Trials) -> None:
-            nonlocal seen
-            seen = Progress(0, 1, 0, float("nan"))
-            # The record of a run is that of its only trial.
-            if searches:
-                for trial in found:
+        def trials(ended: Trials) -> None:
+            nonlocal latest
+            latest = none_yet
+            for trial in ended:
+                if records_trials:
                     self.journal.append(trial_record(key, candidate, size, trial))
-            for trial in found:
-                self.console.detail(f"{label}: {of_trial(trial)}")
+            for trial in ended:
+                self.console.detail(f"{label}: {describe_trial(trial)}")
 
         known: dict[Point, Trial] = {}
         for line in self.journal.trials_of(key):
             trial = read_trial(line.facts["trial"])
             known[trial.learning_rate, trial.batch_size] = trial
-        bench = self.runner_for(candidate)
+        callbacks = replace(self.callbacks, progress=progress, trials=trials)
+        runner = self.runner_for(candidate)
         try:
-            hooks = Callbacks(progress, trials, self.heartbeat)
-            result = bench.run(size, known, hooks, self.deadline() if paid else None)
+            result = runner.run(FineTuning(size, known), callbacks, self.deadline() if paid else None)
         except RunFailedError as error:
-            # What no record of a trial says: the cost of the one under way, and of all where they have no records.
-            unsaid = () if searches else error.trials
-            per_sample = self.prepared.tokens[candidate.tokenizer].most_per_sample((size,)) if size else 1.0
-            failed = Run(
-                key,
-                candidate.name,
-                size,
-                None,
-                tokens=sum(t.tokens for t in unsaid) + seen.tokens,
-                flops=sum(t.flops for t in unsaid) + candidate.flops_per_token * seen.tokens,
-                seconds=time.monotonic() - begun,
-                reason=str(error),
-                facts=common_facts(self.prepared, candidate),
-                samples=sum(t.samples for t in unsaid) + round(seen.tokens / per_sample),
-            )
-            before = self.journal.get(key)
-            # Trials that all failed are not made again, and to say so again would cost nothing.
-            if before is None or failed.flops or before.reason != failed.reason:
-                self.journal.append(failed)
-            self.settle()
+            seconds = time.monotonic() - begun
+            self._record_failure(key, candidate, size, error, latest, seconds, trials_recorded=records_trials)
             raise
-        run = run_record(self.prepared, candidate, size, result, why, time.monotonic() - begun)
+        return self._record_success(candidate, size, result, why, time.monotonic() - begun)
+
+    def _record_success(self, candidate: Candidate, size: int, result: Result, why: str, seconds: float) -> Run:
+        run = run_record(self.prepared, candidate, size, result, why, seconds)
         self.journal.append(run)
-        self.settle()
+        self.update_ledger()
         self.clock.finished(candidate.name, size, result.outcome.seconds)
         return run
 
-    def deadline(self) -> float | None:
-        """Return when the budget of time is spent, on `time.monotonic`'s clock."""
-        budget = self.ledger.budget
-        if budget is None or budget.kind != "seconds":
-            return None
-        return self.stopwatch.deadline(budget.amount)
-
-    def runner_for(self, candidate: Candidate) -> CandidateRunner | CandidateProcess:
-        """Return where the candidate is trained; what was there of another candidate is freed."""
-        if self.bench is not None and self.bench.assignment.name == candidate.name:
-            return self.bench
-        self.leave()
-        assignment = assign(self.prepared, candidate)
-        if not self.isolate:
-            self.bench = CandidateRunner(assignment)
-            return self.bench
-        log = self.directory / LOGS / (re.sub(r"[^\w.+-]", "_", candidate.name) + ".log")
-        self.bench = CandidateProcess(
-            replace(assignment, compiled=(self.directory / COMPILED).absolute(), log=log.absolute())
+    def _record_failure(
+        self,
+        key: str,
+        candidate: Candidate,
+        size: int,
+        error: RunFailedError,
+        latest: Progress,
+        seconds: float,
+        *,
+        trials_recorded: bool,
+    ) -> None:
+        """Put a failed run into the journal, with the cost that no record of a trial has."""
+        unrecorded = () if trials_recorded else error.trials
+        per_sample = self.prepared.tokens[candidate.tokenizer].most_per_sample((size,)) if size else 1.0
+        failed = Run(
+            key,
+            candidate.name,
+            size,
+            None,
+            tokens=sum(t.tokens for t in unrecorded) + latest.tokens,
+            flops=sum(t.flops for t in unrecorded) + candidate.flops_per_token * latest.tokens,
+            seconds=seconds,
+            reason=str(error),
+            facts=common_facts(self.prepared, candidate),
+            samples=sum(t.samples for t in unrecorded) + round(latest.tokens / per_sample),
         )
-        return self.bench
+        before = self.journal.get(key)
+        # Trials that all failed are not made again, and a second record of them would cost nothing.
+        if before is None or failed.flops or before.reason != failed.reason:
+            self.journal.append(failed)
+        self.update_ledger()
 
-    def leave(self) -> None:
+    def deadline(self) -> float | None:
+        """Return when the time budget is spent, on `time.monotonic`'s clock."""
+        budget = self.ledger.budget
+        return self.stopwatch.deadline(budget.amount) if budget is not None and self.ledger.timed else None
+
+    def runner_for(self, candidate: Candidate) -> Runner:
+        """Return the runner of a candidate's jobs; that of another candidate is closed."""
+        if self._runner is not None and self._runner.config.name == candidate.name:
+            return self._runner
+        self.release_runner()
+        config = runner_config(self.prepared, candidate)
+        if not self.isolate:
+            self._runner = CandidateRunner(config)
+            return self._runner
+        log = self.directory / LOGS / (re.sub(r"[^\w.+-]", "_", candidate.name)[-200:] + ".log")
+        compiled = self.directory / COMPILED
+        self._runner = CandidateProcess(replace(config, compiled=compiled.absolute(), log=log.absolute()))
+        return self._runner
+
+    def release_runner(self) -> None:
         """Free what the last candidate held."""
-        if self.bench is not None:
-            self.bench.close()
-        self.bench = None
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
+
+    def close(self) -> None:
+        """Stop the time, free the last candidate, and let other processes use the directory."""
+        # The lock goes last: whoever comes next finds everything in its place.
+        try:
+            self.stopwatch.pause()
+            self.release_runner()
+        finally:
+            self.journal.close()
 
     def unit(self, candidate: Candidate) -> float:
-        """Return what turns a candidate's losses per token into those that are compared."""
+        """Return the factor that turns a candidate's losses per token into the unit that was asked for."""
         if self.prepared.request.loss_unit == "token":
             return 1.0
         return self.prepared.tokens[candidate.tokenizer].test.tokens_per_byte
+
+
+def _what(size: int) -> str:
+    return f"{size} samples" if size else "zero-shot"

@@ -46,6 +46,13 @@ class Clock:
         return f"at most about {duration(left * self.seconds / self.done)} left"
 
 
+def elapsed(path: Path, otherwise: float) -> float:
+    """Return the seconds that a stopwatch's file says were taken; `otherwise` where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return float(json.loads(path.read_text())["seconds"])
+    return otherwise
+
+
 class Stopwatch:
     """Seconds that a selection has taken, kept in a file: what a killed session took is not given again.
 
@@ -60,9 +67,7 @@ class Stopwatch:
     EVERY = 5.0
 
     def __init__(self, path: Path, otherwise: float) -> None:
-        self.path, self.earlier = path, otherwise
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            self.earlier = float(json.loads(path.read_text())["seconds"])
+        self.path, self.earlier = path, elapsed(path, otherwise)
         self.started: float | None = time.monotonic()
         self.written = self.started
 

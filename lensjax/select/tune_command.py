@@ -12,7 +12,6 @@ from typing import Any
 
 from lensjax.commands.options import LORA_OPTIONS, PLAN_OPTIONS, TASK_OPTIONS
 from lensjax.finetune import Plan
-from lensjax.jobs.candidates import Candidate, name_of
 from lensjax.journal import Run
 from lensjax.models import Lora
 from lensjax.select.request import Prepared, Request
@@ -43,7 +42,7 @@ def tune_command(prepared: Prepared, name: str, runs: Iterable[Run], directory: 
     """
     request = prepared.request
     candidate = next(c for c in prepared.candidates if c.name == name)
-    arguments = [*TUNE, "--model", given(request, candidate)]
+    arguments = [*TUNE, "--model", candidate.asked]
     if candidate.lora is not None:
         arguments += _flags(LORA_OPTIONS, candidate.lora, Lora(), cut="lora_")
     arguments += _flags(TASK_OPTIONS, dataclasses.replace(request, max_length=prepared.max_length), Request())
@@ -80,7 +79,7 @@ def tune_note(prepared: Prepared, name: str, directory: Path) -> str:
         unsaid += [f"{n}={getattr(candidate.lora, n)}" for n in _others(candidate.lora, ("rank", "alpha", "dropout"))]
     if unsaid:
         notes.append(f"No option says {', '.join(unsaid)}: use lensjax.finetune.FineTuner for that.")
-    model = given(request, candidate).removesuffix("+lora")
+    model = candidate.asked.removesuffix("+lora")
     paths = [str(directory), *([model] if os.path.exists(model) else [])]
     paths += [str(request.task)] if request.task is not None and os.path.exists(request.task) else []
     if any(not os.path.isabs(path) for path in paths):
@@ -89,20 +88,13 @@ def tune_note(prepared: Prepared, name: str, directory: Path) -> str:
 
 
 def tune_facts(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> dict[str, str]:
-    """Return both as facts of a `lensjax.selection.Selection`."""
+    """Return command and note as facts of a `lensjax.selection.Selection`."""
     # The same words, whether the selection was started here or resumed by a whole path.
     whole, here = directory.absolute(), Path.cwd()
     directory = whole.relative_to(here) if whole.is_relative_to(here) else whole
     facts = {"tune_command": tune_command(prepared, name, runs, directory)}
     note = tune_note(prepared, name, directory)
     return {**facts, "tune_note": note} if note else facts
-
-
-def given(request: Request, candidate: Candidate) -> str:
-    """Return a candidate as the user named it; a demo model by its path."""
-    if candidate.name in request.models:
-        return candidate.name  # another one's directory may end in it
-    return next((m for m in request.models if candidate.name == name_of(m)), str(candidate.path))
 
 
 def _searched(prepared: Prepared) -> tuple[list[int], list[float]]:

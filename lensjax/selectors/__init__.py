@@ -1,41 +1,50 @@
-"""Selectors: visible losses and facts about the candidates in, score and predicted loss out."""
+"""Selectors: visible losses and facts about the candidates in, score and predicted loss out.
 
-from collections.abc import Mapping
+The names below load on first use: the table of methods is read by `--help` too.
+"""
 
-from lensjax._messages import did_you_mean
-from lensjax.errors import InputError
-from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
-from lensjax.selectors.baselines import ats, by_log_me, by_nlp_metrics, model_size, subtuning, zero_shot
-from lensjax.selectors.bayesian_average import averaged
-from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
-from lensjax.selectors.logme import log_me
-from lensjax.selectors.scaling import lens, power, rectified
-from lensjax.selectors.scores import Scores, Selector, require_points
-from lensjax.selectors.spectra import NlpMetrics, nlp_metrics
-from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
+from typing import TYPE_CHECKING
 
-SELECTORS: Mapping[str, Selector] = {
-    "averaged": averaged,
-    "lens": lens,
-    "ats": ats,
-    "rectified": rectified,
-    "power": power,
-    "subtuning": subtuning,
-    "zero_shot": zero_shot,
-    "model_size": model_size,
-    "nlp_metrics": by_nlp_metrics,
-    "log_me": by_log_me,
+from lensjax._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
+    from lensjax.selectors.baselines import ats, by_log_me, by_nlp_metrics, model_size, subtuning, zero_shot
+    from lensjax.selectors.bayesian_average import averaged
+    from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
+    from lensjax.selectors.logme import log_me
+    from lensjax.selectors.methods import DEFAULT, METHODS, SELECTORS, Method, get_selector, method
+    from lensjax.selectors.scaling import lens, power, rectified
+    from lensjax.selectors.scores import Scores, Selector, require_points
+    from lensjax.selectors.spectra import NlpMetrics, nlp_metrics
+    from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
+
+_HOMES = {
+    name: f"lensjax.selectors.{module}"
+    for module, names in {
+        "allocation": ("RACE", "Proposal", "Race", "full_cost", "propose"),
+        "baselines": ("ats", "by_log_me", "by_nlp_metrics", "model_size", "subtuning", "zero_shot"),
+        "bayesian_average": ("averaged",),
+        "certainty": ("CERTAINTY", "best_probability", "smallest_set"),
+        "logme": ("log_me",),
+        "methods": ("DEFAULT", "METHODS", "SELECTORS", "Method", "get_selector", "method"),
+        "scaling": ("lens", "power", "rectified"),
+        "scores": ("Scores", "Selector", "require_points"),
+        "spectra": ("NlpMetrics", "nlp_metrics"),
+        "stopping": ("GAMMA", "TAU", "Stop", "check_rule", "descend", "should_stop"),
+    }.items()
+    for name in names
 }
-
-DEFAULT = "averaged"
 
 __all__ = [
     "CERTAINTY",
     "DEFAULT",
     "GAMMA",
+    "METHODS",
     "RACE",
     "SELECTORS",
     "TAU",
+    "Method",
     "NlpMetrics",
     "Proposal",
     "Race",
@@ -53,6 +62,7 @@ __all__ = [
     "get_selector",
     "lens",
     "log_me",
+    "method",
     "model_size",
     "nlp_metrics",
     "power",
@@ -65,16 +75,4 @@ __all__ = [
     "zero_shot",
 ]
 
-
-def get_selector(name: str) -> Selector:
-    """Return a selector by name.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name; the message lists those there are.
-    """
-    if name not in SELECTORS:
-        hint = did_you_mean(name.replace("-", "_"), SELECTORS)
-        raise InputError(f"method {name!r} is unknown; there are: {', '.join(SELECTORS)} and all.{hint}")
-    return SELECTORS[name]
+__getattr__, __dir__ = lazy_names(__name__, globals(), _HOMES)

@@ -13,6 +13,7 @@ from lensjax.commands import options
 from lensjax.commands.completion import write_completion
 from lensjax.commands.exit_codes import FAILED, INTERRUPTED, guarded
 from lensjax.errors import InputError
+from lensjax.jobs.defaults import ADAPTED
 
 PROGRAM, SCRIPT = "lensjax.tune", "lensjax-tune"
 DESCRIPTION = """\
@@ -107,7 +108,6 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
     if write_completion(parser(), SCRIPT, arguments, out):
         return 0
     given = parser().parse_args(arguments)
-    from lensjax.jobs.candidates import ADAPTED
     from lensjax.jobs.request import JobRequest
     from lensjax.progress.console import Console
     from lensjax.tune.job import Tuning, TuningError, prepare_job

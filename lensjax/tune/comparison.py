@@ -17,7 +17,7 @@ CHOSEN_HERE = ("learning_rate", "batch_size", "lora")  # of a plan: searched, or
 
 @dataclasses.dataclass(frozen=True)
 class SelectionComparison:
-    """What a selection expects of a candidate.
+    """What a selection predicted for a candidate.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class SelectionComparison:
     target : float
         Training samples it is for.
     caveats : tuple of str
-        In what this fine-tuning differs from the one that was expected.
+        How this fine-tuning differs from the one that was predicted for.
     """
 
     name: str
@@ -44,8 +44,8 @@ class SelectionComparison:
     target: float
     caveats: tuple[str, ...] = ()
 
-    def verdict(self, loss: float) -> str:
-        """Say whether a test loss, in the expectation's unit, is what was expected."""
+    def compare(self, loss: float) -> str:
+        """Say whether a test loss, in the selection's unit, is what was expected."""
         if self.loss is None:
             return "The selection's method predicts no loss to compare with."
         text = f"The selection expected {self.loss:.4f}"

@@ -19,9 +19,11 @@ from lensjax._display import duration
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
-from lensjax.jobs.candidates import ADAPTED, Candidate, find_candidate
+from lensjax.jobs.candidates import Candidate, find_candidate
+from lensjax.jobs.defaults import ADAPTED
+from lensjax.jobs.job import RunnerConfig, first_line
 from lensjax.jobs.request import JobRequest, task_of
-from lensjax.jobs.runner import CandidateRunner, RunnerConfig, reason
+from lensjax.jobs.runner import CandidateRunner
 from lensjax.jobs.tokens import Tokens, tokens_of
 from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lensjax.models.checkpoints.pretrained import is_gguf
@@ -58,8 +60,8 @@ class Job:
         Of the `samples` training samples, and those set aside.
     samples, max_length : int
     notes : tuple of str
-    expectation : SelectionComparison or None
-        From a selection.
+    comparison : SelectionComparison or None
+        With what the selection expected.
     arguments : tuple of str
         Of the command, for the record.
     """
@@ -73,7 +75,7 @@ class Job:
     samples: int
     max_length: int
     notes: tuple[str, ...] = ()
-    expectation: SelectionComparison | None = None
+    comparison: SelectionComparison | None = None
     arguments: tuple[str, ...] = ()
 
 
@@ -122,9 +124,9 @@ def prepare_job(
     candidate = find_candidate(asked, request.lora)
     limit = candidate.config.max_length
     max_length = request.max_length if limit is None else min(request.max_length, limit)
-    expectation = None
+    comparison = None
     if selection is not None:
-        expectation = read_comparison(
+        comparison = read_comparison(
             selection,
             candidate,
             task=task.fingerprint,
@@ -138,8 +140,12 @@ def prepare_job(
     if cut:
         notes.append(f"{cut} samples were cut at {max_length} tokens")
     tokens.check_vocabulary("--model", candidate)
-    made = (task, candidate, tokens, size, max_length, tuple(notes), expectation, tuple(arguments))
-    return Job(request, out, overwrite, *made)
+    return Job(
+        *(request, out, overwrite, task, candidate, tokens, size, max_length),
+        notes=tuple(notes),
+        comparison=comparison,
+        arguments=tuple(arguments),
+    )
 
 
 def _check_apart(asked: str, out: Path) -> None:
@@ -162,7 +168,7 @@ class Tuning:
     def __init__(self, job: Job, console: Console) -> None:
         self.job, self.console = job, console
         request, candidate = job.request, job.candidate
-        assignment = RunnerConfig(
+        config = RunnerConfig(
             name=candidate.name,
             path=candidate.path,
             vocabulary=candidate.config.vocab_size,
@@ -171,7 +177,7 @@ class Tuning:
             tokens=job.tokens,
             seed=request.seed,
         )
-        self.bench = CandidateRunner(assignment)
+        self.runner = CandidateRunner(config)
         self.running = ActiveRun(candidate.name, job.samples, "loading and compiling")
         self.board = SelectionState(
             title=f"Fine-tuning on {job.samples} samples of {job.task.name}",
@@ -181,21 +187,21 @@ class Tuning:
             target=job.samples,
             running=self.running,
         )
-        if job.expectation is not None and job.expectation.loss is not None and not job.expectation.per_byte:
-            self.board.places = {candidate.name: RankedCandidate(1, job.expectation.loss, float("nan"))}
-        self.keeper: BestCheckpoint | None = None
+        if job.comparison is not None and job.comparison.loss is not None and not job.comparison.per_byte:
+            self.board.places = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
+        self.checkpoint: BestCheckpoint | None = None
         self.first: tuple[float, float] | None = None  # when training was first heard of, and what was done by then
         self.trials: list[Trial] = []
 
     @property
     def tuner(self) -> FineTuner:
         """The compiled fine-tuner, as in a selection."""
-        return self.bench.tuner
+        return self.runner.tuner
 
     @property
     def kept(self) -> str:
         """What is on disk, in a sentence."""
-        saved = None if self.keeper is None else self.keeper.saved
+        saved = None if self.checkpoint is None else self.checkpoint.saved
         if saved is None:
             return "No weights were saved: the validation loss had not improved yet."
         return f"{self.job.out} holds the best weights so far ({saved})."
@@ -222,7 +228,7 @@ class Tuning:
             console.line(f"note: {note}")
         name = MODEL_WEIGHTS if job.candidate.lora is None else ADAPTER_WEIGHTS
         console.detail(f"JAX devices: {', '.join(map(str, jax.devices()))}")
-        self.keeper = BestCheckpoint(job.out, self._save, name, self._known(), overwrite=job.overwrite)
+        self.checkpoint = BestCheckpoint(job.out, self._save, name, self._known(), overwrite=job.overwrite)
         status = FAILED
         try:
             with console.follow(self.board):
@@ -239,9 +245,9 @@ class Tuning:
                 self.board.losses[job.candidate.name, job.samples] = outcome.test_loss
                 self.board.running = None
             chosen = next(t for t in outcome.trials if t.validation_loss == outcome.validation_loss)
-            self.keeper.choose(chosen)
+            self.checkpoint.choose(chosen)
             status = FINISHED
-            self.keeper.note(status, **self._found(outcome))
+            self.checkpoint.note(status, **self._found(outcome))
         except InputError:
             raise
         except DivergedError as error:
@@ -251,13 +257,13 @@ class Tuning:
             raise
         except Exception as error:
             # Of many types: memory that ran out, a disk that is full.
-            raise TuningError(f"{reason(error)}. {self.kept}") from error
+            raise TuningError(f"{first_line(error)}. {self.kept}") from error
         finally:
-            if status != FINISHED and self.keeper.saved is not None:
+            if status != FINISHED and self.checkpoint.saved is not None:
                 # Where the disk is full, the record of what is saved is there already.
                 with contextlib.suppress(OSError):
-                    self.keeper.note(status, trials=[dataclasses.asdict(t) for t in self.trials])
-            self.keeper.close()
+                    self.checkpoint.note(status, trials=[dataclasses.asdict(t) for t in self.trials])
+            self.checkpoint.close()
         return outcome
 
     def _save(self, params: Any, directory: Path, whole: bool) -> None:
@@ -284,7 +290,7 @@ class Tuning:
     def _known(self) -> dict[str, Any]:
         """Return the record as far as it is known before training."""
         job, request = self.job, self.job.request
-        expectation = None if job.expectation is None else dataclasses.asdict(job.expectation)
+        comparison = None if job.comparison is None else dataclasses.asdict(job.comparison)
         return {
             "model": self.base,
             # Of a hub id: a snapshot, which names the commit.
@@ -303,7 +309,7 @@ class Tuning:
             "plan": dataclasses.asdict(request.plan),
             "search": dataclasses.asdict(request.search),
             "notes": list(job.notes),
-            "expectation": expectation,
+            "expectation": comparison,
             "arguments": list(job.arguments),
             "directory": os.getcwd(),
             "versions": versions(),
@@ -345,8 +351,8 @@ class Tuning:
         self.console.status(f"{self.running.doing}; {left}")
 
     def _on_weights(self, found: Weights) -> None:
-        assert self.keeper is not None
-        if self.keeper.take(found) and not found.finished:
+        assert self.checkpoint is not None
+        if self.checkpoint.take(found) and not found.finished:
             self.console.line(f"{_point(found)}: step {found.step}, validation loss {found.validation_loss:.4f}: saved")
 
     def render(self, outcome: Outcome) -> str:
@@ -363,13 +369,13 @@ class Tuning:
                 f"No step lowered the validation loss: what is saved is the model as it was. Try another learning rate "
                 f"than {outcome.learning_rate:g}, or more data."
             )
-        if job.expectation is not None:
-            loss = self.per_byte(outcome) if job.expectation.per_byte else outcome.test_loss
+        if job.comparison is not None:
+            loss = self.per_byte(outcome) if job.comparison.per_byte else outcome.test_loss
             if loss is None:
                 lines.append("The selection expected a loss per byte, but the bytes of the test samples are not known.")
             else:
-                unit = f"{loss:.4f} nats per byte. " if job.expectation.per_byte else ""
-                lines.append(unit + job.expectation.verdict(loss))
+                unit = f"{loss:.4f} nats per byte. " if job.comparison.per_byte else ""
+                lines.append(unit + job.comparison.compare(loss))
         if job.candidate.lora is None:
             lines.append(f"The model is in {job.out}: lensjax.from_pretrained({str(job.out)!r}), or transformers.")
         else:

@@ -174,7 +174,7 @@ class DurationEstimate:
             )
         return factor * self.training(candidate, size)
 
-    def look(self, candidate: Candidate, flops: float) -> float:
+    def measurement(self, candidate: Candidate, flops: float) -> float:
         """Return the seconds of measuring a kernel and a Hessian trace."""
         return self.start(candidate) + self.factor.get(candidate.name, self.other) * self._arithmetic(candidate, flops)
 

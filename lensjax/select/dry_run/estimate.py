@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.tangent_measurements import COUNTED, tangent_flops
-from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, NLP_METRICS, Journal, Run, key_of
-from lensjax.select.budget import Ledger
+from lensjax.jobs.tangent_measurements import COUNTED
+from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, NLP_METRICS, TANGENTS, Journal, Run
+from lensjax.select.budget import Ledger, paid
 from lensjax.select.dry_run.duration import DurationEstimate, Shapes, layers_of
 from lensjax.select.dry_run.forecast import (
     AS_IT_IS,
@@ -29,12 +27,12 @@ from lensjax.select.dry_run.forecast import (
 )
 from lensjax.select.dry_run.machine import Machine, free_disk, this_machine
 from lensjax.select.dry_run.memory import MemoryEstimate
-from lensjax.select.extra_measurements import pretrained_scores_of, score_flops, score_key, score_samples
-from lensjax.select.live import default_directory
+from lensjax.select.extra_measurements import score, tangents
 from lensjax.select.records import run_key
-from lensjax.select.request import UNTRAINED, Prepared, Request, prepare, sizes_needed
+from lensjax.select.request import Prepared, Request, prepare
 from lensjax.select.session import STOPWATCH
-from lensjax.selectors import RACE
+from lensjax.select.timing import elapsed
+from lensjax.selectors import RACE, method
 from lensjax.tasks.cache import directory as cache_directory
 
 # Measured in benchmarks/forecast.py.
@@ -42,8 +40,10 @@ RUN_DISK = 32 * 2**10  # bytes that a run takes in the run directory, and each o
 DIRECTORY_DISK = 4 * 2**20  # bytes of the report and all else there
 COMPILED_DISK = 2**17  # bytes for each layer and padded length, until the selection is finished
 
+PURPOSES = {TANGENTS: KERNEL, NLP_METRICS: SPECTRA, LOG_ME: FEATURES}
 
-def forecast(request: Request, directory: Path | None = None, *, machine: Machine | None = None) -> DryRun:
+
+def dry_run(request: Request, directory: Path | None = None, *, machine: Machine | None = None) -> DryRun:
     """Say what a selection would do and take; nothing is fine-tuned, no weights and no rows are fetched.
 
     Parameters
@@ -66,7 +66,7 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     """
     prepared = prepare(request, fetch=False)
     if directory is None and prepared.summary is None:
-        directory = default_directory(prepared)
+        directory = prepared.default_directory
     runs_there: tuple[Run, ...] = ()
     if directory is not None and prepared.summary is None:
         runs_there = Journal(directory, prepared.specification, read_only=True).lines
@@ -76,10 +76,10 @@ def forecast(request: Request, directory: Path | None = None, *, machine: Machin
     needs = [m.need() for m in memory]
     clock = DurationEstimate(prepared, shapes, machine, {m.candidate.name: m.devices for m in memory}, runs_there)
     planned = _planned(prepared, shapes, clock, runs_there)
-    elapsed = _elapsed(directory, runs_there)
     ledger = prepared.ledger()
-    ledger.settle(runs_there, elapsed)
-    runs, flops, seconds, notes = _within(prepared, planned, ledger)
+    otherwise = sum(run.seconds for run in paid(runs_there))
+    ledger.settle(runs_there, otherwise if directory is None else elapsed(directory / STOPWATCH, otherwise))
+    runs, flops, seconds, notes = _affordable(prepared, planned, ledger)
     # What is finished needs no room any more.
     unfinished = {run.candidate for run in runs if not run.done}
     needs = [n if n.name in unfinished else dataclasses.replace(n, problem="", remedy="") for n in needs]
@@ -121,13 +121,12 @@ def _planned(
     """Return the runs that there may be, whatever the budget; sure is what is made in any case."""
     request = prepared.request
     done = {run.key for run in runs if run.test_loss is not None and not run.part_of}
-    looked = {run.key for run in runs if run.part_of in EXTRA_MEASUREMENTS}
+    measured = {run.key for run in runs if run.part_of in EXTRA_MEASUREMENTS}
     trials = request.search.trials(request.plan) - 1
     common = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
-    sizes = () if request.method in UNTRAINED else prepared.sizes
-    sizes = sizes[-1:] if request.method == "subtuning" else sizes
-    stops = request.method in ("lens", "ats")
-    certain = sizes[::-1][: sizes_needed(request.method, request.gamma)] if stops else sizes
+    chosen = method(request.method)
+    sizes = chosen.sizes(prepared.sizes)
+    certain = sizes[::-1][: chosen.sizes_needed(request.gamma)] if chosen.stops_early else sizes
     planned = []
     for candidate in prepared.candidates:
         own = shapes[candidate.tokenizer]
@@ -156,56 +155,50 @@ def _planned(
                 add(size, CHOICE, sure=size in certain)
         if request.verify:
             add(prepared.target, VERIFICATION, sure=True)
-        if request.tangents:
-            count = request.tangents
-            flops = tangent_flops(candidate.parameters, own.trained(count), count)
-            key = key_of({"look": run_key(prepared, candidate, count)})
+        extra = [tangents(prepared, candidate, request.tangents)] if request.tangents else []
+        extra += [score(prepared, candidate, name) for name in chosen.pretrained_scores]
+        for one in extra:
+            known = prepared.summary is None and one.key in measured
+            seconds = 0.0 if known else clock.measurement(candidate, one.flops)
+            tokens = own.trained(one.samples)
             planned.append(
                 PlannedRun(
-                    *(candidate.name, count, KERNEL, True, key in looked, 1, own.trained(count), flops),
-                    seconds=clock.look(candidate, flops),
+                    *(candidate.name, one.samples, PURPOSES[one.name], True, known, 1, tokens, one.flops, seconds)
                 )
             )
-        for what in pretrained_scores_of(request.method):
-            size, flops = score_samples(prepared, candidate, what), score_flops(prepared, candidate, what)
-            known = prepared.summary is None and score_key(prepared, candidate, what) in looked
-            purpose = SPECTRA if what == NLP_METRICS else FEATURES
-            seconds = 0.0 if known else clock.look(candidate, flops)
-            planned.append(PlannedRun(candidate.name, size, purpose, True, known, 1, own.trained(size), flops, seconds))
     order = (AS_IT_IS, CHOICE, LATER, SPECTRA, FEATURES, VERIFICATION, KERNEL)
     return sorted(planned, key=lambda run: (order.index(run.purpose), run.size))
 
 
-def _within(
+def _affordable(
     prepared: Prepared, planned: Sequence[PlannedRun], ledger: Ledger
 ) -> tuple[list[PlannedRun], tuple[float, float], tuple[float, float], list[str]]:
     """Return the runs that the budget may pay for; FLOPs and seconds of those that are sure, and of all at most."""
     request, budget = prepared.request, prepared.request.budget
     notes: list[str] = []
     runs = list(planned)
-    timed = budget is not None and budget.kind == "seconds"
+    timed = ledger.timed
 
     def price(run: PlannedRun) -> float:
         return run.seconds if timed else ledger.price(run.candidate, run.size)
 
-    def paid(run: PlannedRun) -> bool:
+    def counts(run: PlannedRun) -> bool:
         return run.purpose in (CHOICE, LATER)
 
     if budget is not None and not prepared.races:
         # Every candidate is trained on what the budget pays for with all of them.
-        spent, kept, needed = 0.0, set[int](), sizes_needed(request.method, request.gamma)
-        for size in prepared.sizes:
-            group = [r for r in runs if paid(r) and r.size == size and not (timed and r.done)]
-            spent += sum(map(price, group))
-            if spent > (ledger.left if timed else ledger.amount) and not (timed and len(kept) < needed):
-                notes.append(f"subsets of {size} samples and more may cost more than --budget and are left out")
-                break
-            kept.add(size)
-        runs = [r for r in runs if not paid(r) or r.size in kept]
+        def prices(size: int) -> list[float]:
+            return [price(r) for r in runs if counts(r) and r.size == size and not (timed and r.done)]
+
+        kept = ledger.affordable(prepared.sizes, prices, method(request.method).sizes_needed(request.gamma))
+        if len(kept) < len(prepared.sizes):
+            first = prepared.sizes[len(kept)]
+            notes.append(f"subsets of {first} samples and more may cost more than --budget and are left out")
+        runs = [r for r in runs if not counts(r) or r.size in kept]
     left = [r for r in runs if not r.done]
     sure = [r for r in left if r.sure]
     may = [r for r in left if not r.sure]
-    cap = math.inf if budget is None else max(0.0, ledger.left - sum(price(r) for r in sure if paid(r)))
+    cap = math.inf if budget is None else max(0.0, ledger.left - sum(price(r) for r in sure if counts(r)))
 
     def bounds(value: Callable[[PlannedRun], float]) -> tuple[float, float]:
         least = sum(map(value, sure))
@@ -229,20 +222,12 @@ def _most(items: Sequence[tuple[float, float]], limit: float) -> float:
     return total
 
 
-def _elapsed(directory: Path | None, runs: Sequence[Run]) -> float:
-    """Return the seconds that the choice has taken so far."""
-    if directory is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return float(json.loads((directory / STOPWATCH).read_text())["seconds"])
-    return sum(run.seconds for run in runs)
-
-
 def _counted(prepared: Prepared) -> str:
     request = prepared.request
     lora = any(c.lora for c in prepared.candidates)
     trials = request.search.trials(request.plan) - 1
     gauges = {NLP_METRICS: "products and eigenvalues of the weights", LOG_ME: "2 for each weight and token it reads"}
-    other = "".join(f"; {what}: {gauges[what]}" for what in pretrained_scores_of(request.method))
+    other = "".join(f"; {what}: {gauges[what]}" for what in method(request.method).pretrained_scores)
     if request.tangents:
         other += f"; kernel and Hessian trace: {COUNTED}"
     return (

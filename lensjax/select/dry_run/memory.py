@@ -13,7 +13,8 @@ from lensjax.errors import InputError
 from lensjax.finetune import Plan
 from lensjax.finetune.memory import Footprint, footprint, weight_counts
 from lensjax.finetune.sharding import COPIES
-from lensjax.jobs.candidates import ADAPTED, Candidate, name_of
+from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.defaults import ADAPTED
 from lensjax.select.dry_run.duration import Shapes, layers_of
 from lensjax.select.dry_run.forecast import MemoryNeed, amount
 from lensjax.select.dry_run.machine import Machine
@@ -143,7 +144,7 @@ class MemoryEstimate:
         if self.machine.platform != "cpu" and plan.precision == "float32":
             changes["half"] = [("--precision bfloat16", {"precision": "bfloat16"})]
         if plan.lora is None:
-            name = shlex.quote(self._asked + ADAPTED)
+            name = shlex.quote(self.candidate.asked + ADAPTED)
             changes["lora"] = [(f"--models ... {name} in its place", {"lora": self.prepared.request.lora})]
         lengths = []
         # With packed texts, shorter rows lose nothing; else the inputs must fit, and what does not fit is cut off.
@@ -161,12 +162,6 @@ class MemoryEstimate:
             halves = itertools.takewhile(lambda size: size > 0, (self.batch_sizes[0] >> n for n in range(1, 16)))
             changes["batch"] = [(f"--batch-size {size}", {"batch_size": size}) for size in halves]
         return {kind: made for kind, made in changes.items() if made}
-
-    @property
-    def _asked(self) -> str:
-        """What the user types for this candidate."""
-        given = (m for m in self.prepared.request.models if self.candidate.name in (m, name_of(m)))
-        return next(given, str(self.candidate.path))
 
     def _remedy(self, available: int) -> str:
         every = self._changes()

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Curvature of losses: Hessian and Gauss-Newton products, traces, spectra."""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Choosing a method for a kernel, and computing it."""
 
 from __future__ import annotations
 

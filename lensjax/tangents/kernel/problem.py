@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a tangent computation is about: a function, its parameters, which of them count, and two sets of examples."""
 
 from __future__ import annotations
 

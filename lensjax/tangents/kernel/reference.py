@@ -1,4 +1,4 @@
-"""TODO"""
+"""Kernels from materialised Jacobians and from kernel-vector products."""
 
 from __future__ import annotations
 

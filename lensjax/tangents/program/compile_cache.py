@@ -1,4 +1,4 @@
-"""TODO"""
+"""Compiled programs, kept for as long as the function they are made of lives."""
 
 from __future__ import annotations
 

@@ -1,0 +1,11 @@
+"""Constants of jobs that the commands' options need too; nothing is imported here."""
+
+from __future__ import annotations
+
+ADAPTED = "+lora"
+"""Ends the name of a model that is fine-tuned by low-rank adapters."""
+
+DEMO_TASK = ("demo", "wordnet_definitions.jsonl")
+DEMO_FIELDS = ("word", "definition")
+DEMO_MODELS = ("demo", "models")
+DEMO_LEARNING_RATE = 2e-3  # for models of about a million weights; the default of `Plan` suits larger ones
