@@ -12,11 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lensjax._files import PARTIAL, lock_directory, sync_directory, write_atomically
 from lensjax.errors import InputError, SelectionError
-from lensjax.losses.curves import Curves
 
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
@@ -58,8 +55,8 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `EXTRA_MEASUREMENTS`: `TANGENTS` for a look at the candidate's kernel and curvature, `NLP_METRICS` and `LOG_ME` for
-        these scores.
+        one of `EXTRA_MEASUREMENTS`: `TANGENTS` for its kernel and Hessian trace,
+        `NLP_METRICS` and `LOG_ME` for these scores.
     """
 
     key: str
@@ -248,19 +245,3 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: st
         else:
             said.append(f"{label} {json.dumps(there)}, not {json.dumps(here)}")
     return said
-
-
-def curves_of(runs: list[Run], names: list[str], parameters: Mapping[str, int], source: str) -> Curves:
-    """Arrange finished runs as loss curves; failed runs are points that were not measured."""
-    sizes = sorted({r.size for r in runs})
-    losses = np.full((len(names), len(sizes)), np.nan)
-    for run in runs:
-        if run.test_loss is not None:
-            losses[names.index(run.candidate), sizes.index(run.size)] = run.test_loss
-    return Curves(
-        names=tuple(names),
-        sizes=np.array(sizes, np.float64),
-        losses=losses,
-        parameters=np.array([parameters[n] for n in names], np.float64),
-        source=source,
-    )

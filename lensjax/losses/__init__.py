@@ -26,8 +26,8 @@ def read(source: str | os.PathLike[str], **options: Any) -> Curves:
     Parameters
     ----------
     source : str or path
-        What `lensjax.losses.table.read_losses` takes; a directory with a journal (``runs.jsonl``) or the file itself; one
-        with ``trainer_state.json`` files; an MLflow store; a CSV export of Weights & Biases or MLflow.
+        What `lensjax.losses.table.read_losses` takes; a directory with a journal (``runs.jsonl``) or the file itself;
+        one with ``trainer_state.json`` files; an MLflow store; a CSV export of Weights & Biases or MLflow.
     **options
         Of the reader that this comes to: `read_trainer_states`, `read_wandb`, `read_mlflow`, `read_journal`.
 

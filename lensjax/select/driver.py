@@ -85,7 +85,9 @@ def run_selection(
     if isinstance(models, str | os.PathLike):
         raise InputError(f"models={os.fspath(models)!r} is one model; give a list of at least two.")
     request = Request(
-        models=tuple(os.fspath(model) for model in models), task=None if task is None else os.fspath(task), **settings
+        models=tuple(os.fspath(model) for model in models),
+        task=None if task is None else os.fspath(task),
+        **settings,
     )
     console = Console(io.StringIO() if progress is None else progress, quiet=progress is None)
     prepared = prepare(request)

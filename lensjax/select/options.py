@@ -20,7 +20,7 @@ from lensjax.commands.options import (
 )
 from lensjax.errors import InputError
 from lensjax.select import budget
-from lensjax.selectors.methods import DEFAULT, NAMES
+from lensjax.selectors.methods import NAMES
 
 if TYPE_CHECKING:
     pass
@@ -133,7 +133,7 @@ def _add_choice(group: Any) -> None:
     group.add_argument(
         "--method",
         metavar="NAME",
-        help=f"{DEFAULT} (default), {', '.join(n for n in NAMES if n != DEFAULT)}: see the README",
+        help=f"{NAMES[0]} (default), {', '.join(NAMES[1:])}: see the README",
     )
     group.add_argument("--gamma", type=samples, metavar="N", help="Algorithm 1: points that make a line (default 3)")
     group.add_argument("--tau", type=number, metavar="X", help="Algorithm 1: deviation that ends it (default 5)")

@@ -55,7 +55,7 @@ def ntk(
     x1, x2 : pytrees whose leaves have a leading axis of N and M examples
         The kernel's rows and columns. Without `x2` the columns are the rows.
     output : str
-        For models, what the model's outputs are: see `lensjax.tangents.language_models.OUTPUTS`. Refused for other functions.
+        For models, what the model's outputs are: see `lensjax.tangents.OUTPUTS`. Refused for other functions.
     method : {"auto", "transform", "jacobian", "ntvp"}
         "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
         parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
