@@ -1,5 +1,6 @@
 """Tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
 
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from lensjax import data, models
+from lensjax.finetune import Outcome
+from lensjax.jobs import runner
+from lensjax.select.cli import run
 
 TOKENIZER = next(p for p in sorted(data.path("demo", "models").iterdir()) if p.is_dir())
 CONFIG = {
@@ -55,3 +59,39 @@ def tiny_task(tmp_path_factory):
     rows = [{"input": str(n), "target": ("even" if n % 2 == 0 else "odd") + " number"} for n in numbers]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+@pytest.fixture
+def command():
+    """Run the command in this process: arguments -> (exit status, text on standard output)."""
+
+    def command(*arguments):
+        out = io.StringIO()
+        status = run([str(a) for a in arguments], out, io.StringIO())
+        return status, out.getvalue()
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def scripted_run():
+    """Return what makes a stand-in for `CandidateRunner.run` from a law, which notes what it is asked for."""
+
+    def script(loss, made=None):
+        """Stand in for `CandidateRunner.run`: no training, the losses of a function of (candidate, size)."""
+
+        def run(bench, size, known, hooks, deadline=None):
+            name = bench.assignment.name
+            if made is not None:
+                made.append((name, size, bench.assignment.tokens))
+            steps = int(size > 0)
+            given = {"validation_loss": 1.0, "steps": steps, "steps_run": steps, "samples": size, "tokens": 8 * size}
+            rest = {"seconds": 0.1, "validation_history": (), "reason": "scripted", "trainable": 1}
+            outcome = Outcome(
+                test_loss=loss(name, size), flops=float(size), learning_rate=0.1, batch_size=8, **given, **rest
+            )
+            return runner.Result(outcome, {})
+
+        return run
+
+    return script

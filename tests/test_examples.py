@@ -4,15 +4,15 @@ import doctest
 import inspect
 import re
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 import lensjax
 from lensjax import data
+from support.paths import ROOT
 
-README = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.DOTALL)
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 IN_README = ("ntk_blocks", "ntk_features")  # a model and a file are more than a docstring should show
 SHOWN = [name for name in lensjax.__all__ if name not in ("SELECTORS", "UnsupportedBackendError", *IN_README)]
 

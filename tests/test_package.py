@@ -1,7 +1,6 @@
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import jax
 import jaxlib
@@ -9,8 +8,8 @@ import pytest
 
 import lensjax
 from lensjax import data, environment
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 HEAVY = ("flax", "jaxopt", "optax", "transformers", "datasets", "matplotlib", "torch", "lensjax.models", "lensjax.laws")
 
 

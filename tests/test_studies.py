@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 
 import lensjax
+from support.paths import ROOT
 
-STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
+STUDIES = ROOT / "benchmarks" / "studies"
 
 
 @pytest.fixture(scope="module")

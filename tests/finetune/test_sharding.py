@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,15 +11,14 @@ import pytest
 
 from lensjax.errors import InputError
 from lensjax.finetune.sharding import place
-
-WORKER = Path(__file__).parent / "sharded_worker.py"
+from support.paths import SUPPORT
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapters"])
 def test_losses_do_not_depend_on_the_number_of_devices(kind):
     paths = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, WORKER, kind],
+        [sys.executable, SUPPORT / "sharded_worker.py", kind],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},

@@ -1,8 +1,5 @@
 """Layers unrolled, scanned, stacked and recomputed: the same numbers, programs that do not grow, memory that falls."""
 
-import runpy
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -13,10 +10,7 @@ from lensjax.errors import InputError
 from lensjax.models import init_model, layers, save_pretrained
 from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.execution import POLICIES, Run, is_stacked, repeating_runs, stack_layers, unstack_layers
-
-shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
-FAMILIES, make_config, make_batch = shared["FAMILIES"], shared["make_config"], shared["make_batch"]
-compiled, pure, flat = shared["compiled"], shared["pure"], shared["flat"]
+from support.families import FAMILIES, compiled, flat, make_batch, make_config, pure
 
 
 def value_and_gradient(model, key=None):

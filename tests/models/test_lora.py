@@ -1,8 +1,6 @@
 """Low-rank adapters: what they compute against dense float64 matrices, what trains, what is merged and saved."""
 
 import json
-import runpy
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,7 @@ from lensjax.models.base import Seq2SeqLM
 from lensjax.models.checkpoints.adapters import load_lora, save_lora
 from lensjax.models.execution import stack_layers, unstack_layers
 from lensjax.models.lora import Frozen, Lora, adaptable, adapters, add_lora, chosen, merge_lora, parameter_counts
-
-shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
-FAMILIES, make_config, make_batch = shared["FAMILIES"], shared["make_config"], shared["make_batch"]
-compiled, pure, flat = shared["compiled"], shared["pure"], shared["flat"]
+from support.families import FAMILIES, compiled, flat, make_batch, make_config, pure
 
 
 def make_model(name, count=2, dtype=jnp.float32):

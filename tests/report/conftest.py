@@ -6,13 +6,7 @@ import pytest
 from lensjax.losses.curves import Curves
 from lensjax.selection import Selection
 from lensjax.selectors import SELECTORS
-
-HOSTILE = (
-    '<script>alert("x")</script>',
-    "a\" onload='alert(1)' & </title></svg><img src=https://evil.example/x.png>",
-    "\u202eright-to-left\x00\x1b[31m \ud800",
-    "very-" * 40 + "long",
-)
+from support.hostile import HOSTILE
 
 
 def table(names, zero_shot, complete):

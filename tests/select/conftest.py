@@ -1,26 +1,11 @@
-import io
 import shutil
 from pathlib import Path
 
 import pytest
 
-from lensjax.finetune import FineTuner, Outcome
-from lensjax.jobs import runner
+from lensjax.finetune import FineTuner
 from lensjax.select import live
 from lensjax.select.cli import main as command_main
-from lensjax.select.cli import run
-
-
-@pytest.fixture
-def command():
-    """Run the command in this process: arguments -> (exit status, text on standard output)."""
-
-    def command(*arguments):
-        out = io.StringIO()
-        status = run([str(a) for a in arguments], out, io.StringIO())
-        return status, out.getvalue()
-
-    return command
 
 
 @pytest.fixture
@@ -73,27 +58,3 @@ def mistake(capsys, monkeypatch, tmp_path, tiny_models, tiny_task):
         return captured.err.removeprefix("lensjax.select: ").rstrip("\n")
 
     return mistake
-
-
-@pytest.fixture(scope="session")
-def scripted_run():
-    """Return what makes a stand-in for `CandidateRunner.run` from a law: no training, and notes of what would have been read."""
-
-    def script(loss, made=None):
-        """Stand in for `CandidateRunner.run`: no training, the losses of a function of (candidate, size)."""
-
-        def run(bench, size, known, hooks, deadline=None):
-            name = bench.assignment.name
-            if made is not None:
-                made.append((name, size, bench.assignment.tokens))
-            steps = int(size > 0)
-            given = {"validation_loss": 1.0, "steps": steps, "steps_run": steps, "samples": size, "tokens": 8 * size}
-            rest = {"seconds": 0.1, "validation_history": (), "reason": "scripted", "trainable": 1}
-            outcome = Outcome(
-                test_loss=loss(name, size), flops=float(size), learning_rate=0.1, batch_size=8, **given, **rest
-            )
-            return runner.Result(outcome, {})
-
-        return run
-
-    return script

@@ -1,8 +1,5 @@
 """Every method and output for every ported family, small in float64 and large in float32; minutes, run by name."""
 
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +9,7 @@ from lensjax_kernels import random_signs_like
 
 from lensjax.models import init_model
 from lensjax.tangents import OUTPUTS, gradient_norms, hessian_trace, hvp, ntk, ntk_operator, ntk_outputs
+from support.families import FAMILIES, make_batch, make_config
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +21,7 @@ def programs_are_let_go():
     jax.clear_caches()
 
 
-FAMILIES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "models" / "families.py"))
-NAMES = sorted(FAMILIES["FAMILIES"])
+NAMES = sorted(FAMILIES)
 TWO_SIDED = ("t5", "mt5", "bart", "switch_transformers")
 
 LARGE = {
@@ -39,9 +36,9 @@ LARGE = {
 
 
 def model_and_batch(name, dtype, sizes=None, samples=3, length=6):
-    config = FAMILIES["make_config"](name, 1)
+    config = make_config(name, 1)
     config |= {key: value for key, value in (sizes or {}).items() if key in config or key.endswith(("scalar", "dim"))}
-    batch = FAMILIES["make_batch"](samples, length)
+    batch = make_batch(samples, length)
     if name in TWO_SIDED:
         batch["labels"] = np.random.default_rng(1).integers(6, 53, (samples, length - 1)).astype(np.int32)
         batch["labels"][1, 3:] = -100

@@ -1,8 +1,6 @@
 import fcntl
 import json
 import os
-import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -12,9 +10,9 @@ import pytest
 from lensjax._files import lock_directory, write_atomically
 from lensjax.errors import InputError, SelectionError
 from lensjax.journal import JOURNAL, Journal, Run, curves_of, key_of
+from support import journal_worker
 
 SPECIFICATION = {"task": "t", "sizes": [1, 2]}
-WORKER = pathlib.Path(__file__).with_name("journal_worker.py")
 
 
 def run(key="k", **facts):
@@ -199,15 +197,16 @@ def test_curves_leave_failed_and_unmade_runs_empty():
 def test_killed_at_any_moment_nothing_finished_is_lost_or_repeated(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
-    done = subprocess.run([sys.executable, WORKER, killed], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, journal_worker.__file__, killed], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kills"] == 60
     assert found["torn"] > 0
     assert found["repeated"] == 0
     # A selection that was never disturbed ends with the same runs in the same order.
-    worker = runpy.run_path(str(WORKER))
-    worker["work"](undisturbed, lambda what, key: None)
+    journal_worker.work(undisturbed, lambda what, key: None)
     lines = (undisturbed / JOURNAL).read_text().splitlines()
     assert found["runs"] == [json.loads(line) for line in lines]
     assert len(lines) == 24

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import runpy
 from functools import cache, partial
-from pathlib import Path
 
 import chex
 import jax
@@ -19,8 +17,9 @@ from lensjax.models import count_parameters, init_model, layers, load_config, lo
 from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.families.switch_transformers import SparsePerceptron
 from lensjax.models.families.t5 import relative_buckets
+from support import golden_seq2seq
+from support.paths import GOLDEN
 
-HERE = Path(__file__).parent
 CASES = (
     "bart",
     "bart-scaled",
@@ -132,7 +131,7 @@ def check_router_loss(model, batch, golden, tolerance):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_every_gradient_equal_those_of_transformers(case):
-    check_against_golden(HERE / "golden" / case)
+    check_against_golden(GOLDEN / case)
 
 
 @pytest.mark.parity
@@ -142,9 +141,8 @@ def test_live_parity_both_ways(case, tmp_path):
     import torch
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    script = runpy.run_path(str(HERE / "make_golden_seq2seq.py"))
-    assert tuple(sorted(script["CASES"])) == CASES
-    script["make"](tmp_path, 7, (case,))
+    assert tuple(sorted(golden_seq2seq.CASES)) == CASES
+    golden_seq2seq.make(tmp_path, 7, (case,))
     check_against_golden(tmp_path / case)
     with jax.enable_x64(True):
         check_against_golden(tmp_path / case, "float64", 1e-6)  # stored in float32
@@ -155,7 +153,7 @@ def test_live_parity_both_ways(case, tmp_path):
         tensors = load_file(tmp_path / "saved" / "model.safetensors")
         tensors |= {f"{stack}.embed_tokens.weight": tensors["shared.weight"] for stack in ("encoder", "decoder")}
         save_file(tensors, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})
-    theirs = script["load"](tmp_path / "saved")
+    theirs = golden_seq2seq.load(tmp_path / "saved")
     batch = make_batch(90, samples=2)
     with torch.no_grad():
         expected = theirs(**{name: torch.tensor(array).long() for name, array in batch.items()})
@@ -358,8 +356,8 @@ def test_float32_gradient_equals_float64_above_a_million_activations(family):
 
 @pytest.mark.parametrize("case", ["bart", "switch_transformers", "t5-v1.1"])
 def test_bfloat16_keeps_its_dtype_and_accumulates_losses_in_float32(case):
-    model = load_model(HERE / "golden" / case, dtype="bfloat16")
-    golden = load_file(HERE / "golden" / case / "golden.safetensors")
+    model = load_model(GOLDEN / case, dtype="bfloat16")
+    golden = load_file(GOLDEN / case / "golden.safetensors")
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     shapes = jax.eval_shape(lambda: model(batch["input_ids"], batch["attention_mask"], batch["labels"] % 7))
     assert shapes.dtype == jnp.bfloat16
@@ -439,9 +437,9 @@ def test_parameters_are_counted_as_published(config, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_saved_models_load_back_equal(case, tmp_path):
-    model = load_model(HERE / "golden" / case)
+    model = load_model(GOLDEN / case)
     save_pretrained(model, tmp_path)
-    original, saved = (load_file(where / "model.safetensors") for where in (HERE / "golden" / case, tmp_path))
+    original, saved = (load_file(where / "model.safetensors") for where in (GOLDEN / case, tmp_path))
     copies = {name for name in original if "embed_tokens" in name}
     assert saved.keys() == original.keys() - copies
     for name, value in saved.items():

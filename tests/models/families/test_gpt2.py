@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import runpy
 from functools import partial
-from pathlib import Path
 
 import chex
 import jax
@@ -17,8 +15,9 @@ from safetensors.numpy import load_file
 from lensjax.errors import InputError
 from lensjax.models import init_model, load_config, load_model, save_pretrained
 from lensjax.models.checkpoints.pretrained import export_tensors
+from support import golden_decoders
+from support.paths import GOLDEN
 
-HERE = Path(__file__).parent
 CASES = ("gpt2-tied", "gpt2-unscaled", "gpt2-untied")
 SMALL = {"model_type": "gpt2", "vocab_size": 53, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 16}
 
@@ -78,7 +77,7 @@ def check_against_golden(directory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_every_gradient_equal_those_of_transformers(case):
-    check_against_golden(HERE / "golden" / case)
+    check_against_golden(GOLDEN / case)
 
 
 @pytest.mark.parity
@@ -87,7 +86,7 @@ def test_live_parity_both_ways(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    runpy.run_path(str(HERE / "make_golden.py"))["make"](tmp_path, 7)
+    golden_decoders.make(tmp_path, 7)
     for case in CASES:
         check_against_golden(tmp_path / case)
         ours = load_model(tmp_path / case)
@@ -237,8 +236,8 @@ def test_float32_gradient_equals_float64_above_a_million_activations():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_half_precision_keeps_its_dtype_and_accumulates_losses_in_float32(dtype, tolerance):
-    model = load_model(HERE / "golden" / "gpt2-tied", dtype=dtype)
-    golden = load_file(HERE / "golden" / "gpt2-tied" / "golden.safetensors")
+    model = load_model(GOLDEN / "gpt2-tied", dtype=dtype)
+    golden = load_file(GOLDEN / "gpt2-tied" / "golden.safetensors")
     assert model(golden["input_ids"]).dtype == dtype
     sums, _ = losses(model, {name: golden[name] for name in ("input_ids", "attention_mask", "labels")})
     assert sums.dtype == jnp.float32
@@ -279,7 +278,7 @@ def test_configurations_that_ask_for_something_else_are_refused(values, message)
 
 
 def test_config_fields_are_read_from_the_file():
-    raw = json.loads((HERE / "golden" / "gpt2-untied" / "config.json").read_text())
+    raw = json.loads((GOLDEN / "gpt2-untied" / "config.json").read_text())
     config = load_config(raw)
     assert (config.n_inner, config.heads, config.width, config.layers, config.max_length) == (24, 2, 16, 2, 12)
     assert config.scale_attn_by_inverse_layer_idx

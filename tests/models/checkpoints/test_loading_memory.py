@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import jax
@@ -12,8 +11,8 @@ import pytest
 
 from lensjax.models import init_model, save_pretrained
 from lensjax.models.checkpoints.pretrained import export_tensors
+from support.paths import SOURCES
 
-ROOT = Path(__file__).parents[2]
 # 43 million parameters, the table of the embedding a fifth of them: 173 MB in float32.
 RAW = {
     "model_type": "qwen2",
@@ -123,7 +122,7 @@ def test_loading_takes_the_parameters_and_little_more(name, stored, wanted, mode
         write(tmp_path / name, models[name], stored),
     ]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(map(str, SOURCES)),
         "JAX_PLATFORMS": "cpu",
     }
     run = subprocess.run(

@@ -1,6 +1,6 @@
 """Write golden/tokenizers.json: a page of text, tiny SentencePiece models, and what SentencePiece makes of the page.
 
-    python tests/models/make_golden_tokenizers.py      # needs the sentencepiece package
+    python tests/support/golden_tokenizers.py      # needs the sentencepiece package
 
 Models are written as the lists that a GGUF file has: pieces, scores, types.
 """
@@ -76,7 +76,7 @@ def main() -> None:
             "page": model.encode(PAGE),
             "lines": [model.encode(line) for line in LINES],
         }
-    path = Path(__file__).parent / "golden" / "tokenizers.json"
+    path = Path(__file__).parents[1] / "models" / "golden" / "tokenizers.json"
     path.write_text(json.dumps({"page": PAGE, "lines": LINES, "sentencepiece": found}) + "\n")
 
 

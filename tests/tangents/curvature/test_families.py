@@ -1,8 +1,5 @@
 """Hessian and Gauss-Newton probes of every ported family against dense float64 matrices."""
 
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +10,10 @@ from lensjax_kernels import random_signs_like
 
 from lensjax.models import init_model
 from lensjax.tangents import hessian_trace, model_loss
+from support.families import FAMILIES, make_config
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-FAMILIES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "models" / "families.py"))
 VOCABULARY = 11
 
 TINY = {
@@ -32,7 +29,7 @@ SPARSE = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 
 
 def make(name):
-    own = FAMILIES["make_config"](name, 1)
+    own = make_config(name, 1)
     own |= {key: value for key, value in TINY.items() if key in own or key.endswith(("token_id", "scalar", "dim"))}
     own |= SPARSE if name == "switch_transformers" else {}
     # Never initialised, which compiles a program for each shape; weights of a size that makes every part of the
@@ -76,7 +73,7 @@ def dense_matrices(model, batch):
     return {"hessian": np.asarray(hessian), "gauss_newton": np.einsum("ntvp,ntvq->pq", jacobian, pushed, optimize=True)}
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES["FAMILIES"]))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_probes_of_a_family_are_those_of_the_dense_matrices(name):
     with jax.enable_x64(True):
         model, batch = make(name)

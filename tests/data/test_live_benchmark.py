@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import lensjax
 from lensjax._messages import packaged_like
 from lensjax.data import LIVE
 from lensjax.laws import kernel_residual
+from support.paths import ROOT
 
-ROWS = Path(__file__).parents[1] / "benchmarks" / "results" / "live" / "runs.jsonl"
+ROWS = ROOT / "benchmarks" / "results" / "live" / "runs.jsonl"
 
 
 @pytest.fixture(scope="module")

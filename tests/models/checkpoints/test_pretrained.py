@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -31,9 +30,9 @@ from lensjax.models import (
 from lensjax.models.checkpoints.mapping import parameter_shapes
 from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.registry import Rule, Table, family, transposed
+from support.families import FAMILIES, make_config
+from support.paths import SOURCES
 
-ROOT = Path(__file__).parents[2]
-shared = runpy.run_path(str(Path(__file__).with_name("families.py")))
 SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 6}
 
 
@@ -237,9 +236,9 @@ def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(
     assert check_checkpoint(saved) == load_config(saved)
 
 
-@pytest.mark.parametrize("name", shared["FAMILIES"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_maps_every_parameter_once(name):
-    config = load_config(shared["make_config"](name, 2))
+    config = load_config(make_config(name, 2))
     table = family(name, "test").table(config)
     paths = parameter_shapes(config)
     sources = [source for path in paths for source in table.sources(path)[1]]
@@ -313,7 +312,7 @@ def test_loading_prints_nothing_and_leaves_the_environment_alone(model, tmp_path
         "assert 'TRANSFORMERS_NO_ADVISORY_WARNINGS' not in os.environ\nprint(tokenizer('two')['input_ids'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, SOURCES)), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """Write the golden values of tests/models with torch and transformers.
 
-    python tests/models/make_golden.py [DIRECTORY] [SEED]      # needs the parity extra
+    python tests/support/golden_decoders.py [DIRECTORY] [SEED]      # needs the parity extra
 
 For each case DIRECTORY/<case> holds config.json, model.safetensors (as transformers saves them) and
 golden.safetensors: inputs, logits, the sum of each sample's losses, and the gradient of the sum of them all
@@ -212,6 +212,6 @@ def make(directory: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "golden"
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "models" / "golden"
     make(target, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     make_decoders(target, int(sys.argv[2]) if len(sys.argv) > 2 else 0)

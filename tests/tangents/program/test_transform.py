@@ -1,8 +1,6 @@
 """The kernel of every program in the table, against dense Jacobians in float64."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +8,8 @@ import numpy as np
 import pytest
 
 from lensjax.tangents import explain, gradient_norms, ntk, ntk_features
+from support import programs
 
-SPEC = importlib.util.spec_from_file_location("programs", Path(__file__).with_name("programs.py"))
-programs = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(programs)
 WITH_SUBSETS = ("dense_layer", "tied_embedding", "frozen_layer_in_the_stack", "recurrent_network",
                 "stacked_then_scanned", "low_rank_product", "sum_of_two", "fused_projections",
                 "disjoint_slices", "stack_beside_stacked", "two_stacks_added")  # fmt: skip

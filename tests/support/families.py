@@ -1,4 +1,4 @@
-"""A tiny configuration of every family, and what tests do with them; loaded with runpy by those that need it."""
+"""A tiny configuration of every family, and what tests do with them."""
 
 import jax
 import numpy as np

@@ -1,8 +1,6 @@
 """Quadratic forms of each parameter from one pass each way, against products with the matrix in float64."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.extend
@@ -12,12 +10,10 @@ import pytest
 
 from lensjax.tangents import hessian_trace
 from lensjax.tangents.curvature.quadratic_forms import gauss_newton_forms, hessian_forms
+from support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-SPEC = importlib.util.spec_from_file_location("programs", Path(__file__).with_name("programs.py"))
-programs = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(programs)
 FORWARDS = [name for name in programs.PROGRAMS if name != "custom_backward_rule"]  # has no second derivative
 
 WALKS = ("dense_layer", "left_operand", "tied_embedding", "head_in_chunks", "scanned_stack", "stacked_then_scanned",

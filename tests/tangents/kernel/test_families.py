@@ -1,8 +1,5 @@
 """Kernels of every ported family against dense float64 Jacobians."""
 
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +8,9 @@ from flax import nnx
 
 from lensjax.models import init_model
 from lensjax.tangents import ntk, ntk_outputs
+from support.families import FAMILIES, compiled, make_batch, make_config
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-FAMILIES = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "models" / "families.py"))
 
 
 MIXED = ("gemma3_text", "switch_transformers", "llama")
@@ -22,8 +18,8 @@ MIXED = ("gemma3_text", "switch_transformers", "llama")
 
 
 def model_and_batch(name, dtype):
-    config = FAMILIES["make_config"](name, 2 if name in MIXED else 1)
-    batch = FAMILIES["make_batch"](3, 6)
+    config = make_config(name, 2 if name in MIXED else 1)
+    batch = make_batch(3, 6)
     if name in ("t5", "mt5", "bart", "switch_transformers"):
         batch["labels"] = np.random.default_rng(1).integers(6, 53, (3, 5)).astype(np.int32)
         batch["labels"][1, 3:] = -100
@@ -34,14 +30,14 @@ def model_and_batch(name, dtype):
 
 
 def dense_kernel(f, params, batch):
-    jacobian = FAMILIES["compiled"](jax.vmap(jax.jacrev(f), in_axes=(None, 0)))(params, batch)
+    jacobian = compiled(jax.vmap(jax.jacrev(f), in_axes=(None, 0)))(params, batch)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
     outputs = leaves[0].shape[: 1 + np.ndim(jax.eval_shape(f, params, {k: v[0] for k, v in batch.items()}))]
     rows = np.concatenate([leaf.reshape(int(np.prod(outputs)), -1) for leaf in leaves], axis=1)
     return (rows @ rows.T).reshape(*outputs, *outputs)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES["FAMILIES"]))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_kernel_of_a_family(name):
     with jax.enable_x64(True):
         model, batch = model_and_batch(name, jnp.float64)

@@ -19,6 +19,7 @@ from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
 from lensjax.progress.terminal import EVERY, View, crop, screen_for, shorten
 from lensjax.selectors import Scores
+from support.hostile import HOSTILE
 
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
@@ -234,8 +235,8 @@ def test_methods_without_predictions_or_probabilities_have_no_columns_for_them(f
     assert [line.split()[1] for line in lines[2:4]] == ["beta", "alpha"]
 
 
-def test_names_that_mean_harm_are_only_shown(follow, hostile):
-    names = (*hostile, "[bold red]markup[/bold red]", ":smile: \x07\x9b31m", "模型" * 30, "new\nline\ttab")
+def test_names_that_mean_harm_are_only_shown(follow):
+    names = (*HOSTILE, "[bold red]markup[/bold red]", ":smile: \x07\x9b31m", "模型" * 30, "new\nline\ttab")
     found = board(names, measured=5)
     found.failures = {names[-2]: "Error: \x1b[2J[red]boom[/red]\n\x1b]0;title\x07 more"}
     for columns in (200, 60, 40):

@@ -1,7 +1,6 @@
 """Tokenizers of GGUF files against SentencePiece, the tokenizer classes of transformers, and published definitions."""
 
 import json
-from pathlib import Path
 
 import gguf
 import jax
@@ -15,9 +14,10 @@ from lensjax.errors import InputError
 from lensjax.models import from_pretrained, init_model, load_tokenizer, save_pretrained
 from lensjax.models.checkpoints.gguf.tokenizer import PRE_TOKENIZERS
 from lensjax.models.checkpoints.pretrained import export_tensors
+from support.paths import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text())
-PAGE, LINES = GOLDEN["page"], GOLDEN["lines"]
+TOKENIZERS = json.loads((GOLDEN / "tokenizers.json").read_text())
+PAGE, LINES = TOKENIZERS["page"], TOKENIZERS["lines"]
 TEXTS = [PAGE, *LINES, *PAGE.split("\n")]
 
 CONTROL, USER_DEFINED = 3, 4
@@ -198,7 +198,7 @@ def test_special_tokens_and_chat_template_are_those_of_the_file(tmp_path):
 
 
 def write_sentencepiece(path, name, change=lambda writer: None):
-    golden = GOLDEN["sentencepiece"][name]
+    golden = TOKENIZERS["sentencepiece"][name]
     # llama.cpp's converter writes the spaces of what users defined as spaces.
     pieces = [
         piece.replace("▁", " ") if kind == USER_DEFINED else piece
@@ -216,7 +216,7 @@ def write_sentencepiece(path, name, change=lambda writer: None):
     return golden
 
 
-@pytest.mark.parametrize("name", GOLDEN["sentencepiece"])
+@pytest.mark.parametrize("name", TOKENIZERS["sentencepiece"])
 def test_ids_are_those_of_sentencepiece(name, tmp_path):
     golden = write_sentencepiece(tmp_path / "t.gguf", name)
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
@@ -231,7 +231,7 @@ def test_ids_are_those_of_sentencepiece(name, tmp_path):
 
 
 def test_scores_decide_what_is_merged_not_the_order_of_the_tokens(tmp_path):
-    golden = GOLDEN["sentencepiece"]["llama"]
+    golden = TOKENIZERS["sentencepiece"]["llama"]
     places = np.random.default_rng(0).permutation(len(golden["pieces"]))
     moved = {int(old): new for new, old in enumerate(places)}
     lists = [[golden[key][old] for old in places] for key in ("pieces", "types", "scores")]
@@ -285,7 +285,7 @@ def test_sentencepiece_ids_are_those_of_transformers_own_class(name, kind, tmp_p
 
 
 def test_a_control_token_is_found_as_it_is_written(tmp_path):
-    golden = GOLDEN["sentencepiece"]["llama"]
+    golden = TOKENIZERS["sentencepiece"]["llama"]
     count = len(golden["pieces"])
     lists = [[*golden[key], new] for key, new in (("pieces", "▁<PRE>"), ("types", CONTROL), ("scores", 0.0))]
 
@@ -309,7 +309,7 @@ def test_the_start_of_a_sentencepiece_text_follows_the_fields(tmp_path):
 
 
 def test_model_and_tokenizer_come_from_one_file_and_are_saved_together(tmp_path):
-    golden = GOLDEN["sentencepiece"]["llama"]
+    golden = TOKENIZERS["sentencepiece"]["llama"]
     raw = {
         "model_type": "llama",
         "vocab_size": len(golden["pieces"]),

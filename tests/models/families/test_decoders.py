@@ -1,9 +1,7 @@
 """The decoder-only families on shared layers, against transformers' torch implementations and against themselves."""
 
 import json
-import runpy
 from functools import partial
-from pathlib import Path
 
 import chex
 import jax
@@ -25,8 +23,9 @@ from lensjax.models import (
 from lensjax.models.checkpoints.pretrained import export_tensors
 from lensjax.models.layers import RMSNorm, Rotary, rotate, window_mask
 from lensjax.models.registry import family
+from support import golden_decoders
+from support.paths import GOLDEN
 
-HERE = Path(__file__).parent
 CASES = (
     *("llama", "llama-tied", "mistral", "qwen2", "qwen3", "opt", "opt-post", "opt-bare", "phi", "phi-norms"),
     "gemma3",
@@ -116,7 +115,7 @@ def check_against_golden(directory, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_every_gradient_equal_those_of_transformers(case):
-    check_against_golden(HERE / "golden" / case, case)
+    check_against_golden(GOLDEN / case, case)
 
 
 @pytest.mark.parity
@@ -125,7 +124,7 @@ def test_live_parity_both_ways(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    runpy.run_path(str(HERE / "make_golden.py"))["make_decoders"](tmp_path, 7)
+    golden_decoders.make_decoders(tmp_path, 7)
     assert {path.name for path in tmp_path.iterdir()} == set(CASES)
     for case in CASES:
         check_against_golden(tmp_path / case, case)
@@ -265,8 +264,8 @@ def test_float32_gradient_equals_float64_above_a_million_activations(name):
 
 @pytest.mark.parametrize("case", ["llama-tied", "opt-post", "phi-norms", "gemma3"])
 def test_half_precision_keeps_its_dtype_and_accumulates_losses_in_float32(case):
-    model = load_model(HERE / "golden" / case, dtype="bfloat16")
-    golden = load_file(HERE / "golden" / case / "golden.safetensors")
+    model = load_model(GOLDEN / case, dtype="bfloat16")
+    golden = load_file(GOLDEN / case / "golden.safetensors")
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     assert jax.eval_shape(model, batch["input_ids"]).dtype == "bfloat16"
     found = losses(model, batch)
@@ -276,7 +275,7 @@ def test_half_precision_keeps_its_dtype_and_accumulates_losses_in_float32(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_everything_that_does_not_fit_is_said_at_once(case, tmp_path):
-    source = HERE / "golden" / case
+    source = GOLDEN / case
     assert check_checkpoint(source) == load_config(source)
     tensors = load_file(source / "model.safetensors")
     names = sorted(name for name in tensors if "layers.0" in name)
@@ -294,9 +293,9 @@ def test_everything_that_does_not_fit_is_said_at_once(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loading_and_saving_are_inverse_and_every_tensor_has_one_parameter(case, tmp_path):
-    model = load_model(HERE / "golden" / case)
+    model = load_model(GOLDEN / case)
     save_pretrained(model, tmp_path)
-    before, after = (load_file(path / "model.safetensors") for path in (HERE / "golden" / case, tmp_path))
+    before, after = (load_file(path / "model.safetensors") for path in (GOLDEN / case, tmp_path))
     assert before.keys() == after.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
@@ -561,7 +560,7 @@ def test_a_window_counts_the_token_itself():
 
 
 def test_old_checkpoints_may_hold_frequencies_a_copy_of_the_head_and_bare_names(tmp_path):
-    source = HERE / "golden" / "llama-tied"
+    source = GOLDEN / "llama-tied"
     tensors = load_file(source / "model.safetensors")
     changed = {name.removeprefix("model."): value for name, value in tensors.items()}
     changed["lm_head.weight"] = changed["embed_tokens.weight"].copy()

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 
 from lensjax import InputError
-from lensjax.tangents import (
-    compare_phases,
-    corollary_bound,
-    example_forms,
-    generalization_bound,
-    hessian_trace,
-    layer_distances,
-    power_fall,
-)
+from lensjax.bound import compare_phases, corollary_bound, generalization_bound, layer_distances, power_fall
+from lensjax.tangents import example_forms, hessian_trace
 
 
 def test_terms_by_hand():

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import jax
@@ -18,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lensjax.models import init_model, save_pretrained
 from lensjax.models.checkpoints.pretrained import export_tensors
+from support.paths import SOURCES
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
 NAME = "someone/model"
 BRANCHES = {"main": "a" * 40, "v2": "b" * 40}
@@ -129,7 +128,7 @@ def hub(repository):
 def load(asked, cache, hub=None):
     """Load models in a process of its own, for the client reads its settings when it is imported."""
     settings = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(map(str, SOURCES)),
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1" if hub is None else "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -1,0 +1,1 @@
+"""What several test files share: tiny models, small programs, makers of golden values, and worker processes."""
