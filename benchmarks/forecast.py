@@ -31,7 +31,7 @@ from lensjax import data, models
 from lensjax.finetune import Plan
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
-from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.estimate import dry_run
 from lensjax.select.dry_run.machine import matmul_speed
 from lensjax.select.request import Request
 
@@ -82,7 +82,7 @@ def measure(candidates: list[str], out: Path) -> dict:
     """DryRun a selection, make it, compare."""
     request = request_of(candidates, out, Plan(batch_size=16, max_epochs=2), Lora(), **OPTIONS)
     begun = time.perf_counter()
-    foretold = forecast(request, out)
+    foretold = dry_run(request, out)
     seconds = time.perf_counter() - begun
     print(foretold.render())
     most = 0
@@ -125,7 +125,7 @@ def recorded(gguf: str, out: Path) -> dict:
     demo = sorted(str(p) for p in data.path("demo", "models").iterdir() if p.is_dir())
     plan = Plan(batch_size=16, max_epochs=2)
     options = {"smallest": 200, "visible": 1600, "validation": 100, "test": 300, "max_length": 48, "loss_unit": "byte"}
-    foretold = forecast(request_of([gguf, f"{gguf}+lora", *demo], out, plan, Lora(rank=16, alpha=32.0), **options))
+    foretold = dry_run(request_of([gguf, f"{gguf}+lora", *demo], out, plan, Lora(rank=16, alpha=32.0), **options))
     found = {}
     for need in foretold.needs:
         own = [run for run in runs if run["candidate"] == need.name]

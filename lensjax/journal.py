@@ -17,12 +17,6 @@ from lensjax.errors import InputError, SelectionError
 
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
-TANGENTS, NLP_METRICS, LOG_ME = "tangents", "nlp_metrics", "log_me"
-PRETRAINED_SCORES = (NLP_METRICS, LOG_ME)
-"""Scores of a candidate that need no fine-tuning, in the order in which they are measured."""
-
-EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
-"""Measurements of a candidate that are recorded beside its fine-tuning runs."""
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 
 
@@ -55,8 +49,7 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `EXTRA_MEASUREMENTS`: `TANGENTS` for its kernel and Hessian trace,
-        `NLP_METRICS` and `LOG_ME` for these scores.
+        one of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
     """
 
     key: str

@@ -13,7 +13,7 @@ import pytest
 
 from lensjax import data, models
 from lensjax.finetune import Outcome
-from lensjax.jobs import runner
+from lensjax.jobs import job
 from lensjax.select.cli import run
 
 TOKENIZER = next(p for p in sorted(data.path("demo", "models").iterdir()) if p.is_dir())
@@ -80,17 +80,17 @@ def scripted_run():
     def script(loss, made=None):
         """Stand in for `CandidateRunner.run`: no training, the losses of a function of (candidate, size)."""
 
-        def run(bench, size, known, hooks, deadline=None):
-            name = bench.assignment.name
+        def run(runner, work, callbacks, deadline=None):
+            name, size = runner.config.name, work.size
             if made is not None:
-                made.append((name, size, bench.assignment.tokens))
+                made.append((name, size, runner.config.tokens))
             steps = int(size > 0)
             given = {"validation_loss": 1.0, "steps": steps, "steps_run": steps, "samples": size, "tokens": 8 * size}
             rest = {"seconds": 0.1, "validation_history": (), "reason": "scripted", "trainable": 1}
             outcome = Outcome(
                 test_loss=loss(name, size), flops=float(size), learning_rate=0.1, batch_size=8, **given, **rest
             )
-            return runner.Result(outcome, {})
+            return job.Result(outcome, {})
 
         return run
 

@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts are run by pat
 from environment import write_result
 from scipy.stats import rankdata
 
-from lensjax import Curves, InputError, RecordedTangents, fit, read_losses, read_tangents
+from lensjax import Curves, InputError, fit, read_losses
 from lensjax.data import LIVE
+from lensjax.data.live_benchmark import RecordedTangents, read_tangents
 from lensjax.laws import kernel_residual
 from lensjax.metrics import pear_corr, rel_acc, rmse
 from lensjax.selectors import SELECTORS, averaged

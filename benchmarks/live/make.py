@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from candidates import CANDIDATES, LENGTH, Candidate
-from data import TASKS, Source
 from flax import nnx
 from look import look
 from make_data import DEMO, END_OF_TEXT
 
+from data import TASKS, Source
 from lensjax.finetune import DivergedError, FineTuner, Plan, Search, Weights, target_features, tune
 from lensjax.jobs.pretrained_scores import POSITIONS, samples_for
 from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained

@@ -56,7 +56,7 @@ class RecordedTangents:
 
     Examples
     --------
-    >>> from lensjax import read_tangents
+    >>> from lensjax.data.live_benchmark import read_tangents
     >>> seen = read_tangents("live:packages")
     >>> len(seen.names), seen.outputs
     (12, ('loss', 'gold_probability', 'gold_logit', 'projections'))
@@ -121,7 +121,8 @@ def read_tangents(source: str | os.PathLike[str]) -> RecordedTangents:
     F(Theta, t) of LensLLM's eq. 9 of each candidate, by the kernel of its losses before fine-tuning, at the time when
     training on 400 samples stopped:
 
-    >>> from lensjax import read_losses, read_tangents
+    >>> from lensjax import read_losses
+    >>> from lensjax.data.live_benchmark import read_tangents
     >>> from lensjax.laws import kernel_residual
     >>> seen = read_tangents("live:novels")
     >>> seen.names == read_losses("live:novels").names

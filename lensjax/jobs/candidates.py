@@ -74,7 +74,9 @@ class Candidate:
         return tuning_flops(self.parameters, self.trainable, 1)
 
 
-def find_candidates(paths: tuple[str, ...], lora: Lora, *, fetch: bool = True) -> tuple[Candidate, ...]:
+def find_candidates(
+    paths: tuple[str, ...], lora: Lora, *, fetch: bool = True, locate: Callable[[str], object] = str
+) -> tuple[Candidate, ...]:
     """Check the candidates without loading them.
 
     Parameters
@@ -86,6 +88,8 @@ def find_candidates(paths: tuple[str, ...], lora: Lora, *, fetch: bool = True) -
     fetch : bool
         Whether to fetch the weights of models on the hub that are not here yet. Without them all is checked that they
         are here for: the headers of the weight files are read on the hub.
+    locate : callable (path) -> path
+        Returns where a path is to be opened, if it is meant from another directory than the current one.
 
     Raises
     ------
@@ -95,12 +99,13 @@ def find_candidates(paths: tuple[str, ...], lora: Lora, *, fetch: bool = True) -
     asked = list(paths) or [str(p) for p in sorted(data.path(*DEMO_MODELS).iterdir()) if p.is_dir()]
     if len(asked) < 2:
         raise InputError(f"--models: {len(asked)} model ({asked[0]}); choosing needs at least two candidates.")
-    names = [name_of(path) for path in asked]
+    located = [str(locate(path)) for path in asked]
+    names = [name_of(path) for path in located]
     if len(set(names)) < len(names):
         names = asked
     found: list[Candidate] = []
-    for name, path in zip(names, asked, strict=True):
-        candidate = find_candidate(path, lora, name, fetch=fetch)
+    for name, path, typed in zip(names, located, asked, strict=True):
+        candidate = dataclasses.replace(find_candidate(path, lora, name, fetch=fetch), asked=typed)
         same = next((c for c in found if c.name == name or c.fingerprint == candidate.fingerprint), None)
         if same is not None:
             raise InputError(f"--models: {same.name} and {name} are the same model; name each candidate once.")

@@ -15,8 +15,13 @@ from typing import Any, Protocol
 from lensjax.finetune import Outcome, Plan, Progress, Search, Trial
 from lensjax.finetune.search import Point
 from lensjax.jobs.tokens import Tokens
+from lensjax.selectors.methods import PRETRAINED_SCORES
 
 Trials = tuple[Trial, ...]
+
+TANGENTS = "tangents"
+EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
+"""Measurements of a candidate that are recorded beside its fine-tuning runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ class PretrainedScore:
     Attributes
     ----------
     name : str
-        One of `lensjax.journal.PRETRAINED_SCORES`.
+        One of `lensjax.selectors.methods.PRETRAINED_SCORES`.
     samples : int
         Training samples to measure it on; 0 where the weights alone decide.
     """

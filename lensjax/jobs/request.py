@@ -8,7 +8,7 @@ from typing import Any
 
 from lensjax import data
 from lensjax.finetune import Plan, Search
-from lensjax.jobs.defaults import DEMO_FIELDS, DEMO_TASK
+from lensjax.jobs.defaults import ADAPTED, DEMO_FIELDS, DEMO_TASK
 from lensjax.models import Lora
 from lensjax.tasks import Task, load_task
 from lensjax.tasks.dataset_info import DatasetSummary, summarize_dataset
@@ -38,6 +38,8 @@ class JobRequest:
     plan : Plan
     search : Search
         Learning rates and batch sizes to try for each run.
+    base : Path or None
+        Directory that relative paths of models and data are meant from; None: the current one.
     """
 
     models: tuple[str, ...] = ()
@@ -59,6 +61,20 @@ class JobRequest:
     lora: Lora = dataclasses.field(default_factory=Lora)
     plan: Plan = dataclasses.field(default_factory=Plan)
     search: Search = dataclasses.field(default_factory=Search)
+    base: Path | None = None
+
+    @property
+    def base_directory(self) -> Path:
+        """Directory that relative paths are meant from."""
+        return Path.cwd() if self.base is None else self.base
+
+    def located(self, name: str | Path) -> str | Path:
+        """Return a model or data set as it can be opened from the current directory; a hub id stays as it is."""
+        text = str(name)
+        path = self.base_directory / text.removesuffix(ADAPTED)
+        if self.base_directory == Path.cwd() or not path.exists():
+            return name
+        return f"{path}{ADAPTED}" if text.endswith(ADAPTED) else path
 
 
 def task_of(request: JobRequest) -> Task:
@@ -85,6 +101,6 @@ def _source(request: JobRequest) -> tuple[str | Path, dict[str, Any]]:
             fields = zip(("input_field", "target_field"), DEMO_FIELDS, strict=True)
             options |= {name: options[name] or default for name, default in fields}
     else:
-        source = request.task
+        source = request.located(request.task)
     options |= {"config": request.dataset_config, "validation": request.validation, "test": request.test}
     return source, options | {"seed": request.seed}

@@ -26,7 +26,7 @@ from lensjax.jobs.job import (
     first_line,
 )
 from lensjax.jobs.resources import peak, reset_peak
-from lensjax.journal import NLP_METRICS
+from lensjax.selectors.methods import NLP_METRICS
 
 
 class CandidateRunner:

@@ -10,7 +10,9 @@ from typing import Literal
 
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.journal import EXTRA_MEASUREMENTS, PRETRAINED_SCORES, Run
+from lensjax.jobs.job import EXTRA_MEASUREMENTS
+from lensjax.journal import Run
+from lensjax.selectors.methods import PRETRAINED_SCORES
 
 Kind = Literal["share", "flops", "seconds", "samples"]
 

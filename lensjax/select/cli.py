@@ -68,10 +68,10 @@ def _run(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: 
     """Run the command with all its options, those of a file too, or continue an earlier one."""
     own_process = own_process and not given.in_process
     if given.resume is not None:
-        arguments = resumed(given.resume.absolute(), arguments, given)
+        arguments, base = resumed(given.resume.absolute(), arguments, given)
         given = parser().parse_args(arguments)
-        return _select(given, _without(arguments, OUTPUT_FLAGS), out, err, own_process=own_process)
-    return _select(given, arguments, out, err, own_process=own_process)
+        return _select(given, _without(arguments, OUTPUT_FLAGS), out, err, base=base, own_process=own_process)
+    return _select(given, arguments, out, err, base=Path.cwd(), own_process=own_process)
 
 
 def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -90,10 +90,8 @@ def _yielding(before: Sequence[str], now: Sequence[str]) -> list[str]:
     return _without(before, VERBOSITY_FLAGS) if any(flag in now for flag in VERBOSITY_FLAGS) else list(before)
 
 
-def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> list[str]:
-    """Return the arguments that a selection was started with; those given now come after and win.
-
-    Paths of files that were relative to another working directory become absolute.
+def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace) -> tuple[list[str], Path]:
+    """Return the arguments that a selection was started with, and where; those given now come after and win.
 
     Raises
     ------
@@ -117,25 +115,13 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
                 f"{flag} {value}: --resume {directory} continues the selection there; remove {flag} or --resume."
             )
     now = _without(arguments, ("--resume",))
-    return [*_anchored(_yielding(before, now), place), *now, "--out", str(directory)]
+    return [*_yielding(before, now), *now, "--out", str(directory)], place
 
 
-def _anchored(arguments: Sequence[str], place: Path) -> list[str]:
-    """Return arguments with the data and models that lie below a directory named by absolute paths."""
-    if place == Path.cwd():
-        return list(arguments)
-    found, current = [], ""
-    for argument in arguments:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        current = flag or current
-        plain = value.removesuffix(ADAPTED)
-        if plain and current in ("--task", "--models") and (place / plain).exists():
-            value = str(place / plain) + value[len(plain) :]
-        found.append(f"{flag}{equals}{value}")
-    return found
-
-
-def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool) -> int:
+def _select(
+    given: argparse.Namespace, arguments: Sequence[str], out: TextIO, err: TextIO, *, base: Path, own_process: bool
+) -> int:
+    """Run the command; the data and models that `arguments` name are relative to `base`."""
     if given.print_config:
         out.write(print_config(given))
         return 0
@@ -145,12 +131,12 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
     from lensjax.report.text import render
 
     if given.dry_run:
-        return _dry_run(given, out)
+        return _dry_run(given, out, base)
     if own_process and given.losses is None:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    selection = _from_losses(given) if given.losses is not None else _live(given, arguments, err)
+    selection = _from_losses(given) if given.losses is not None else _live(given, arguments, err, base)
     text = render(selection)
     document = json.dumps(selection.as_dict(), indent=2, allow_nan=False) + "\n"
     # Whatever happens to the files, the result has been seen.
@@ -171,10 +157,10 @@ def _select(given: argparse.Namespace, arguments: Sequence[str], out: TextIO, er
     return FAILED if selection.failures or selection.unverified else 0
 
 
-def _dry_run(given: argparse.Namespace, out: TextIO) -> int:
+def _dry_run(given: argparse.Namespace, out: TextIO, base: Path) -> int:
     from lensjax.select.dry_run.estimate import dry_run
 
-    request = _request(given)
+    request = _request(given, base)
     found = dry_run(request, request.out)
     out.write(found.render() + "\n")
     if given.json is not None:
@@ -249,7 +235,7 @@ def _from_losses(given: argparse.Namespace) -> Selection:
     )
 
 
-def _request(given: argparse.Namespace) -> Request:
+def _request(given: argparse.Namespace, base: Path) -> Request:
     from lensjax.select.request import Request
 
     names = (
@@ -259,17 +245,17 @@ def _request(given: argparse.Namespace) -> Request:
     )
     chosen = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
     plan, search = plan_of(given, demo=not given.models)
-    return Request(models=tuple(given.models or ()), plan=plan, search=search, lora=lora_of(given), **chosen)
+    return Request(models=tuple(given.models or ()), plan=plan, search=search, lora=lora_of(given), base=base, **chosen)
 
 
-def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> Selection:
+def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO, base: Path) -> Selection:
     """Select by fine-tuning; `arguments` are what a later session is to be started with."""
     from lensjax.progress.console import Console
     from lensjax.select.driver import select
     from lensjax.select.request import prepare
     from lensjax.select.session import Session
 
-    request = _request(given)
+    request = _request(given, base)
     console = Console(err, quiet=given.quiet, verbose=given.verbose)
     settings = print_config(given, lasting=True)
     if given.verbose:
@@ -277,7 +263,7 @@ def _live(given: argparse.Namespace, arguments: Sequence[str], err: TextIO) -> S
     prepared = prepare(request)
     directory = request.out or prepared.default_directory
     session = Session(prepared, directory, console, isolate=not given.in_process)
-    command = {"arguments": [str(a) for a in arguments], "directory": str(Path.cwd())}
+    command = {"arguments": [str(a) for a in arguments], "directory": str(base)}
     write_atomically(directory / COMMAND, json.dumps(command, indent=2) + "\n")
     write_atomically(directory / CONFIG, settings)
     return select(session)

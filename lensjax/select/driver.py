@@ -16,7 +16,8 @@ import numpy as np
 from lensjax.environment import versions
 from lensjax.errors import InputError, SelectionError
 from lensjax.jobs.candidates import Candidate
-from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, TANGENTS, Run
+from lensjax.jobs.job import EXTRA_MEASUREMENTS, TANGENTS
+from lensjax.journal import Run
 from lensjax.losses.curves import Curves
 from lensjax.progress.console import Console
 from lensjax.select.budget import Budget, paid
@@ -29,6 +30,7 @@ from lensjax.select.strategies import descend, race
 from lensjax.select.tune_command import tune_facts
 from lensjax.selection import Selection
 from lensjax.selectors import Scores, method
+from lensjax.selectors.methods import LOG_ME
 
 
 def run_selection(

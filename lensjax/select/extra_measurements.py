@@ -15,16 +15,17 @@ import numpy as np
 
 from lensjax._display import duration
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.job import Measurement, OutOfTimeError, PretrainedScore, RunFailedError, TangentMeasurement
+from lensjax.jobs.job import TANGENTS, Measurement, OutOfTimeError, PretrainedScore, RunFailedError, TangentMeasurement
 from lensjax.jobs.pretrained_scores import MIN_EIGENVALUES, POSITIONS, evidence_flops, samples_for, spectra_flops
 from lensjax.jobs.tangent_measurements import tangent_flops
-from lensjax.journal import NLP_METRICS, TANGENTS, Run, key_of
+from lensjax.journal import Run, key_of
 from lensjax.laws import kernel_residual
 from lensjax.progress.board import ActiveRun
 from lensjax.select.records import common_facts, run_key
 from lensjax.select.request import Prepared
 from lensjax.select.session import Session
 from lensjax.selectors import method
+from lensjax.selectors.methods import NLP_METRICS
 
 OVER_BUDGET = "not measured, it would exceed the budget"
 
@@ -36,7 +37,7 @@ class ExtraMeasurement:
     Attributes
     ----------
     name : str
-        One of `lensjax.journal.EXTRA_MEASUREMENTS`.
+        One of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
     title : str
         For progress lines.
     job : Measurement

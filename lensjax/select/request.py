@@ -12,9 +12,10 @@ from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate, find_candidates
 from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
 from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
-from lensjax.journal import LOG_ME, key_of
+from lensjax.journal import key_of
 from lensjax.select.budget import Budget, Ledger
 from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule, method
+from lensjax.selectors.methods import LOG_ME
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary
 
@@ -162,7 +163,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
     summary = None if fetch else dataset_summary_of(request)
     task = task_of(request) if summary is None else summary.task
     sizes, target = _sizes(request, len(task.train))
-    candidates = find_candidates(request.models, request.lora, fetch=fetch)
+    candidates = find_candidates(request.models, request.lora, fetch=fetch, locate=request.located)
     limits = [c.config.max_length for c in candidates]
     max_length = min([request.max_length, *(n for n in limits if n is not None)])
     notes = [*task.notes, *(summary.notes if summary is not None else ())]

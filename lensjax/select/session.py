@@ -21,7 +21,7 @@ from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Callbacks, FineTuning, Result, RunFailedError, Runner, RunnerConfig, Trials
 from lensjax.jobs.process import CandidateProcess
 from lensjax.jobs.runner import CandidateRunner
-from lensjax.journal import PRETRAINED_SCORES, Journal, Run
+from lensjax.journal import Journal, Run
 from lensjax.losses.curves import FACT_COLUMNS, Curves
 from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import Console
@@ -40,7 +40,7 @@ from lensjax.select.records import (
 from lensjax.select.request import Prepared
 from lensjax.select.timing import Clock, Stopwatch
 from lensjax.selectors import DEFAULT, Scores, method
-from lensjax.selectors.methods import ALL
+from lensjax.selectors.methods import ALL, PRETRAINED_SCORES
 
 COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
 
@@ -83,7 +83,7 @@ class Session:
     tangents : dict of candidate to measurement
         See `lensjax.select.extra_measurements.measure_tangents`.
     pretrained_scores, scores_unavailable : dict of score to dict of candidate to measurement, or to reason
-        For each of `lensjax.journal.PRETRAINED_SCORES`.
+        For each of `lensjax.selectors.methods.PRETRAINED_SCORES`.
     board : SelectionState
         What the console shows.
     callbacks : Callbacks
@@ -278,10 +278,10 @@ class Session:
         try:
             run = self._run(candidate, size, label, why, running, paid=paid)
         except RunFailedError as error:
+            self.board.running = None
             self.console.detail(f"{label}: {error.details or error}")
             raise
-        finally:
-            self.board.running = None
+        self.board.running = None
         loss = self._record(candidate, size, run)
         kept = f", best weights at step {run.steps} of {run.facts['steps_run']}" if size else ""
         if len(run.facts["trials"]) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lensjax.commands.options import LORA_OPTIONS, PLAN_OPTIONS, TASK_OPTIONS
 from lensjax.finetune import Plan
+from lensjax.jobs.defaults import ADAPTED
 from lensjax.journal import Run
 from lensjax.models import Lora
 from lensjax.select.request import Prepared, Request
@@ -79,19 +80,19 @@ def tune_note(prepared: Prepared, name: str, directory: Path) -> str:
         unsaid += [f"{n}={getattr(candidate.lora, n)}" for n in _others(candidate.lora, ("rank", "alpha", "dropout"))]
     if unsaid:
         notes.append(f"No option says {', '.join(unsaid)}: use lensjax.finetune.FineTuner for that.")
-    model = candidate.asked.removesuffix("+lora")
-    paths = [str(directory), *([model] if os.path.exists(model) else [])]
-    paths += [str(request.task)] if request.task is not None and os.path.exists(request.task) else []
+    base = request.base_directory
+    named = [candidate.asked.removesuffix(ADAPTED), *([] if request.task is None else [str(request.task)])]
+    paths = [str(directory), *(path for path in named if (base / path).exists())]
     if any(not os.path.isabs(path) for path in paths):
-        notes.append(f"Its paths are relative to {Path.cwd()}.")
+        notes.append(f"Its paths are relative to {base}.")
     return " ".join(notes)
 
 
 def tune_facts(prepared: Prepared, name: str, runs: Iterable[Run], directory: Path) -> dict[str, str]:
     """Return command and note as facts of a `lensjax.selection.Selection`."""
     # The same words, whether the selection was started here or resumed by a whole path.
-    whole, here = directory.absolute(), Path.cwd()
-    directory = whole.relative_to(here) if whole.is_relative_to(here) else whole
+    whole, base = directory.absolute(), prepared.request.base_directory
+    directory = whole.relative_to(base) if whole.is_relative_to(base) else whole
     facts = {"tune_command": tune_command(prepared, name, runs, directory)}
     note = tune_note(prepared, name, directory)
     return {**facts, "tune_note": note} if note else facts

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.journal import LOG_ME, NLP_METRICS, PRETRAINED_SCORES
 
 if TYPE_CHECKING:
     from lensjax.selectors.scores import Selector
+
+NLP_METRICS, LOG_ME = "nlp_metrics", "log_me"
+PRETRAINED_SCORES = (NLP_METRICS, LOG_ME)
+"""Scores of a candidate that need no fine-tuning, in the order in which they are measured."""
 
 ALL = "all"
 """Names all methods together."""

@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from lensjax import models
-from lensjax.jobs import runner
+from lensjax.jobs import job, runner
 from lensjax.jobs.candidates import find_candidate, find_candidates
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
@@ -123,10 +123,10 @@ def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     prepared = request_module.prepare(request)
     found = prepared.candidates[0]
     assert (found.name, found.path) == ("small.gguf", file)
-    bench = runner.CandidateRunner(session.assign(prepared, found))
+    own = runner.CandidateRunner(session.runner_config(prepared, found))
     plain = request_module.prepare(dataclasses.replace(request, models=tuple(map(str, tiny_models))))
-    theirs = runner.CandidateRunner(session.assign(plain, plain.candidates[0]))
-    losses = [b.run(0, {}, runner.Callbacks(print, print)).outcome.test_loss for b in (bench, theirs)]
+    theirs = runner.CandidateRunner(session.runner_config(plain, plain.candidates[0]))
+    losses = [r.run(job.FineTuning(0), job.Callbacks()).outcome.test_loss for r in (own, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

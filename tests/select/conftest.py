@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lensjax.finetune import FineTuner
-from lensjax.select import live
+from lensjax.select import driver
 from lensjax.select.cli import main as command_main
 
 
@@ -36,7 +36,7 @@ def mistake(capsys, monkeypatch, tmp_path, tiny_models, tiny_task):
     for name, source in zip(("one", "two"), tiny_models, strict=True):
         shutil.copytree(source, name)
     shutil.copy(tiny_task, "task.jsonl")
-    monkeypatch.setattr(live.LiveSelection, "execute", lambda _: pytest.fail("a run began"))
+    monkeypatch.setattr(driver, "select", lambda _: pytest.fail("a run began"))
     sizes = ("--smallest", 10, "--visible", 40, "--validation", 20, "--test", 20, "--max-length", 24)
 
     def files():

@@ -11,10 +11,10 @@ import pytest
 
 from lensjax.errors import InputError, SelectionError
 from lensjax.finetune import Progress
-from lensjax.jobs import process, runner
+from lensjax.jobs import job, process, runner
 from lensjax.journal import JOURNAL, Run
 from lensjax.progress.console import Console
-from lensjax.select import cli, live, session, timing
+from lensjax.select import cli, driver, session, timing
 from lensjax.select import request as request_module
 from lensjax.select.budget import Budget, Ledger
 
@@ -134,12 +134,12 @@ def test_no_selection_exceeds_its_budget_and_more_money_buys_more(
     # Each run costs the most it may, two epochs of a trial and two of its retry: the hardest case.
     law = scripted_run(lambda name, size: {"tiny-8": 3.2, "tiny-16": 3.0}[name] * (1 + size) ** -0.1)
 
-    def dear(bench, size, *rest):
-        result = law(bench, size, *rest)
-        tokens = 4 * int(bench.assignment.tokens.train.token_counts[:size].sum())
-        weights = {"tiny-8": 17784, "tiny-16": 37104}[bench.assignment.name]
+    def dear(own, work, *rest):
+        result, size = law(own, work, *rest), work.size
+        tokens = 4 * int(own.config.tokens.train.token_counts[:size].sum())
+        weights = {"tiny-8": 17784, "tiny-16": 37104}[own.config.name]
         costs = {"samples": 4 * size, "tokens": tokens, "flops": 6.0 * weights * tokens}
-        return runner.Result(dataclasses.replace(result.outcome, **costs), {})
+        return job.Result(dataclasses.replace(result.outcome, **costs), {})
 
     monkeypatch.setattr(runner.CandidateRunner, "run", dear)
     spent = []
@@ -168,15 +168,15 @@ def test_a_budget_of_time_ends_a_run_that_would_exceed_it(options, tmp_path, mon
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
     made = []
 
-    def slow(bench, size, known, hooks, deadline):
-        made.append((bench.assignment.name, size, deadline))
-        seconds = size / 10
+    def slow(own, work, callbacks, deadline):
+        made.append((own.config.name, work.size, deadline))
+        seconds = work.size / 10
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise runner.OutOfTimeError("the time is spent")
+            raise job.OutOfTimeError("the time is spent")
         now[0] += seconds
-        hooks.progress(Progress(1, 2, 1, 3.0, 0.5, 5))
-        return law(bench, size, known, hooks)
+        callbacks.progress(Progress(1, 2, 1, 3.0, 0.5, 5))
+        return law(own, work, callbacks)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", slow)
     out = tmp_path / "out"
@@ -204,13 +204,13 @@ def test_time_pays_for_what_is_needed_first_and_a_finished_selection_stays_as_it
     monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     law = scripted_run(lambda _, size: 3.0 * (1 + size) ** -0.1)
 
-    def slow(bench, size, known, hooks, deadline):
-        seconds = 2.0 + size / 20
+    def slow(own, work, callbacks, deadline):
+        seconds = 2.0 + work.size / 20
         if now[0] + seconds > deadline:
             now[0] = deadline
-            raise runner.OutOfTimeError("the time is spent")
+            raise job.OutOfTimeError("the time is spent")
         now[0] += seconds
-        return law(bench, size, known, hooks)
+        return law(own, work, callbacks)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", slow)
     visible = () if method == "averaged" else ("--visible", 80)
@@ -262,16 +262,16 @@ def test_time_is_up_in_the_middle_of_a_run(tiny_models, tiny_task):
         models=tuple(map(str, tiny_models)), task=tiny_task, smallest=10, visible=20, validation=20, test=20
     )
     prepared = request_module.prepare(request)
-    assignment = session.assign(prepared, prepared.candidates[0])
+    config = session.runner_config(prepared, prepared.candidates[0])
     heard = []
-    for bench in (runner.CandidateRunner(assignment), process.CandidateProcess(assignment)):
+    for own in (runner.CandidateRunner(config), process.CandidateProcess(config)):
         # In the middle of training: the time is over at the first sign of life.
-        hooks = runner.Callbacks(heard.append, lambda _: None)
-        whole = bench.run(20, {}, hooks)
+        callbacks = job.Callbacks(progress=heard.append)
+        whole = own.run(job.FineTuning(20), callbacks)
         assert whole.outcome.steps_run > 0
-        with pytest.raises(runner.OutOfTimeError, match="the time is spent"):
-            bench.run(20, {}, hooks, deadline=0.0)
-        bench.close()
+        with pytest.raises(job.OutOfTimeError, match="the time is spent"):
+            own.run(job.FineTuning(20), callbacks, deadline=0.0)
+        own.close()
     assert heard
     assert not multiprocessing.active_children()
 
@@ -298,8 +298,7 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
         max_length=24,
     )
     console = Killer(io.StringIO())
-    selection = live.LiveSelection(request_module.prepare(request), tmp_path / "out", console)
-    found = selection.execute()
+    found = driver.select(session.Session(request_module.prepare(request), tmp_path / "out", console))
     assert console.killed == 1
     assert list(found.failures) == ["tiny-8"]
     assert found.failed_flops > 0
@@ -314,7 +313,8 @@ def test_a_process_that_dies_is_recorded_and_the_others_go_on(options, tmp_path)
         assert done["facts"]["peak_bytes"] > 50e6
         assert done["facts"]["versions"]["jax"]
     # Given again, the failed run is made again, and everything is ranked.
-    again = live.LiveSelection(request_module.prepare(request), tmp_path / "out", Console(io.StringIO())).execute()
+    quiet = Console(io.StringIO())
+    again = driver.select(session.Session(request_module.prepare(request), tmp_path / "out", quiet))
     assert not again.failures
     assert len(journal(tmp_path / "out")) == len(runs) + 1
     assert not (tmp_path / "out" / session.COMPILED).exists()

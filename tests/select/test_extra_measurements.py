@@ -11,17 +11,17 @@ from flax import nnx
 
 from lensjax import models
 from lensjax.errors import InputError
-from lensjax.jobs import process, runner
+from lensjax.jobs import job, process, runner
 from lensjax.jobs.pretrained_scores import POSITIONS, evidence_flops, samples_for, spectra_flops
 from lensjax.journal import JOURNAL
 from lensjax.losses import read_journal
 from lensjax.report.schema import problems
 from lensjax.select import cli, extra_measurements
-from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.estimate import dry_run
 from lensjax.select.dry_run.forecast import FEATURES, SPECTRA
 from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Request, prepare
-from lensjax.select.session import assign
+from lensjax.select.session import runner_config
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded, encode, load_task
 
@@ -68,7 +68,7 @@ def finished(options, tmp_path_factory, scripted_run):
 
     (run directory, exit status, what was printed, what was said)
     """
-    directory = tmp_path_factory.mktemp("gauges") / "one"
+    directory = tmp_path_factory.mktemp("scores") / "one"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             runner.CandidateRunner, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name)))
@@ -183,7 +183,7 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     before = (directory / JOURNAL).read_bytes()
     monkeypatch.setattr(runner.CandidateRunner, "run", lambda *_: pytest.fail("a run was repeated"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.CandidateRunner, "gauge", lambda *_: pytest.fail("a score was measured again"))
+        patch.setattr(runner.CandidateRunner, "measure", lambda *_: pytest.fail("a score was measured again"))
         status, text, _ = select(options, directory, "--method", "all")
     assert status == 0
     assert text.replace(str(directory), str(finished[0])) == finished[2]
@@ -193,10 +193,10 @@ def test_nothing_is_measured_twice(finished, options, tmp_path, monkeypatch):
     last = json.loads(lines[-1])
     assert (last["candidate"], last["part_of"]) == ("tiny-8", "log_me")
     (directory / JOURNAL).write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
-    made, whole = [], runner.CandidateRunner.gauge
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *asked: made.append(asked[1:3]) or whole(*asked))
+    made, whole = [], runner.CandidateRunner.measure
+    monkeypatch.setattr(runner.CandidateRunner, "measure", lambda *asked: made.append(asked[1]) or whole(*asked))
     assert select(options, directory, "--method", "all")[0] == 0
-    assert made == [("log_me", 40)]
+    assert made == [job.PretrainedScore("log_me", 40)]
     again = journal(directory)[-1]
     assert again["key"] == last["key"]
     assert again["facts"]["log_me"]["log_me"] == pytest.approx(last["facts"]["log_me"]["log_me"], rel=1e-6)
@@ -224,11 +224,11 @@ def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, 
     made, asked = [], []
     monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
 
-    def gauge(bench, what, *_):
-        asked.append((bench.assignment.name, what))
+    def measure(own, work, *_):
+        asked.append((own.config.name, work.name))
         return {"log_me": float(len(asked)), "pl_alpha": float(len(asked))}
 
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", gauge)
+    monkeypatch.setattr(runner.CandidateRunner, "measure", measure)
     names = ("wide", "wide+lora", "tiny-8")
     for method, whats in (("log_me", ["log_me"]), ("nlp_metrics", ["nlp_metrics"]), ("zero_shot", [])):
         made.clear()
@@ -244,12 +244,12 @@ def test_only_what_the_method_needs_is_measured(options, tmp_path, monkeypatch, 
 def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripted_run):
     monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
-    def failing(bench, what, *_):
-        if what == "log_me" and bench.assignment.name != "wide":
-            raise runner.RunFailedError("MemoryError: no room")
+    def failing(own, work, *_):
+        if work.name == "log_me" and own.config.name != "wide":
+            raise job.RunFailedError("MemoryError: no room")
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "measure", failing)
     status, _, said = select(options, tmp_path / "out", "--method", "all")
     assert status == 0
     assert said.count("no score by log_me: MemoryError: no room") == 2
@@ -257,7 +257,7 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
     found = document(tmp_path / "out")
     assert found["refused_methods"]["log_me"] == "wide+lora: MemoryError: no room; tiny-8: MemoryError: no room"
     assert "log_me" not in found["methods"]
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
+    monkeypatch.setattr(runner.CandidateRunner, "measure", lambda *_: {"log_me": -0.5, "pl_alpha": 2.0})
     assert select(options, tmp_path / "out", "--method", "all")[0] == 0
     # The two that crashed were noted with their cost, and made again.
     records = [r for r in journal(tmp_path / "out") if r["part_of"] == "log_me"]
@@ -270,10 +270,10 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
 
 def test_weights_that_cannot_be_read_now_are_read_another_time(options, monkeypatch):
     prepared = prepare(request(options))
-    bench = runner.CandidateRunner(assign(prepared, prepared.candidates[0]))
-    monkeypatch.setattr(process.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
-    with pytest.raises(runner.RunFailedError, match="InputError: half a file"):
-        bench.gauge("nlp_metrics", 0)
+    own = runner.CandidateRunner(runner_config(prepared, prepared.candidates[0]))
+    monkeypatch.setattr(runner.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
+    with pytest.raises(job.RunFailedError, match="InputError: half a file"):
+        own.measure(job.PretrainedScore("nlp_metrics", 0), job.Callbacks())
 
 
 def test_with_a_budget_they_are_measured_last_and_within_it(options, tmp_path, monkeypatch, scripted_run):
@@ -281,11 +281,11 @@ def test_with_a_budget_they_are_measured_last_and_within_it(options, tmp_path, m
     scripted = scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1)
     monkeypatch.setattr(runner.CandidateRunner, "run", lambda *asked: order.append("run") or scripted(*asked))
 
-    def gauge(*asked):
-        order.append(asked[1])
+    def measure(_, work, *rest):
+        order.append(work.name)
         return {"log_me": -0.5, "pl_alpha": 2.0}
 
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", gauge)
+    monkeypatch.setattr(runner.CandidateRunner, "measure", measure)
     assert select(options, tmp_path / "one", "--method", "all", "--budget", "1e12")[0] == 0
     assert order == [*["run"] * 12, *["nlp_metrics", "log_me"] * 3]
     monkeypatch.setattr(extra_measurements, "evidence_flops", lambda *_: 1e30)
@@ -299,7 +299,7 @@ def test_other_tokenizers_are_pointed_out(options, tmp_path, monkeypatch, script
     shutil.copytree(tiny_models[1], other)
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
-    monkeypatch.setattr(runner.CandidateRunner, "gauge", lambda *_: {"log_me": -0.5})
+    monkeypatch.setattr(runner.CandidateRunner, "measure", lambda *_: {"log_me": -0.5})
     changed = ["--models", str(wide), str(other), *options[options.index("--task") :]]
     _, text, said = select(changed, tmp_path / "out", "--method", "log_me")
     assert text.count("its classes are its own tokens, and the candidates have different tokenizers") == 2
@@ -308,9 +308,9 @@ def test_other_tokenizers_are_pointed_out(options, tmp_path, monkeypatch, script
     assert "different tokenizers" not in text
 
 
-def test_a_dry_run_foretells_them(finished, options):
+def test_a_dry_run_lists_them(finished, options):
     asked = request(options, method="all")
-    found = forecast(asked, None, machine=HERE)
+    found = dry_run(asked, None, machine=HERE)
     prepared = prepare(asked)
     train = next(iter(prepared.tokens.values())).train
     for candidate in prepared.candidates:
@@ -326,7 +326,7 @@ def test_a_dry_run_foretells_them(finished, options):
     assert "NLPmetrics of the weights" in text
     assert "LogME of the features" in text
     assert "log_me: 2 for each weight and token it reads" in found.basis["FLOPs"]
-    alone = forecast(request(options, method="log_me"), None, machine=HERE)
+    alone = dry_run(request(options, method="log_me"), None, machine=HERE)
     assert {r.purpose for r in alone.runs} == {"the models as they are", FEATURES}
     assert "method log_me tells without" in " ".join(alone.render().split())
 
@@ -346,9 +346,9 @@ def test_samples_hold_enough_target_tokens():
 
 def test_a_worker_measures_in_its_own_process(finished, options):
     prepared = prepare(request(options))
-    worker = process.CandidateProcess(assign(prepared, prepared.candidates[1]))
+    worker = process.CandidateProcess(runner_config(prepared, prepared.candidates[1]))
     try:
-        found = worker.gauge("log_me", 40)
+        found = worker.measure(job.PretrainedScore("log_me", 40), job.Callbacks())
     finally:
         worker.close()
     in_process = document(finished[0])["facts"]["log_me"]["wide+lora"]

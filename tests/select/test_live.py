@@ -12,7 +12,7 @@ import pytest
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import FineTuner
-from lensjax.jobs import runner
+from lensjax.jobs import job, runner
 from lensjax.journal import JOURNAL
 from lensjax.select import cli
 from lensjax.select import request as request_module
@@ -109,9 +109,9 @@ def test_an_interrupted_selection_goes_on_where_it_was(finished, options, comman
     made = []
     whole = runner.CandidateRunner.run
 
-    def counted(bench, size, *rest):
-        made.append((bench.assignment.name, size))
-        return whole(bench, size, *rest)
+    def counted(own, work, *rest):
+        made.append((own.config.name, work.size))
+        return whole(own, work, *rest)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", counted)
     status, _ = command(*options, "--out", directory, "--verify")
@@ -131,12 +131,13 @@ def test_a_candidate_that_fails_is_reported_and_the_others_go_on(
     (third / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
     whole = runner.CandidateRunner.run
 
-    def failing(bench, size, *rest):
-        if bench.assignment.name == "third" and size == 20:
-            raise runner.RunFailedError("MemoryError: no room")
-        if bench.assignment.name == "tiny-8" and size == 100:
-            raise runner.RunFailedError("RuntimeError: only the verification fails")
-        return whole(bench, size, *rest)
+    def failing(own, work, *rest):
+        name, size = own.config.name, work.size
+        if name == "third" and size == 20:
+            raise job.RunFailedError("MemoryError: no room")
+        if name == "tiny-8" and size == 100:
+            raise job.RunFailedError("RuntimeError: only the verification fails")
+        return whole(own, work, *rest)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     options[options.index("--task") : options.index("--task")] = [third]
@@ -210,8 +211,8 @@ def test_a_method_trains_only_what_it_needs(options, command, tmp_path, monkeypa
 def test_when_fewer_than_two_candidates_can_be_measured_the_selection_fails_and_says_why(
     options, tmp_path, monkeypatch, capsys
 ):
-    def failing(bench, size, *rest):
-        raise runner.RunFailedError("MemoryError: no room")
+    def failing(*_):
+        raise job.RunFailedError("MemoryError: no room")
 
     monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     assert cli.main([str(a) for a in (*options, "--out", tmp_path / "out")]) == 1

@@ -12,11 +12,11 @@ import pytest
 from lensjax import models, tangents
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Trial
-from lensjax.jobs import runner
-from lensjax.jobs.tangent_measurements import kernel_residual, look, tangent_flops
-from lensjax.journal import JOURNAL
+from lensjax.jobs import job, runner, tokens
+from lensjax.jobs.tangent_measurements import measure, tangent_flops
+from lensjax.journal import JOURNAL, Run
 from lensjax.models import Lora
-from lensjax.select import cli, looks, request
+from lensjax.select import cli, extra_measurements, request
 from lensjax.tasks import batches, encode, load_task
 
 
@@ -50,11 +50,19 @@ def journal(directory):
     return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
-def test_a_look_is_the_kernel_and_the_trace_of_the_samples(tiny_models, tiny_task):
+def residual(found, rate, steps):
+    """F(Theta, t) of eq. 9 as a selection reports it."""
+    run = Run("", "one", 10, 1.0, steps=steps, facts={"learning_rate": rate})
+    return extra_measurements.with_residuals({"one": found}, [run])["one"]["kernel_residual"]["10"]
+
+
+def test_tangents_are_the_kernel_and_the_trace_of_the_samples(tiny_models, tiny_task):
     task = load_task(tiny_task, input_field="input", target_field="target", validation=20, test=20)
     model, tokenizer = models.from_pretrained(tiny_models[0])
     samples = encode(task.train[:6], tokenizer, 24)
-    found = look(model, samples, 0, 100)
+    before = model.attention
+    found = measure(model, samples, 0)
+    assert model.attention == before
     (batch,) = batches(samples, batch_size=6, buckets=(24,), pad_id=0)
     function, params = tangents.ntk_outputs(model, "loss")
     gradients = jax.vmap(jax.grad(function), in_axes=(None, 0))(params, batch)
@@ -66,15 +74,14 @@ def test_a_look_is_the_kernel_and_the_trace_of_the_samples(tiny_models, tiny_tas
     for rate, steps in ((1e-2, 3), (1e-3, 50)):
         values, vectors = np.linalg.eigh(rows @ rows.T)
         left = vectors @ (np.exp(-rate * steps * values) * (vectors.T @ losses))
-        assert kernel_residual(found, rate, steps) == pytest.approx(left @ left, rel=1e-3)
-    assert kernel_residual(found, 0.1, 0) == pytest.approx(losses @ losses, rel=1e-5)
-    assert kernel_residual(found, 1e9, 10**9) < 1e-3 * (losses @ losses)
+        assert residual(found, rate, steps) == pytest.approx(left @ left, rel=1e-3)
+    assert residual(found, 0.1, 0) == pytest.approx(losses @ losses, rel=1e-5)
+    assert residual(found, 1e9, 10**9) < 1e-3 * (losses @ losses)
     assert found["trace"] == pytest.approx(sum(found["trace_by_layer"].values()), rel=1e-5)
-    assert found["flops"] == tangent_flops(100, int(samples.token_counts.sum()), 6)
     assert tangent_flops(1, 10, 2) == (6 + 4 * 12) * 10 + 2 * 4
 
 
-def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path, tiny_models, monkeypatch):
+def test_tangents_are_recorded_counted_and_not_repeated(options, command, tmp_path, tiny_models, monkeypatch):
     out = tmp_path / "out"
     models_given = [*options[1:3], f"{tiny_models[0]}+lora"]
     options[1:3] = models_given
@@ -94,26 +101,26 @@ def test_looks_are_recorded_counted_and_not_repeated(options, command, tmp_path,
         assert record["flops"] == found["flops"] > 0
         assert record["test_loss"] is None
     assert "Tangents: kernels and curvature" in (out / "report.html").read_text()
-    monkeypatch.setattr(runner.CandidateRunner, "look", lambda *_: pytest.fail("a look was repeated"))
+    monkeypatch.setattr(runner.CandidateRunner, "measure", lambda *_: pytest.fail("a measurement was repeated"))
     monkeypatch.setattr(FineTuner, "__init__", lambda *_: pytest.fail("a run was repeated"))
     assert command(*options, "--tangents", 8, "--out", out)[1] == text
     assert len(journal(out)) == len(runs)
 
 
-def test_a_look_that_fails_or_costs_too_much_leaves_the_ranking(options, tmp_path, monkeypatch, scripted_run):
+def test_tangents_that_fail_or_cost_too_much_leave_the_ranking(options, tmp_path, monkeypatch, scripted_run):
     monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1))
 
     def failing(*_):
-        raise runner.RunFailedError("MemoryError: no room")
+        raise job.RunFailedError("MemoryError: no room")
 
-    monkeypatch.setattr(runner.CandidateRunner, "look", failing)
+    monkeypatch.setattr(runner.CandidateRunner, "measure", failing)
     options.remove("--quiet")
     said = io.StringIO()
     arguments = [str(a) for a in (*options, "--tangents", 8, "--out", tmp_path / "one")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("could not be measured: MemoryError: no room") == 2
     said = io.StringIO()
-    monkeypatch.setattr(looks, "tangent_flops", lambda *_: 1e30)
+    monkeypatch.setattr(extra_measurements, "tangent_flops", lambda *_: 1e30)
     arguments = [str(a) for a in (*options, "--tangents", 8, "--budget", "1e9", "--out", tmp_path / "two")]
     assert cli.run(arguments, io.StringIO(), said) == 0
     assert said.getvalue().count("not measured, it would exceed the budget") == 2
@@ -229,13 +236,13 @@ def test_what_cannot_be_resumed_is_refused(refused, tmp_path, content, message):
 def test_a_tokenizer_reads_a_task_once(tiny_models, tiny_task, monkeypatch, tmp_path):
     monkeypatch.setenv("LENSJAX_CACHE", str(tmp_path))
     counted = []
-    whole = request.encode
+    whole = tokens.encode
 
     def encode_counted(examples, *args, **kwargs):
         counted.append(len(examples))
         return whole(examples, *args, **kwargs)
 
-    monkeypatch.setattr(request, "encode", encode_counted)
+    monkeypatch.setattr(tokens, "encode", encode_counted)
     given = {"task": tiny_task, "smallest": 10, "visible": 20, "validation": 20, "test": 20}
     one, two = (request.prepare(request.Request(models=tuple(map(str, tiny_models)), **given)) for _ in range(2))
     assert counted == [20, 20, 20]  # two models with one tokenizer: training, validation and test samples once

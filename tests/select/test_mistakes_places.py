@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lensjax.errors import SelectionError
-from lensjax.select import cli, live
+from lensjax.select import cli, driver
 
 SIZES = ("--smallest", 10, "--visible", 40, "--validation", 20, "--test", 20, "--max-length", 24)
 GOOD = ("--models", "one", "two", "--task", "task.jsonl", *SIZES)
@@ -18,20 +18,20 @@ ANOTHER = "Name a new directory, or repeat the options of that run to continue i
 @pytest.fixture
 def begun(mistake, monkeypatch, capsys):
     """Interrupt a selection in `old` before its first run; return what makes mistakes after it."""
-    own = live.LiveSelection.execute
+    own = driver.select
 
-    def execute(selection):
-        selection.journal.close()
+    def execute(session):
+        session.journal.close()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(live.LiveSelection, "execute", execute)
+    monkeypatch.setattr(driver, "select", execute)
     assert cli.main([str(option) for option in (*GOOD, "--out", "old")]) == 130
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
         "\nlensjax.select: interrupted. Runs that had finished are kept; the same command continues.\n"
     )
-    monkeypatch.setattr(live.LiveSelection, "execute", own)
+    monkeypatch.setattr(driver, "select", own)
     return mistake
 
 
@@ -153,11 +153,11 @@ def test_files_that_cannot_be_written(mistake, options, message):
 
 
 def test_a_disk_that_is_full(mistake, monkeypatch, capsys):
-    def execute(selection):
-        selection.journal.close()
+    def execute(session):
+        session.journal.close()
         raise SelectionError("out/runs.jsonl: cannot be written (No space left on device). Make room.")
 
-    monkeypatch.setattr(live.LiveSelection, "execute", execute)
+    monkeypatch.setattr(driver, "select", execute)
     assert cli.main([str(option) for option in (*GOOD, "--out", "out")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

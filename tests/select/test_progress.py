@@ -19,9 +19,9 @@ import pytest
 
 from lensjax.errors import SelectionError
 from lensjax.finetune import Progress, Trial
-from lensjax.jobs import process, runner
+from lensjax.jobs import job, process, runner
 from lensjax.progress.console import Console
-from lensjax.select import cli, live, session
+from lensjax.select import cli, driver, session
 from lensjax.select import request as request_module
 
 LINES = 40
@@ -50,18 +50,18 @@ def trained(monkeypatch, scripted_run):
     """No training, but progress and a trial are told of as by a real run."""
     scripted = scripted_run(law)
 
-    def run(bench, size, known, hooks, deadline=None):
-        result = scripted(bench, size, known, hooks, deadline)
-        if size:
+    def run(own, work, callbacks, deadline=None):
+        result = scripted(own, work, callbacks, deadline)
+        if work.size:
             for step in (1, 2, 2):
-                hooks.progress(Progress(step, 4, 1, 2.5, step / 4, 8 * step))
+                callbacks.progress(Progress(step, 4, 1, 2.5, step / 4, 8 * step))
             fields = {f.name for f in dataclasses.fields(Trial)}
             given = {k: v for k, v in vars(result.outcome).items() if k in fields}
             history = ((0, 4.5), (2, 2.5))
             rest = {"status": "finished", "steps_per_epoch": 2, "step_flops": 1.0, "evaluation_flops": 1.0}
-            hooks.trials((Trial(**{**given, **rest, "validation_history": history}),))
+            callbacks.trials((Trial(**{**given, **rest, "validation_history": history}),))
         facts = {"device": "cpu", "devices": 1, "sharding": "none", "precision": "float32", "peak_bytes": 3 * 2**20}
-        return runner.Result(result.outcome, facts)
+        return job.Result(result.outcome, facts)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", run)
     return run
@@ -123,11 +123,11 @@ def test_on_a_terminal_the_whole_command_shows_losses_and_the_final_ranking(opti
 
 
 def test_an_interrupted_command_gives_the_cursor_back(options, monkeypatch, trained):
-    def interrupted(bench, size, known, hooks, deadline=None):
-        if bench.assignment.name == "tiny-16":
-            hooks.progress(Progress(3, 4, 1, 2.5, 0.75, 24))
+    def interrupted(own, work, callbacks, deadline=None):
+        if own.config.name == "tiny-16":
+            callbacks.progress(Progress(3, 4, 1, 2.5, 0.75, 24))
             raise KeyboardInterrupt
-        return trained(bench, size, known, hooks, deadline)
+        return trained(own, work, callbacks, deadline)
 
     monkeypatch.setattr(runner.CandidateRunner, "run", interrupted)
     with watched(60) as (stream, written), pytest.raises(KeyboardInterrupt):
@@ -141,13 +141,13 @@ def test_an_interrupted_command_gives_the_cursor_back(options, monkeypatch, trai
 def failing(monkeypatch, options, tiny_models, trained):
     """One more candidate, whose runs all fail."""
 
-    def run(bench, *rest):
-        if bench.assignment.name != "tiny-8+lora":
-            return trained(bench, *rest)
+    def run(own, *rest):
+        if own.config.name != "tiny-8+lora":
+            return trained(own, *rest)
         try:
             raise MemoryError("no [red]room[/red]")
         except MemoryError as error:
-            raise runner.RunFailedError(runner.reason(error)) from error
+            raise job.RunFailedError(job.first_line(error)) from error
 
     monkeypatch.setattr(runner.CandidateRunner, "run", run)
     options.insert(2, f"{tiny_models[0]}+lora")
@@ -210,7 +210,7 @@ def test_verbose_says_where_the_logs_are(options, tmp_path, monkeypatch):
     def end(made):
         raise SelectionError("enough")
 
-    monkeypatch.setattr(live, "descend_all", end)
+    monkeypatch.setattr(driver, "descend", end)
     options.remove("--in-process")
     err = io.StringIO()
     with pytest.raises(SelectionError, match="enough"):
@@ -255,12 +255,12 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
         models=tuple(options[1:3]), task=options[4], smallest=5, visible=40, validation=20, test=20, max_length=24
     )
     console = Console(io.StringIO(), verbose=True, clock=lambda: now[0])
-    made = live.LiveSelection(request_module.prepare(request), tmp_path / "out", console, isolate=False)
-    found = made.execute()
+    own = session.Session(request_module.prepare(request), tmp_path / "out", console, isolate=False)
+    found = driver.select(own)
     # With the first size of the second candidate, and with everything.
     assert ranked == [7, 10]
     assert np.isfinite(found.curves.losses).sum() == 10
-    assert made.board.places["tiny-16"].rank == 1
+    assert own.board.places["tiny-16"].rank == 1
 
 
 def test_a_resumed_selection_ranks_once_for_all_it_finds(options, trained, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_the_method_asked_for_ranks_as_far_as_it_can(options, trained, tmp_path,
 
 def test_a_failure_in_another_process_says_where_it_was(monkeypatch):
     """The traceback crosses the connection."""
-    sent, asked = [], [("run", 10, {})]
+    sent, asked = [], [job.FineTuning(10)]
 
     class Connection:
         def recv(self):
@@ -309,18 +309,18 @@ def test_a_failure_in_another_process_says_where_it_was(monkeypatch):
         try:
             raise ValueError("deep inside")
         except ValueError as error:
-            raise runner.RunFailedError("ValueError: deep inside") from error
+            raise job.RunFailedError("ValueError: deep inside") from error
 
     monkeypatch.setattr(runner.CandidateRunner, "run", failing)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        process.worker_main(Connection(), runner.RunnerConfig("a", None, 1, None, None, None, 0))
+        process.worker_main(Connection(), job.RunnerConfig("a", None, 1, None, None, None, 0))
     finally:
         signal.signal(signal.SIGINT, handler)
     ((kind, *content),) = sent
     assert kind == "failed"
-    error = runner.RunFailedError(*content)
+    error = job.RunFailedError(*content)
     assert str(error) == "ValueError: deep inside"
     assert error.details.startswith("Traceback")
     assert error.details.endswith("ValueError: deep inside")
-    assert runner.RunFailedError("without a cause").details == ""
+    assert job.RunFailedError("without a cause").details == ""

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lensjax.jobs.candidates import Candidate
+from lensjax.jobs.job import EXTRA_MEASUREMENTS, TANGENTS
 from lensjax.jobs.tangent_measurements import COUNTED
-from lensjax.journal import EXTRA_MEASUREMENTS, LOG_ME, NLP_METRICS, TANGENTS, Journal, Run
+from lensjax.journal import Journal, Run
 from lensjax.select.budget import Ledger, paid
 from lensjax.select.dry_run.duration import DurationEstimate, Shapes, layers_of
 from lensjax.select.dry_run.forecast import (
@@ -33,6 +34,7 @@ from lensjax.select.request import Prepared, Request, prepare
 from lensjax.select.session import STOPWATCH
 from lensjax.select.timing import elapsed
 from lensjax.selectors import RACE, method
+from lensjax.selectors.methods import LOG_ME, NLP_METRICS
 from lensjax.tasks.cache import directory as cache_directory
 
 # Measured in benchmarks/forecast.py.

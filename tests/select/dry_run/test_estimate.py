@@ -19,7 +19,7 @@ from lensjax.models import Lora
 from lensjax.select.budget import Budget
 from lensjax.select.dry_run import estimate as module
 from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, Shapes
-from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.estimate import dry_run
 from lensjax.select.dry_run.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
 from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
 from lensjax.select.records import run_key
@@ -45,7 +45,7 @@ def request_of(tiny_models, tiny_task, tmp_path):
 def foretold(request_of):
     def foretold(*candidates, machine=HERE, **options):
         request = request_of(*candidates, **options)
-        return forecast(request, request.out, machine=machine)
+        return dry_run(request, request.out, machine=machine)
 
     return foretold
 
@@ -60,11 +60,11 @@ def flags(request):
 
 def test_a_place_where_nothing_can_be_made_is_refused(request_of, tiny_task, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=rf"^--out {tiny_task}/out: {tiny_task} is a file. Name another directory.$"):
-        forecast(request_of(), Path(tiny_task) / "out", machine=HERE)
+        dry_run(request_of(), Path(tiny_task) / "out", machine=HERE)
     # Whoever runs the tests may write everywhere.
     monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path)
     with pytest.raises(InputError, match=rf"^--out {tmp_path}/a/b: {tmp_path} cannot be written. Name another dir"):
-        forecast(request_of(), tmp_path / "a" / "b", machine=HERE)
+        dry_run(request_of(), tmp_path / "a" / "b", machine=HERE)
 
 
 def listed(found, *purposes):
@@ -73,7 +73,7 @@ def listed(found, *purposes):
 
 def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of, command):
     request = request_of()
-    found = forecast(request, request.out, machine=HERE)
+    found = dry_run(request, request.out, machine=HERE)
     assert not request.out.exists()  # looking leaves nothing behind
     status, _ = command(*flags(request), "--in-process", "--quiet")
     assert status == 0
@@ -91,7 +91,7 @@ def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of
     running = Journal(request.out, prepare(request).specification)
     assert running.notices  # which a real run mends
     journal.write_bytes(before)
-    again = forecast(request, request.out, machine=HERE)  # another process has the directory, and is left alone
+    again = dry_run(request, request.out, machine=HERE)  # another process has the directory, and is left alone
     assert journal.read_bytes() == before
     running.close()
     assert all(r.done for r in again.runs)
@@ -101,14 +101,14 @@ def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of
     assert again.fits
     # What is finished needs no memory.
     tight = dataclasses.replace(HERE, memory=100 * 2**20)
-    assert forecast(request, request.out, machine=tight).fits
-    assert not forecast(request, request.out.with_name("other"), machine=tight).fits
+    assert dry_run(request, request.out, machine=tight).fits
+    assert not dry_run(request, request.out.with_name("other"), machine=tight).fits
 
 
 def test_without_a_directory_it_is_the_one_that_the_selection_would_make(request_of, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     request = request_of(out=None)
-    assert forecast(request, machine=HERE).directory.startswith("runs/parity-")
+    assert dry_run(request, machine=HERE).directory.startswith("runs/parity-")
     assert not (tmp_path / "runs").exists()
 
 
@@ -128,10 +128,10 @@ def recorded(request, seconds, size=10):
 
 def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
     request = request_of()
-    fresh = forecast(request, request.out, machine=HERE)
+    fresh = dry_run(request, request.out, machine=HERE)
     assert "multiplied float32 matrices at 100 GFLOP/s" in fresh.basis["Time"]
     recorded(request, (50.0, 200.0))
-    found = forecast(request, request.out, machine=HERE)
+    found = dry_run(request, request.out, machine=HERE)
     assert "from the 2 finished runs in the run directory" in found.basis["Time"]
     assert {(r.candidate, r.size) for r in found.runs if r.done} == {("tiny-8", 10), ("tiny-16", 10)}
     assert all(r.seconds == 0 for r in found.runs if r.done)
@@ -141,20 +141,20 @@ def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
     # One that has no runs yet is taken to be as fast as the others.
     lines = (request.out / JOURNAL).read_text().splitlines(keepends=True)
     (request.out / JOURNAL).write_text(lines[0])
-    other = {r.candidate: r.seconds for r in forecast(request, request.out, machine=HERE).runs if r.size == 20}
+    other = {r.candidate: r.seconds for r in dry_run(request, request.out, machine=HERE).runs if r.size == 20}
     assert other["tiny-8"] == pytest.approx(times["tiny-8"])
     assert by_machine < other["tiny-16"] < times["tiny-16"]
 
 
 def test_runs_that_took_as_long_as_was_foretold_change_nothing(request_of):
     request = request_of(verify=True)
-    fresh = forecast(request, request.out, machine=HERE)
+    fresh = dry_run(request, request.out, machine=HERE)
     shapes = Shapes(next(iter(prepare(request).tokens.values())))
     start = START_SECONDS + len(shapes.buckets) * (COMPILE_SECONDS[0] + COMPILE_SECONDS[1])  # of one layer
     of = {(r.candidate, r.size): r.seconds for r in fresh.runs}
     for size, more in ((10, start), (20, 0.0)):
         recorded(request, [of[name, size] + more for name in ("tiny-8", "tiny-16")], size)
-    found = forecast(request, request.out, machine=HERE)
+    found = dry_run(request, request.out, machine=HERE)
     assert "from the 4 finished runs" in found.basis["Time"]
     for run in found.runs:
         assert run.seconds == (0 if run.done else pytest.approx(of[run.candidate, run.size], rel=1e-6))
@@ -168,15 +168,15 @@ def test_another_selections_directory_is_refused_as_by_the_selection(request_of,
     with pytest.raises(InputError) as real:
         command(*flags(other), "--seed", 7, "--in-process")
     with pytest.raises(InputError) as dry:
-        forecast(other, other.out, machine=HERE)
+        dry_run(other, other.out, machine=HERE)
     assert str(dry.value) == str(real.value)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").touch()
     with pytest.raises(InputError, match="is not empty and holds no lensjax run"):
-        forecast(request, tmp_path / "full", machine=HERE)
+        dry_run(request, tmp_path / "full", machine=HERE)
     (request.out / JOURNAL).write_text("no record\n")
     with pytest.raises(InputError, match="line 1: not a run record"):
-        forecast(request, request.out, machine=HERE)
+        dry_run(request, request.out, machine=HERE)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_trials_verification_and_kernels_are_counted(request_of):
     searching = dataclasses.replace(
         plain, search=Search(learning_rates=(1e-3, 1e-2), batch_sizes=(4, 8)), verify=True, tangents=5
     )
-    once, found = (forecast(r, None, machine=HERE) for r in (plain, searching))
+    once, found = (dry_run(r, None, machine=HERE) for r in (plain, searching))
     for size in (10, 20):
         single, four = ([r.flops for r in f.runs if r.size == size] for f in (once, found))
         assert four == [4 * flops for flops in single]
@@ -321,7 +321,7 @@ def applied(request, found, machine):
     plan, more, adapters = typed(found.needs[0].remedy)
     names = (request.models[0] + "+lora" * adapters, *request.models[1:])
     plan = dataclasses.replace(request.plan, **plan)
-    again = forecast(dataclasses.replace(request, models=names, plan=plan, **more), None, machine=machine)
+    again = dry_run(dataclasses.replace(request, models=names, plan=plan, **more), None, machine=machine)
     return again.needs[0]
 
 
@@ -346,12 +346,12 @@ def test_the_remedy_is_the_first_that_works_and_it_works(
     plan = dataclasses.replace(PLAN, **{"batch_size": 16, **settings})
     request = request_of(str(one), str(tiny_models[1]), plan=plan)
     roomy = Machine(platform, "a device", devices, 64 * GIB, {"float32": 1e11})
-    need = forecast(request, None, machine=roomy).needs[0]
+    need = dry_run(request, None, machine=roomy).needs[0]
     assert need.fits
     # What is missing: a third of the weights, or a part of all else.
     less = need.memory - (need.weights // 3 if wide else need.working // 4)
     tight = dataclasses.replace(roomy, memory=less)
-    found = forecast(request, None, machine=tight)
+    found = dry_run(request, None, machine=tight)
     bad = found.needs[0]
     assert not bad.fits
     assert not found.fits
@@ -368,11 +368,11 @@ def test_half_precision_is_a_remedy_where_devices_have_it(tiny_models, request_o
     request = request_of(f"{wide_model}+lora", str(tiny_models[0]), plan=plan)
     gpu = Machine("gpu", "a device", 1, 8 * GIB, {"float32": 1e11})
     in_half = dataclasses.replace(request, plan=dataclasses.replace(plan, precision="bfloat16"))
-    whole, half = (forecast(r, None, machine=gpu).needs[0].memory for r in (request, in_half))
+    whole, half = (dry_run(r, None, machine=gpu).needs[0].memory for r in (request, in_half))
     assert half < whole
-    found = forecast(request, None, machine=dataclasses.replace(gpu, memory=half))
+    found = dry_run(request, None, machine=dataclasses.replace(gpu, memory=half))
     assert found.needs[0].remedy.startswith("Remedy: --precision bfloat16 (")
-    cpu = forecast(request, None, machine=dataclasses.replace(HERE, memory=600 * 2**20))
+    cpu = dry_run(request, None, machine=dataclasses.replace(HERE, memory=600 * 2**20))
     assert "bfloat16" not in cpu.needs[0].remedy
 
 
@@ -381,9 +381,9 @@ def test_the_mildest_micro_batch_that_works_is_named(request_of, wide_model):
     of = {}
     for micro in (None, 16, 8, 4, 2, 1):
         plan = dataclasses.replace(request.plan, micro_batch=micro)
-        of[micro] = forecast(dataclasses.replace(request, plan=plan), None, machine=HERE).needs[0].memory
+        of[micro] = dry_run(dataclasses.replace(request, plan=plan), None, machine=HERE).needs[0].memory
     assert of[None] > of[8] > of[4] > of[2]
-    found = forecast(request, None, machine=dataclasses.replace(HERE, memory=of[4]))
+    found = dry_run(request, None, machine=dataclasses.replace(HERE, memory=of[4]))
     assert found.needs[0].remedy.startswith("Remedy: --micro-batch 4 (")
 
 
@@ -391,9 +391,9 @@ def test_changes_are_combined_where_one_does_not_do(request_of, wide_model, tiny
     request = request_of(str(wide_model), str(tiny_models[0]), plan=dataclasses.replace(PLAN, batch_size=32))
     adapted = dataclasses.replace(request, models=(f"{wide_model}+lora", str(tiny_models[0])))
     plan = dataclasses.replace(request.plan, micro_batch=1)
-    least = forecast(dataclasses.replace(adapted, plan=plan), None, machine=HERE).needs[0].memory
+    least = dry_run(dataclasses.replace(adapted, plan=plan), None, machine=HERE).needs[0].memory
     tight = dataclasses.replace(HERE, memory=least)
-    found = forecast(request, None, machine=tight)
+    found = dry_run(request, None, machine=tight)
     assert found.needs[0].remedy.startswith(
         f"Remedy: --micro-batch 1 and --models ... {wide_model}+lora in its place ("
     )
@@ -402,7 +402,7 @@ def test_changes_are_combined_where_one_does_not_do(request_of, wide_model, tiny
 
 def test_where_nothing_helps_that_is_said(request_of, wide_model, tiny_models):
     request = request_of(str(wide_model), str(tiny_models[0]))
-    found = forecast(request, None, machine=dataclasses.replace(HERE, memory=100 * 2**20))
+    found = dry_run(request, None, machine=dataclasses.replace(HERE, memory=100 * 2**20))
     assert all(not need.fits for need in found.needs)
     assert found.needs[0].remedy.startswith("No setting makes it fit: leave this candidate out")
     assert "2 of 2 candidates do NOT FIT" in found.render()
@@ -411,15 +411,15 @@ def test_where_nothing_helps_that_is_said(request_of, wide_model, tiny_models):
 def test_devices_share_the_work_and_what_they_cannot_share_is_said(request_of):
     gpus = Machine("gpu", "a device", 4, 8 * GIB, {"float32": 1e11})
     one, four = (
-        forecast(request_of(), None, machine=dataclasses.replace(gpus, devices=n)).needs[0].working for n in (1, 4)
+        dry_run(request_of(), None, machine=dataclasses.replace(gpus, devices=n)).needs[0].working for n in (1, 4)
     )
     assert four < one
     plan = dataclasses.replace(PLAN, sharding="full")
-    full = forecast(request_of(plan=plan), None, machine=gpus).needs[0]
+    full = dry_run(request_of(plan=plan), None, machine=gpus).needs[0]
     assert full.weights == pytest.approx(4 * 4 * full.trainable / 4, abs=1)
     assert full.process == 0
     odd = dataclasses.replace(PLAN, sharding="data", batch_size=6)
-    need = forecast(request_of(plan=odd), None, machine=gpus).needs[0]
+    need = dry_run(request_of(plan=odd), None, machine=gpus).needs[0]
     assert need.problem == "sharding data: 4 devices do not divide 6 samples evenly."
     assert "a multiple of their number" in need.remedy
 

@@ -21,7 +21,7 @@ from lensjax.finetune import Plan
 from lensjax.jobs.candidates import find_candidates
 from lensjax.models import Lora
 from lensjax.models.checkpoints.hub import listing
-from lensjax.select.dry_run.estimate import forecast
+from lensjax.select.dry_run.estimate import dry_run
 from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Request, prepare
 
@@ -97,7 +97,7 @@ def hub(tiny_models, tmp_path, monkeypatch):
 
 def test_no_weights_are_fetched_and_yet_all_is_known(hub, tiny_models, tiny_task, tmp_path):
     request = Request(models=(str(tiny_models[0]), NAME), task=tiny_task, plan=PLAN, out=tmp_path / "out", **SMALL)
-    dry = forecast(request, request.out, machine=HERE)
+    dry = dry_run(request, request.out, machine=HERE)
     assert "*.safetensors" not in hub.fetched
     assert not list(hub.snapshot.glob("*.safetensors"))
     # Configuration and tokenizer were fetched to be read; the weights are still to come.
@@ -112,7 +112,7 @@ def test_no_weights_are_fetched_and_yet_all_is_known(hub, tiny_models, tiny_task
     # Also what a run is found by in the journal.
     assert before.specification == real.specification
     assert before.candidates[1].parameters == real.candidates[1].parameters
-    again = forecast(request, request.out, machine=HERE)
+    again = dry_run(request, request.out, machine=HERE)
     assert again.needs[1].download == 0
     assert [p.what for p in again.places] == ["runs, report, programs"]
     assert dataclasses.replace(again.needs[1], download=weights) == dry.needs[1]
@@ -121,7 +121,7 @@ def test_no_weights_are_fetched_and_yet_all_is_known(hub, tiny_models, tiny_task
 
 def test_adapters_of_a_model_on_the_hub_are_downloaded_once(hub, tiny_task, tmp_path):
     request = Request(models=(NAME, f"{NAME}+lora"), task=tiny_task, plan=PLAN, out=tmp_path / "out", **SMALL)
-    found = forecast(request, None, machine=HERE)
+    found = dry_run(request, None, machine=HERE)
     assert found.needs[0].download == found.needs[1].download > 0
     assert found.places[0].needed == found.needs[0].download
 
@@ -220,7 +220,7 @@ def asked(tiny_models, tmp_path):
 
 def test_the_hub_says_how_many_rows_there_are(dataset, asked):
     request = asked(smallest=50, visible=200)
-    found = forecast(request, request.out, machine=HERE)
+    found = dry_run(request, request.out, machine=HERE)
     assert (found.train, found.target, found.sizes) == (960, 960, (50, 100, 200))
     run = next(r for r in found.runs if r.size == 100)
     assert run.tokens == 100 * 24  # every sample as long as can be
@@ -231,18 +231,18 @@ def test_the_hub_says_how_many_rows_there_are(dataset, asked):
     assert places["data set, from the hub"] == 5000 + 9000
     counted = 4 * 24 * (200 + 20 + 20) + 16 * 240
     assert places["tokens"] == counted
-    own = forecast(asked(validation_split="validation"), None, machine=HERE)
+    own = dry_run(asked(validation_split="validation"), None, machine=HERE)
     assert own.train == 980
     assert own.directory is None
-    part = forecast(asked(split="train[:30%]", limit=250), None, machine=HERE)
+    part = dry_run(asked(split="train[:30%]", limit=250), None, machine=HERE)
     assert part.train == 210
 
 
 def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, asked):
     dataset.rows = None
     with pytest.raises(InputError, match=r"the hub does not say how many rows its split 'train' has\. Give --limit"):
-        forecast(asked(), None, machine=HERE)
-    found = forecast(asked(limit=500), None, machine=HERE)
+        dry_run(asked(), None, machine=HERE)
+    found = dry_run(asked(limit=500), None, machine=HERE)
     assert found.train == 460
     assert any("--limit 500 is taken for their number" in note for note in found.notes)
 
@@ -262,17 +262,17 @@ def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, asked):
 )
 def test_what_a_selection_would_refuse_is_refused(dataset, asked, options, message):
     with pytest.raises(InputError, match=message):
-        forecast(asked(**options), None, machine=HERE)
+        dry_run(asked(**options), None, machine=HERE)
 
 
 def test_nested_fields_are_found(dataset, asked):
-    found = forecast(asked(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
+    found = dry_run(asked(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
     assert found.train == 960
 
 
 def test_texts_are_taken_for_as_long_as_their_bytes_say(dataset, asked):
     request = asked(input_field=None, target_field=None, text_field="text")
-    found = forecast(request, None, machine=HERE)
+    found = dry_run(request, None, machine=HERE)
     run = next(r for r in found.runs if r.size == 20)
     assert run.tokens == 20 * 30  # 90 bytes a text
     assert any("30 tokens are assumed for each" in note for note in found.notes)
@@ -285,7 +285,7 @@ def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, asked, monkeypatch):
     rows = [{"question": f"{n} and {n}", "answer": f"{2 * n}"} for n in range(100)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     request = asked()
-    found = forecast(request, request.out, machine=HERE)
+    found = dry_run(request, request.out, machine=HERE)
     assert found.train == 60
     assert not any("upper bounds" in note for note in found.notes)
     real = prepare(request)
