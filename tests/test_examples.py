@@ -1,4 +1,4 @@
-"""The examples of the README and of public names' docstrings, run; and how results show themselves in a notebook."""
+"""The examples of the documentation and of public names' docstrings, run; and how results are shown in a notebook."""
 
 import doctest
 import inspect
@@ -12,9 +12,17 @@ import lensjax
 from lensjax import data
 from support.paths import ROOT
 
-README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-IN_README = ("ntk_blocks", "ntk_features")  # a model and a file are more than a docstring should show
-SHOWN = [name for name in lensjax.__all__ if name not in ("SELECTORS", "UnsupportedBackendError", *IN_README)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+]
+# A model and a file, or minutes of training, are more than a docstring should show.
+ON_PAGES = ("ntk_blocks", "ntk_features", "run_selection")
+SHOWN = [
+    name for name in lensjax.__all__ if name not in ("SELECTORS", "Selection", "UnsupportedBackendError", *ON_PAGES)
+]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -29,22 +37,35 @@ def test_examples_are_true(name):
     assert sum(result.failed for result in results) == 0
 
 
-@pytest.mark.parametrize("place", range(len(README)))
-def test_the_readme_is_true(place, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_on_pages_are_true(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "gpt2").symlink_to(data.path("demo", "models", "bible-tiny"))
     own = {}
-    exec(compile(README[place], "README.md", "exec"), own)
+    exec(compile(code, "page", "exec"), own)
     if "layers" in own:
-        assert set(IN_README) <= set(re.findall(r"lensjax\.(\w+)\(", README[place]))
         assert capsys.readouterr().out.startswith("NTK by transform")
         assert own["layers"]["layers.0.mlp_in"].shape == own["kernel"].shape == (3, 3)
         assert own["features"].shape == (3, 64)
         assert own["report"].method == "transform"
+    elif "selection" in own:
+        assert own["selection"].best in own["selection"].curves.names
     else:
         assert own["fits"].predict(1_638_400).shape == (30,)
         assert own["kernel"].shape == (5, 5)
+
+
+def test_pages_show_what_no_docstring_does():
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    assert set(ON_PAGES) <= set(re.findall(r"lensjax\.(\w+)\(", text))
+    assert len(EXAMPLES) >= 3
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
 
 
 def test_a_notebook_shows_the_report_with_names_escaped():

@@ -1,3 +1,5 @@
+import importlib
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -5,6 +7,7 @@ import tomllib
 import jax
 import jaxlib
 import pytest
+import setuptools
 
 import lensjax
 from lensjax import data, environment
@@ -55,7 +58,44 @@ def test_published_tables_are_packaged_with_attribution():
         assert data.path("published", f"{name}.csv").is_file()
 
 
-def test_every_package_is_listed_for_the_wheel():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    here = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "lensjax").rglob("__init__.py")}
-    assert {p for p in settings["packages"] if p != "lensjax_kernels"} == here
+def test_every_package_is_found_for_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    here = {
+        ".".join(p.parent.relative_to(ROOT / where).parts)
+        for where, name in ((".", "lensjax"), ("kernels", "lensjax_kernels"))
+        for p in (ROOT / where / name).rglob("__init__.py")
+    }
+    found = set()
+    for where in settings["where"]:
+        found |= set(setuptools.find_packages(str(ROOT / where), include=settings["include"]))
+    assert found == here
+    # A folder without __init__.py would be left out.
+    for package in (ROOT / "lensjax", ROOT / "kernels" / "lensjax_kernels"):
+        for module in package.rglob("*.py"):
+            assert (module.parent / "__init__.py").exists(), module
+
+
+def test_tangents_load_neither_jaxopt_nor_selection():
+    code = "import sys, lensjax.tangents; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    unwanted = (
+        "jaxopt",
+        "optax",
+        "lensjax.laws",
+        "lensjax.select",
+        "lensjax.selectors",
+        "lensjax.losses",
+        "lensjax.jobs",
+    )
+    assert not {name for name in loaded if name.startswith(unwanted)}
+    assert "lensjax.tangents" in loaded
+
+
+@pytest.mark.parametrize(
+    "package", ["lensjax", "lensjax.laws", "lensjax.selectors", "lensjax.tangents", "lensjax.tasks"]
+)
+def test_no_public_function_hides_a_module_of_its_name(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert importlib.util.find_spec(f"{package}.{name}") is None

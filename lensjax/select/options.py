@@ -133,7 +133,7 @@ def _add_choice(group: Any) -> None:
     group.add_argument(
         "--method",
         metavar="NAME",
-        help=f"{NAMES[0]} (default), {', '.join(NAMES[1:])}: see the README",
+        help=f"{NAMES[0]} (default), {', '.join(NAMES[1:])}: see docs/methods.md",
     )
     group.add_argument("--gamma", type=samples, metavar="N", help="Algorithm 1: points that make a line (default 3)")
     group.add_argument("--tau", type=number, metavar="X", help="Algorithm 1: deviation that ends it (default 5)")

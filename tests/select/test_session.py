@@ -1,0 +1,85 @@
+"""The state of a selection: curves in the unit asked for, runs taken over from the journal."""
+
+import io
+
+import numpy as np
+import pytest
+
+import lensjax
+from lensjax.errors import InputError
+from lensjax.jobs import runner
+from lensjax.progress.console import Console
+from lensjax.select.request import Request, prepare
+from lensjax.select.session import Session
+
+
+@pytest.fixture
+def settings(tiny_models, tiny_task):
+    rest = {"smallest": 10, "visible": 40, "validation": 20, "test": 20, "max_length": 24}
+    return {"models": tuple(map(str, tiny_models)), "task": str(tiny_task), **rest}
+
+
+@pytest.fixture
+def trained(monkeypatch, scripted_run):
+    made = []
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    return made
+
+
+def test_curves_have_the_unit_that_was_asked_for(settings, trained, tmp_path):
+    found = {}
+    for unit in ("token", "byte"):
+        prepared = prepare(Request(**settings, loss_unit=unit))
+        session = Session(prepared, tmp_path / unit, Console(io.StringIO(), quiet=True), isolate=False)
+        first = prepared.candidates[0]
+        assert session.loss(first, 10, "for the test") == 3.0 / 11**0.1  # nats per token in any case
+        found[unit] = session.curves(prepared.candidates, (10, 20)).losses
+        factor = prepared.tokens[first.tokenizer].test.tokens_per_byte
+        session.close()
+    assert np.isnan(found["token"][0, 1])
+    assert np.isnan(found["token"][1]).all()
+    np.testing.assert_allclose(found["byte"][0, 0], factor * found["token"][0, 0])
+
+
+def test_a_finished_run_is_taken_over_and_not_repeated(settings, trained, tmp_path):
+    prepared = prepare(Request(**settings))
+    for expected in (None, 3.0 / 21**0.1):
+        session = Session(prepared, tmp_path / "out", Console(io.StringIO(), quiet=True), isolate=False)
+        assert session.load(prepared.candidates[0], 20) == expected
+        assert session.loss(prepared.candidates[0], 20, "for the test") == 3.0 / 21**0.1
+        session.close()
+    assert len(trained) == 1
+
+
+def test_a_long_name_has_a_log(settings, tmp_path, monkeypatch):
+    prepared = prepare(Request(**settings))
+    session = Session(prepared, tmp_path / "out", Console(io.StringIO(), quiet=True))
+    object.__setattr__(prepared.candidates[0], "name", "x" * 300)
+    config = session.runner_for(prepared.candidates[0]).config
+    assert len(config.log.name) < 255
+    session.close()
+
+
+def test_the_same_from_python(settings, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models, task = settings.pop("models"), settings.pop("task")
+    selection = lensjax.run_selection(models, task, isolate=False, out="out", target=100, budget="50%", **settings)
+    assert isinstance(selection, lensjax.Selection)
+    assert selection.best in ("tiny-8", "tiny-16")
+    assert "python -m lensjax.tune" in selection.facts["tune_command"]
+    assert (tmp_path / "out" / "runs.jsonl").exists()
+    assert selection.best in selection._repr_html_()
+    with pytest.raises(InputError, match="run_selection: no setting visibel; there are: "):
+        lensjax.run_selection(models, task, visibel=3)
+    with pytest.raises(InputError, match="is one model; give a list"):
+        lensjax.run_selection(models[0], task)
+
+
+def test_losses_that_are_there_already():
+    curves = lensjax.read_losses("published:flan")
+    by_table = lensjax.select_from_losses(curves, 1_638_400, visible=51_200, method="ats")
+    by_name = lensjax.select_from_losses("published:flan", visible=51_200, method="ats")
+    assert by_table.best == by_name.best
+    assert by_table.target == by_name.target
+    with pytest.raises(InputError, match="say for how many training samples"):
+        lensjax.select_from_losses(lensjax.Curves(("a", "b"), [1, 2], [[2.0, 1.0], [3.0, 2.0]]))
