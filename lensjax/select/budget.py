@@ -140,7 +140,7 @@ class Ledger:
             own = flops_per_sample if budget.kind == "flops" else dict.fromkeys(weights, 1.0)
             self.prices = {name: passes * float(value) for name, value in own.items()}
 
-    def say(self, amount: float) -> str:
+    def describe(self, amount: float) -> str:
         """Return an amount of the budget's kind in words."""
         kind = "flops" if self.budget is None else self.budget.kind
         if kind == "share":
@@ -208,11 +208,11 @@ class Ledger:
         if price <= left and left > 0:
             return ""
         return (
-            f"{size} samples may cost up to {self.say(price)}; of the budget of {self.say(self.amount)}, "
-            f"{self.say(left)} are left"
+            f"{size} samples may cost up to {self.describe(price)}; of the budget of {self.describe(self.amount)}, "
+            f"{self.describe(left)} are left"
         )
 
-    def settle(self, lines: Sequence[Run], elapsed: float = 0.0) -> None:
+    def update(self, lines: Sequence[Run], elapsed: float = 0.0) -> None:
         """Work out what is spent.
 
         Parameters

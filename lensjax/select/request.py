@@ -211,8 +211,8 @@ def _check_budget(prepared: Prepared) -> None:
     needed = sum(ledger.price(c.name, size) for c in prepared.candidates for size in least)
     if needed > ledger.amount:
         raise InputError(
-            f"--budget ({ledger.say(ledger.amount)}): training every candidate on {', '.join(map(str, least))} samples "
-            f"alone may cost up to {ledger.say(needed)}. Raise --budget, or lower --smallest or --max-epochs."
+            f"--budget ({ledger.describe(ledger.amount)}): training every candidate on {', '.join(map(str, least))} "
+            f"samples alone may cost up to {ledger.describe(needed)}. Raise --budget, or lower --smallest or --max-epochs."
         )
 
 

@@ -128,8 +128,8 @@ class Session:
 
     def update_ledger(self) -> None:
         """Save the elapsed time and work out what is spent."""
-        self.stopwatch.keep()
-        self.ledger.settle(self.journal.lines, self.stopwatch.seconds)
+        self.stopwatch.save()
+        self.ledger.update(self.journal.lines, self.stopwatch.seconds)
         self.refresh()
 
     def refresh(self) -> None:
@@ -139,13 +139,15 @@ class Session:
         if budget is not None:
             used = self.stopwatch.seconds if self.ledger.timed else self.ledger.spent
             share = min(used / self.ledger.amount, 1.0)
-            whole = f"{budget.amount:.3g} of tuning all" if budget.kind == "share" else self.ledger.say(budget.amount)
+            whole = self.ledger.describe(budget.amount)
+            if budget.kind == "share":
+                whole = f"{budget.amount:.3g} of tuning all"
             board.spent = f"budget {whole}: {100 * share:.0f} % spent, {100 * (1 - share):.0f} % left"
         self.console.refresh()
 
     def heartbeat(self) -> None:
         """Save the elapsed time and refresh the view while a job runs."""
-        self.stopwatch.keep()
+        self.stopwatch.save()
         self.refresh()
 
     def rank(self, *, last: bool = False) -> None:
@@ -186,7 +188,7 @@ class Session:
         except RunFailedError as error:
             self.unverified[candidate.name] = str(error)
             self.console.line(f"{candidate.name} could NOT BE VERIFIED: {error}")
-        self.stopwatch.go()
+        self.stopwatch.resume()
 
     def refused(self, candidate: Candidate, size: int, *, needed: bool) -> bool:
         """Return whether the budget forbids a run that is not in the journal yet, and say so."""

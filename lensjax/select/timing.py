@@ -24,11 +24,11 @@ class Clock:
         self.done = self.seconds = self.running = 0.0
 
     def progress(self, name: str, size: int, share: float) -> None:
-        """Note how far the present run is at least."""
+        """Record how far the current run is."""
         self.running = self.left.get((name, size), 0.0) * share
 
     def finished(self, name: str, size: int, seconds: float) -> None:
-        """Note that a run took so long; zero-shot evaluations are no measure of training."""
+        """Record how long a run took; zero-shot evaluations say nothing about training."""
         work = self.left.pop((name, size), 0.0)
         self.running = 0.0
         if work:
@@ -36,7 +36,7 @@ class Clock:
             self.seconds += seconds
 
     def skip(self, name: str, size: int) -> None:
-        """Note that a run is not needed."""
+        """Record that a run is not needed."""
         self.left.pop((name, size), None)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ def elapsed(path: Path, otherwise: float) -> float:
 
 
 class Stopwatch:
-    """Seconds that a selection has taken, kept in a file: what a killed session took is not given again.
+    """Counts the seconds of a selection over all its sessions, in a file, so that none are spent twice.
 
     Parameters
     ----------
@@ -80,18 +80,18 @@ class Stopwatch:
         """Return when so many seconds are over, on `time.monotonic`'s clock."""
         return time.monotonic() + seconds - self.seconds
 
-    def keep(self) -> None:
-        """Write the time down, unless that was done just now."""
+    def save(self) -> None:
+        """Save the time, unless that was done a moment ago."""
         if time.monotonic() - self.written >= self.EVERY:
             self._write()
 
     def pause(self) -> None:
-        """Stop; the time until `go` does not count."""
+        """Stop; the time until `resume` does not count."""
         self.earlier, self.started = self.seconds, None
         self._write()
 
-    def go(self) -> None:
-        """Go on."""
+    def resume(self) -> None:
+        """Count again."""
         self.started = time.monotonic()
 
     def _write(self) -> None:

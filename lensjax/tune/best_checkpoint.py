@@ -17,8 +17,8 @@ from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
 
 RECORD = "tune.json"
-WORK = ".unfinished"  # inside of the directory, which may be a file system of its own
-LEFT_BY_CRASH = (WORK, RECORD + PARTIAL)
+WORK_DIRECTORY = ".unfinished"  # inside of the directory, which may be a file system of its own
+LEFT_BY_CRASH = (WORK_DIRECTORY, RECORD + PARTIAL)
 RUNNING, FINISHED = "running", "finished"
 
 
@@ -86,7 +86,7 @@ def check_directory(directory: Path, *, overwrite: bool) -> None:
 
 
 class BestCheckpoint:
-    """Puts weights into a directory whenever they are the best so far; in the end it holds those of the chosen trial.
+    """Keeps the best weights so far in a directory; in the end it holds those of the chosen trial.
 
     Whatever happens, the directory holds a whole model or, before the first are there, none. What an earlier run left
     stays until then.
@@ -119,7 +119,7 @@ class BestCheckpoint:
         *,
         overwrite: bool = False,
     ) -> None:
-        self.directory, self.work, self.save, self.weights = directory, directory / WORK, save, weights
+        self.directory, self.work, self.save, self.weights = directory, directory / WORK_DIRECTORY, save, weights
         self.record = dict(record)
         self.saved: Saved | None = None
         self._chosen: Saved | None = None  # of the best trial that has finished
@@ -133,11 +133,11 @@ class BestCheckpoint:
         except OSError as error:
             raise InputError(f"--out {directory}: cannot be written ({error.strerror}); name another.") from error
 
-    def take(self, found: Weights) -> bool:
-        """Take note of weights, as `lensjax.finetune.tune` tells of them; return whether they are on disk now.
+    def update(self, found: Weights) -> bool:
+        """Save weights if they are the best so far, see `lensjax.finetune.tune`; return whether they are on disk now.
 
-        Weights of a trial that is under way replace better ones of none; those of the best trial that has finished
-        stay on disk, too, until another one has finished with better ones: only a finished one is chosen.
+        The best weights of any trial are in the directory while training goes on. Those of the best finished trial are
+        kept beside them until another one finishes with better ones, for only a finished trial is chosen in the end.
 
         Raises
         ------
@@ -147,20 +147,20 @@ class BestCheckpoint:
         best = self.saved is None or found.validation_loss < self.saved.validation_loss
         if not found.finished:
             if best:
-                self._put(found)
+                self._replace(found)
             return best
         if self._chosen is not None and found.validation_loss >= self._chosen.validation_loss:
             return False
         same = self.saved is not None and _trial(self.saved) == _trial(found)
         if best:
-            self._put(found)
+            self._replace(found)
         self._chosen = self.saved if best or same else self._write(found, self._previous_best)
         if best or same:
             self._previous_best.unlink(missing_ok=True)
         return best or same
 
-    def choose(self, trial: Trial) -> None:
-        """See to it that the weights of the chosen trial, which has finished, are the ones in the directory."""
+    def select(self, trial: Trial) -> None:
+        """Put the weights of the chosen trial, which has finished, into the directory."""
         if self.saved is None or self.saved.validation_loss != trial.validation_loss:
             os.replace(self._previous_best, self.directory / self.weights)
             self.saved = self._chosen
@@ -170,7 +170,7 @@ class BestCheckpoint:
         """Where the weights of the best finished trial are while better ones of another are in the directory."""
         return self.work / f"finished-{self.weights}"
 
-    def _put(self, found: Weights) -> None:
+    def _replace(self, found: Weights) -> None:
         if self.saved is not None and self.saved == self._chosen:
             self._previous_best.unlink(missing_ok=True)
             try:
@@ -178,7 +178,7 @@ class BestCheckpoint:
             except OSError:  # some file systems have no links
                 shutil.copyfile(self.directory / self.weights, self._previous_best)
         self.saved = self._write(found, self.directory / self.weights)
-        self.note(RUNNING)
+        self.write_record(RUNNING)
 
     def _write(self, found: Weights, target: Path) -> Saved:
         part = self.work / "model"
@@ -192,15 +192,15 @@ class BestCheckpoint:
         return Saved(*_trial(found), digest)
 
     def _write_static_files(self, part: Path) -> None:
-        """Move what belongs to the weights into place, after an earlier model is gone."""
+        """Move the files beside the weights into place, after those of an earlier model are removed."""
         earlier = (read_record(self.directory) or {}).get("files")
         # The record may be anybody's: only what lies in the directory itself is removed, no "" and no "..".
-        entries = {entry.name for entry in self.directory.iterdir()} - {WORK, RECORD}
+        entries = {entry.name for entry in self.directory.iterdir()} - {WORK_DIRECTORY, RECORD}
         stale = [n for n in earlier if isinstance(n, str) and n in entries] if isinstance(earlier, list) else []
         files = sorted(entry.name for entry in part.iterdir())
         # Named before they are there: whoever comes after a crash knows what may be removed.
         self._files = sorted({*files, *stale})
-        self.note(RUNNING)
+        self.write_record(RUNNING)
         for name in sorted(stale, key=lambda name: name != self.weights):
             entry = self.directory / name
             if entry.is_dir() and not entry.is_symlink():
@@ -214,8 +214,8 @@ class BestCheckpoint:
                 os.replace(part / name, self.directory / name)
         self._files = files
 
-    def note(self, status: str, **more: Any) -> None:
-        """Write the record: what was known, what is saved, and what else is to be said."""
+    def write_record(self, status: str, **more: Any) -> None:
+        """Write the record: what was known before training, what is saved, and what is known more now."""
         self.record |= more
         saved = None if self.saved is None else dataclasses.asdict(self.saved)
         content = {**self.record, "status": status, "saved": saved, "files": self._files}
@@ -224,7 +224,7 @@ class BestCheckpoint:
         write_atomically(self.directory / RECORD, json.dumps(content, indent=2) + "\n")
 
     def close(self) -> None:
-        """Remove what was only needed meanwhile, and let other processes use the directory."""
+        """Remove temporary files and unlock the directory."""
         shutil.rmtree(self.work, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()  # if nothing came of it
@@ -236,7 +236,7 @@ def _trial(of: Saved | Weights) -> tuple[float, int, int, float]:
 
 
 def _digest(file: Path) -> str:
-    """Return the digest of a file that is then on the disk for sure."""
+    """Flush a file to the disk and return its digest."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()

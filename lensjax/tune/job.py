@@ -245,9 +245,9 @@ class Tuning:
                 self.board.losses[job.candidate.name, job.samples] = outcome.test_loss
                 self.board.running = None
             chosen = next(t for t in outcome.trials if t.validation_loss == outcome.validation_loss)
-            self.checkpoint.choose(chosen)
+            self.checkpoint.select(chosen)
             status = FINISHED
-            self.checkpoint.note(status, **self._found(outcome))
+            self.checkpoint.write_record(status, **self._found(outcome))
         except InputError:
             raise
         except DivergedError as error:
@@ -262,7 +262,7 @@ class Tuning:
             if status != FINISHED and self.checkpoint.saved is not None:
                 # Where the disk is full, the record of what is saved is there already.
                 with contextlib.suppress(OSError):
-                    self.checkpoint.note(status, trials=[dataclasses.asdict(t) for t in self.trials])
+                    self.checkpoint.write_record(status, trials=[dataclasses.asdict(t) for t in self.trials])
             self.checkpoint.close()
         return outcome
 
@@ -352,7 +352,7 @@ class Tuning:
 
     def _on_weights(self, found: Weights) -> None:
         assert self.checkpoint is not None
-        if self.checkpoint.take(found) and not found.finished:
+        if self.checkpoint.update(found) and not found.finished:
             self.console.line(f"{_point(found)}: step {found.step}, validation loss {found.validation_loss:.4f}: saved")
 
     def render(self, outcome: Outcome) -> str:

@@ -59,7 +59,12 @@ def test_real_time_signals_have_numbers_only():
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
     reached = []
-    with pytest.raises(KeyboardInterrupt), process._deferred_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        reached.append(True)
+
+    def block():
+        with process._deferred_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert reached

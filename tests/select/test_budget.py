@@ -81,10 +81,10 @@ def test_what_is_spent_follows_from_the_journal():
     samples = 10 * (10 + 20 + 20 + 20 + 20 + 8)
     for text, spent in (("1e9", flops), ("1e5 samples", samples), ("0.5", 10 * (10 + 20 + 20 + 20))):
         account = ledger(text)
-        account.settle(lines)
+        account.update(lines)
         assert account.spent == spent
     timed = ledger("1h")
-    timed.settle(lines, elapsed=123.0)
+    timed.update(lines, elapsed=123.0)
     assert timed.spent == 123.0
 
 
@@ -95,13 +95,13 @@ def test_prices_are_the_most_that_a_run_may_cost():
     assert ledger("0.5").amount == 0.5 * (10 + 30) * 100
     timed = ledger("1h")
     assert timed.price("a", 10) == 0
-    timed.settle([run("x", 10, 300.0)])
+    timed.update([run("x", 10, 300.0)])
     # The second run is slower for its size: it had to be compiled.
-    timed.settle([run("x", 10, 300.0), run("y", 5, 150.0)], elapsed=4.0)
+    timed.update([run("x", 10, 300.0), run("y", 5, 150.0)], elapsed=4.0)
     assert timed.price("b", 10) == pytest.approx(1.25 * 180 * 10 * 2.0 / (60 * 10))
     assert timed.refuses("b", 10**6)
     assert timed.refuses("b", 10**6, needed=True) == ""
-    timed.settle([], elapsed=3600.0)
+    timed.update([], elapsed=3600.0)
     assert timed.refuses("b", 1, needed=True)
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_might_exceed_the_budget_is_refused_in_words():
     assert account.refuses("a", 34) == (
         "34 samples may cost up to 1.02e+04 FLOPs; of the budget of 1e+04 FLOPs, 1e+04 FLOPs are left"
     )
-    account.settle([run("x", 10, 9800.0)])
+    account.update([run("x", 10, 9800.0)])
     assert "200 FLOPs are left" in account.refuses("a", 1)
     assert Ledger(None, weights={"a": 1.0}, flops_per_sample={"a": 1.0}, passes=1, target=1).refuses("a", 10**9) == ""
 
@@ -242,10 +242,10 @@ def test_the_stopwatch_counts_all_sessions_and_forgives_a_bad_file(tmp_path, mon
     watch.pause()
     now[0] = 100.0
     assert watch.seconds == 3
-    watch.go()
+    watch.resume()
     now[0] = 107.0
     assert watch.deadline(12.0) == 109.0
-    watch.keep()  # and then it is killed
+    watch.save()  # and then it is killed
     later = timing.Stopwatch(path, 0.0)
     assert later.seconds == 10
     path.write_text("")

@@ -28,9 +28,7 @@ def test_the_default_comes_first_and_all_stands_for_every_method():
     assert method(ALL).sizes_needed(4) == 4
     with pytest.raises(InputError, match="method 'all' is unknown"):
         get_selector(ALL)
-    with pytest.raises(
-        InputError, match=r"method 'avraged' is unknown; there are: averaged, .* and all\. Did you mean"
-    ):
+    with pytest.raises(InputError, match=r"method 'avraged' is unknown; .* and all\. Did you mean"):
         method("avraged")
 
 

@@ -10,7 +10,7 @@ import pytest
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
 from lensjax.tune import best_checkpoint
-from lensjax.tune.best_checkpoint import RECORD, WORK, BestCheckpoint
+from lensjax.tune.best_checkpoint import RECORD, WORK_DIRECTORY, BestCheckpoint
 
 FILE = "weights.bin"
 
@@ -26,7 +26,7 @@ def save(params, directory, whole):
         (directory / "config.json").write_text("config")
 
 
-def told(loss, rate=0.1, *, step=1, finished=False):
+def best_weights(loss, rate=0.1, *, step=1, finished=False):
     return Weights(rate, 8, step, loss, f"{rate} {step}", finished)
 
 
@@ -45,25 +45,25 @@ def record(directory):
 
 
 @pytest.fixture
-def open_keeper(tmp_path):
-    """Return what opens a keeper in the same directory; all are closed in the end."""
+def open_checkpoint(tmp_path):
+    """Return what opens a checkpoint in the same directory; all are closed in the end."""
     opened = []
 
-    def open_keeper(*, saving=save, **options):
+    def open_checkpoint(*, saving=save, **options):
         opened.append(BestCheckpoint(tmp_path / "out", saving, FILE, {"model": "m"}, **options))
         return opened[-1]
 
-    yield open_keeper
+    yield open_checkpoint
     for one in opened:
         one.close()
 
 
-def test_every_improvement_is_on_disk_with_its_record(open_keeper):
-    kept = open_keeper()
-    assert kept.take(told(3.0, step=1))
-    assert not kept.take(told(4.0, step=2))
+def test_every_improvement_is_on_disk_with_its_record(open_checkpoint):
+    kept = open_checkpoint()
+    assert kept.update(best_weights(3.0, step=1))
+    assert not kept.update(best_weights(4.0, step=2))
     assert content(kept.directory) == "weights 0.1 1"
-    assert kept.take(told(2.0, step=3))
+    assert kept.update(best_weights(2.0, step=3))
     found = record(kept.directory)
     assert content(kept.directory) == "weights 0.1 3"
     assert (kept.directory / "config.json").read_text() == "config"
@@ -78,61 +78,71 @@ def test_every_improvement_is_on_disk_with_its_record(open_keeper):
     assert (found["status"], found["model"], found["files"]) == ("running", "m", ["config.json", FILE])
 
 
-def test_in_the_end_the_chosen_trial_is_there_whatever_others_had(open_keeper):
+def test_in_the_end_the_chosen_trial_is_there_whatever_others_had(open_checkpoint):
     """A later trial was better for a while and then diverged: only finished trials are chosen."""
-    kept = open_keeper()
-    for weights in (told(3.0), told(3.0, finished=True), told(2.5, 0.2), told(2.0, 0.2, step=2)):
-        kept.take(weights)
+    kept = open_checkpoint()
+    for weights in (
+        best_weights(3.0),
+        best_weights(3.0, finished=True),
+        best_weights(2.5, 0.2),
+        best_weights(2.0, 0.2, step=2),
+    ):
+        kept.update(weights)
     assert content(kept.directory) == "weights 0.2 2"
-    kept.choose(trial(3.0))
+    kept.select(trial(3.0))
     assert content(kept.directory) == "weights 0.1 1"
-    kept.note("finished")
+    kept.write_record("finished")
     assert record(kept.directory)["saved"]["validation_loss"] == 3.0
 
 
-def test_a_trial_that_finishes_behind_one_under_way_is_kept_too(open_keeper):
-    """TrainingLoop side by side: the better one diverges after the other has finished, whose weights were on disk never."""
-    kept = open_keeper()
-    kept.take(told(2.0, 0.2))
-    kept.take(told(3.0, 0.1))
-    kept.take(told(3.0, 0.1, finished=True))
+def test_a_trial_that_finishes_behind_one_under_way_is_kept_too(open_checkpoint):
+    """Trials side by side: the better one diverges after the other has finished, whose weights never were on disk."""
+    kept = open_checkpoint()
+    kept.update(best_weights(2.0, 0.2))
+    kept.update(best_weights(3.0, 0.1))
+    kept.update(best_weights(3.0, 0.1, finished=True))
     assert content(kept.directory) == "weights 0.2 1"
-    kept.choose(trial(3.0, 0.1))
+    kept.select(trial(3.0, 0.1))
     assert content(kept.directory) == "weights 0.1 1"
 
 
-def test_the_lower_rate_tried_after_divergence_is_kept_though_its_loss_is_higher(open_keeper):
-    kept = open_keeper()
-    kept.take(told(2.0, 0.2))  # it diverged later
-    assert not kept.take(told(3.0, 0.05))
-    kept.take(told(3.0, 0.05, finished=True))
-    kept.choose(trial(3.0, 0.05))
+def test_the_lower_rate_tried_after_divergence_is_kept_though_its_loss_is_higher(open_checkpoint):
+    kept = open_checkpoint()
+    kept.update(best_weights(2.0, 0.2))  # it diverged later
+    assert not kept.update(best_weights(3.0, 0.05))
+    kept.update(best_weights(3.0, 0.05, finished=True))
+    kept.select(trial(3.0, 0.05))
     assert content(kept.directory) == "weights 0.05 1"
 
 
-def test_a_better_trial_that_finishes_replaces_the_one_before(open_keeper):
-    kept = open_keeper()
-    for weights in (told(3.0), told(3.0, finished=True), told(2.0, 0.2), told(2.0, 0.2, finished=True)):
-        kept.take(weights)
-    kept.take(told(2.5, 0.3, finished=True))
-    kept.choose(trial(2.0, 0.2))
+def test_a_better_trial_that_finishes_replaces_the_one_before(open_checkpoint):
+    kept = open_checkpoint()
+    for weights in (
+        best_weights(3.0),
+        best_weights(3.0, finished=True),
+        best_weights(2.0, 0.2),
+        best_weights(2.0, 0.2, finished=True),
+    ):
+        kept.update(weights)
+    kept.update(best_weights(2.5, 0.3, finished=True))
+    kept.select(trial(2.0, 0.2))
     assert content(kept.directory) == "weights 0.2 1"
-    assert not list((kept.directory / WORK).glob("finished*"))
+    assert not list((kept.directory / WORK_DIRECTORY).glob("finished*"))
 
 
-def test_where_there_are_no_links_weights_are_copied_aside(open_keeper, monkeypatch):
+def test_where_there_are_no_links_weights_are_copied_aside(open_checkpoint, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
-    kept = open_keeper()
-    for weights in (told(3.0), told(3.0, finished=True), told(2.0, 0.2)):
-        kept.take(weights)
-    kept.choose(trial(3.0))
+    kept = open_checkpoint()
+    for weights in (best_weights(3.0), best_weights(3.0, finished=True), best_weights(2.0, 0.2)):
+        kept.update(weights)
+    kept.select(trial(3.0))
     assert content(kept.directory) == "weights 0.1 1"
 
 
-def test_untouched_weights_are_saved_when_nothing_was_better(open_keeper):
-    kept = open_keeper()
-    kept.take(told(7.0, step=0, finished=True))
-    kept.choose(trial(7.0, step=0))
+def test_untouched_weights_are_saved_when_nothing_was_better(open_checkpoint):
+    kept = open_checkpoint()
+    kept.update(best_weights(7.0, step=0, finished=True))
+    kept.select(trial(7.0, step=0))
     assert content(kept.directory) == "weights 0.1 0"
     assert "untouched" in str(kept.saved)
 
@@ -148,9 +158,9 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
         directory = tmp_path / str(last)
         if overwrite:
             earlier = BestCheckpoint(directory, save, FILE, {"model": "earlier"})
-            earlier.take(told(9.0, 0.9, finished=True))
+            earlier.update(best_weights(9.0, 0.9, finished=True))
             (directory / "config.json").write_text("earlier config")
-            earlier.note("finished")
+            earlier.write_record("finished")
             earlier.close()
         left = last
 
@@ -171,8 +181,13 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
             done, crashed = [], False
             kept = BestCheckpoint(directory, save, FILE, {"model": "m"}, overwrite=overwrite)
             try:
-                for weights in (told(3.0), told(3.0, finished=True), told(2.0, 0.2), told(1.0, 0.2, step=2)):
-                    kept.take(weights)
+                for weights in (
+                    best_weights(3.0),
+                    best_weights(3.0, finished=True),
+                    best_weights(2.0, 0.2),
+                    best_weights(1.0, 0.2, step=2),
+                ):
+                    kept.update(weights)
                     done.append(f"weights {weights.params}")
             except Crash:
                 crashed = True
@@ -194,8 +209,8 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
                 assert right or len(done) < 4
         # Whoever comes next can go on from there.
         again = BestCheckpoint(directory, save, FILE, {"model": "m"}, overwrite=True)
-        again.take(told(0.5, 0.3, finished=True))
-        again.note("finished")
+        again.update(best_weights(0.5, 0.3, finished=True))
+        again.write_record("finished")
         again.close()
         assert content(directory) == "weights 0.3 1"
         assert sorted(e.name for e in directory.iterdir()) == sorted(["config.json", RECORD, FILE])
@@ -203,64 +218,64 @@ def test_a_crash_at_any_moment_leaves_a_whole_model_or_none(tmp_path, monkeypatc
     assert {count for _, count in seen} == {0, 1, 2, 3, 4}
 
 
-def test_what_fails_while_it_is_written_leaves_what_was_there(open_keeper):
+def test_what_fails_while_it_is_written_leaves_what_was_there(open_checkpoint):
     def failing(params, directory, whole):
         save(params, directory, whole)
         if params.endswith("2"):
             (directory / FILE).write_text("half")
             raise OSError(28, "No space left on device")
 
-    kept = open_keeper(saving=failing)
-    kept.take(told(3.0))
+    kept = open_checkpoint(saving=failing)
+    kept.update(best_weights(3.0))
     with pytest.raises(OSError, match="No space"):
-        kept.take(told(2.0, step=2))
+        kept.update(best_weights(2.0, step=2))
     assert content(kept.directory) == "weights 0.1 1"
     assert kept.saved.validation_loss == 3.0
 
 
-def test_what_is_there_is_not_overwritten_unless_asked_for(open_keeper, tmp_path):
-    kept = open_keeper()
-    kept.take(told(3.0))
+def test_what_is_there_is_not_overwritten_unless_asked_for(open_checkpoint, tmp_path):
+    kept = open_checkpoint()
+    kept.update(best_weights(3.0))
     kept.close()
     with pytest.raises(InputError, match=r"fine-tuning that did not finish.*--overwrite"):
-        open_keeper()
-    kept.note("finished")
+        open_checkpoint()
+    kept.write_record("finished")
     with pytest.raises(InputError, match=r"holds a fine-tuned model already.*--overwrite"):
-        open_keeper()
-    again = open_keeper(overwrite=True)
+        open_checkpoint()
+    again = open_checkpoint(overwrite=True)
     assert content(again.directory) == "weights 0.1 1"  # until there is something better to keep
-    again.take(told(9.0, 0.9))
+    again.update(best_weights(9.0, 0.9))
     assert content(again.directory) == "weights 0.9 1"
 
 
-def test_what_belongs_to_an_earlier_model_goes_and_nothing_else(open_keeper):
+def test_what_belongs_to_an_earlier_model_goes_and_nothing_else(open_checkpoint):
     def other(params, directory, whole):
         save(params, directory, False)
         (directory / "adapter.json").write_text("adapter")
         (directory / "templates").mkdir()
 
-    kept = open_keeper(saving=other)
-    kept.take(told(3.0))
+    kept = open_checkpoint(saving=other)
+    kept.update(best_weights(3.0))
     kept.close()
     (kept.directory / "mine.txt").write_text("mine")
-    again = open_keeper(overwrite=True)
-    again.take(told(2.0))
+    again = open_checkpoint(overwrite=True)
+    again.update(best_weights(2.0))
     again.close()
     assert sorted(e.name for e in kept.directory.iterdir()) == sorted(["config.json", "mine.txt", RECORD, FILE])
 
 
-def test_a_record_that_names_what_is_not_in_the_directory_costs_nothing(open_keeper, tmp_path):
+def test_a_record_that_names_what_is_not_in_the_directory_costs_nothing(open_checkpoint, tmp_path):
     """It may have come with somebody's model; a link among its files is removed, not what it leads to."""
     (tmp_path / "thesis.tex").write_text("")
     (tmp_path / "mine").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("")
     (tmp_path / "out" / "templates").symlink_to(tmp_path / "mine")
-    files = ["", ".", "..", "../thesis.tex", str(tmp_path), WORK, RECORD, "templates", 3]
+    files = ["", ".", "..", "../thesis.tex", str(tmp_path), WORK_DIRECTORY, RECORD, "templates", 3]
     (tmp_path / "out" / RECORD).write_text(json.dumps({"files": files}))
-    open_keeper(overwrite=True).take(told(2.0))
+    open_checkpoint(overwrite=True).update(best_weights(2.0))
     assert sorted(e.name for e in tmp_path.iterdir()) == ["mine", "out", "thesis.tex"]
-    left = ["config.json", "notes", RECORD, FILE, WORK]
+    left = ["config.json", "notes", RECORD, FILE, WORK_DIRECTORY]
     assert sorted(e.name for e in (tmp_path / "out").iterdir()) == sorted(left)
 
 
@@ -274,17 +289,17 @@ def test_directories_of_another_kind_are_refused(tmp_path):
     assert (tmp_path / "full" / "thesis.tex").exists()
 
 
-def test_two_processes_do_not_share_a_directory(open_keeper):
-    kept = open_keeper()
+def test_two_processes_do_not_share_a_directory(open_checkpoint):
+    kept = open_checkpoint()
     with pytest.raises(InputError, match=r"another lensjax\.tune is running there"):
-        open_keeper()
+        open_checkpoint()
     kept.close()
     assert not kept.directory.exists()  # nothing came of it
 
 
-def test_a_record_holds_no_number_that_json_has_not(open_keeper):
-    kept = open_keeper()
-    kept.take(told(3.0))
-    kept.note("finished", step_flops=float("nan"))
+def test_a_record_holds_no_number_that_json_has_not(open_checkpoint):
+    kept = open_checkpoint()
+    kept.update(best_weights(3.0))
+    kept.write_record("finished", step_flops=float("nan"))
     assert record(kept.directory)["step_flops"] is None
     assert best_checkpoint.read_record(kept.directory)["status"] == "finished"

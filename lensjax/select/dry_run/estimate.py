@@ -80,7 +80,7 @@ def dry_run(request: Request, directory: Path | None = None, *, machine: Machine
     planned = _planned(prepared, shapes, clock, runs_there)
     ledger = prepared.ledger()
     otherwise = sum(run.seconds for run in paid(runs_there))
-    ledger.settle(runs_there, otherwise if directory is None else elapsed(directory / STOPWATCH, otherwise))
+    ledger.update(runs_there, otherwise if directory is None else elapsed(directory / STOPWATCH, otherwise))
     runs, flops, seconds, notes = _affordable(prepared, planned, ledger)
     # What is finished needs no room any more.
     unfinished = {run.candidate for run in runs if not run.done}
@@ -91,9 +91,9 @@ def dry_run(request: Request, directory: Path | None = None, *, machine: Machine
             "what measuring kernels and Hessian traces (--tangents) takes of memory is not in the forecast: only the "
             "compiled programs tell"
         )
-    budget = "" if request.budget is None else ledger.say(ledger.amount)
+    budget = "" if request.budget is None else ledger.describe(ledger.amount)
     if ledger.spent:
-        budget += f", of which {ledger.say(ledger.spent)} are spent"
+        budget += f", of which {ledger.describe(ledger.spent)} are spent"
     return DryRun(
         task=prepared.task.name,
         directory=None if directory is None else str(directory),
