@@ -212,7 +212,8 @@ def _check_budget(prepared: Prepared) -> None:
     if needed > ledger.amount:
         raise InputError(
             f"--budget ({ledger.describe(ledger.amount)}): training every candidate on {', '.join(map(str, least))} "
-            f"samples alone may cost up to {ledger.describe(needed)}. Raise --budget, or lower --smallest or --max-epochs."
+            f"samples alone may cost up to {ledger.describe(needed)}. Raise --budget, or lower --smallest or "
+            "--max-epochs."
         )
 
 
