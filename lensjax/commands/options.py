@@ -91,7 +91,9 @@ def add_task_options(group: Any) -> None:
     group.add_argument("--target-field", metavar="NAME", help="field it is to produce (default target)")
     group.add_argument("--text-field", metavar="NAME", help="instead of both: language modelling on this field")
     group.add_argument(
-        "--template", metavar="TEXT", help="prompt with {input} in it (default '{input}:'), or chat: the model's own"
+        "--template",
+        metavar="TEXT",
+        help="prompt with {input} in it, up to the target (default '{input}: '), or chat: the model's own",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set")
     group.add_argument("--split", metavar="NAME", help="split of a data set to train on (default train)")

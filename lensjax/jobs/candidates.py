@@ -47,8 +47,10 @@ class Candidate:
     parameters : int
     trainable : int
         Parameters that fine-tuning changes: all, or those of the adapters.
-    fingerprint, tokenizer : str
-        Change whenever a file of the checkpoint or the adapters' settings do, or one of its tokenizer.
+    fingerprint : str
+        Changes whenever a file of the checkpoint or the adapters' settings do.
+    tokenizer : str
+        Changes with what its tokenizer does, whatever files it is made from; encoder-decoders have their own.
     lora : Lora, optional
         Its adapters.
     listing : Listing, optional
@@ -160,6 +162,7 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
     config = models.check_checkpoint(path, listing=listed)
     place = Path(path).expanduser() if is_gguf(path) else models.resolve(path, weights=listed is None)
     fingerprint, tokenizer = _digests(_files(place) if listed is None else _hub_files(listed))
+    tokenizer = _tokenizer_digest(place, fingerprint, tokenizer)
     if getattr(config, "is_encoder_decoder", False):
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
     parameters = trainable = models.count_parameters(config)
@@ -170,6 +173,29 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         fingerprint = hashlib.sha256(f"{fingerprint} {settings}".encode()).hexdigest()[:16]
     name = name_of(asked) if name is None else name
     return Candidate(name, place, config, parameters, trainable, fingerprint, tokenizer, adapters, listed, asked)
+
+
+@functools.lru_cache(maxsize=64)
+def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
+    """Return what identifies a tokenizer by what it does: class, vocabulary and rules, special tokens, chat template.
+
+    transformers makes other tokenizers of the same tokenizer.json when config.json has another model type, and equal
+    ones of different files.
+
+    Parameters
+    ----------
+    place : Path
+    fingerprint : str
+        Of all files: what is remembered of a place is forgotten when one of them changes.
+    files : str
+        Of the tokenizer's files, for tokenizers that do not tell their rules.
+    """
+    tokenizer = models.load_tokenizer(place)
+    rules = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else files
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    parts = [type(tokenizer).__name__, rules, special, template]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lensjax import models
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
+from lensjax.select.request import _tokenizer
 from lensjax.tasks import Encoded, Example, Task, bucket_lengths, cached, encode
 from lensjax.tasks.cache import key_of as encoding_key
 from lensjax.tasks.dataset_info import DatasetSummary
@@ -76,7 +76,7 @@ class Tokens:
 
 def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
     """Encode the first `largest` training samples for a candidate, and those set aside; from the cache if it can be."""
-    tokenizer = models.load_tokenizer(candidate.path)
+    tokenizer = _tokenizer(candidate)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
 
     def encoded(part: Sequence[Example]) -> Encoded:
@@ -94,7 +94,7 @@ def placeholder_tokens(
 ) -> Tokens:
     """Return tokens of the sizes that those of a task which is not here have at most, or are taken to have."""
     task = summary.task
-    tokenizer = models.load_tokenizer(candidate.path)
+    tokenizer = _tokenizer(candidate)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
     encode(task.train[:1], tokenizer, max_length, separate=separate, pack=task.text_only)  # refuses what cannot be read
     length = summary.tokens or max_length * (1 + separate)

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from lensjax.tasks.encoding import Encoded
-from lensjax.tasks.task import Example
+from lensjax.tasks.task import ENCODING, Example
 
-FORMAT = 1  # changes with what `encode` does
 VARIABLE = "LENSJAX_CACHE"
 
 
@@ -29,7 +28,8 @@ def directory() -> Path:
 
 def key_of(examples: Sequence[Example], tokenizer: str, *settings: object) -> str:
     """Return what names an encoding: the texts, the tokenizer's fingerprint, and all else it depends on."""
-    digest = hashlib.sha256(repr((FORMAT, version("transformers"), tokenizer, *settings)).encode())
+    libraries = version("transformers"), version("tokenizers")
+    digest = hashlib.sha256(repr((ENCODING, *libraries, tokenizer, *settings)).encode())
     for example in examples:
         digest.update(repr((example.input, example.target, example.template)).encode())
     return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.tasks.chat import dialogues, of, shared_length
 from lensjax.tasks.task import CHAT, Example
 
 IGNORED = -100
@@ -23,7 +25,7 @@ class Encoded:
     Attributes
     ----------
     ids : tuple of int32 arrays
-        Prompt, target and end-of-text token of each sample.
+        Tokens of each sample's text with its special tokens; if `separate`, those of the prompt, then the labels.
     prompt_lengths : int array (n,)
         Leading tokens that do not count in the loss.
     truncated : int
@@ -31,7 +33,7 @@ class Encoded:
     separate : bool
         Whether prompt and target go to an encoder and a decoder instead of forming one sequence.
     target_bytes : int
-        UTF-8 bytes of the targets as far as they were kept, 0 if not known.
+        UTF-8 bytes of the targets, without separators, as far as they were kept; 0 if not known.
     packed : int or None
         Instead of padding, the samples are joined, and cut into rows of so many tokens.
     """
@@ -86,10 +88,33 @@ class Encoded:
         return Encoded(self.ids[:n], self.prompt_lengths[:n], self.truncated, self.separate, 0, self.packed)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """What becomes tokens at once: `whole`, scored from the character `scored` on, with the target at `target`."""
+
+    whole: str
+    scored: int
+    target: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """Tokens of a text.
+
+    `scored` of them, from the first, hold nothing that is scored; each of `offsets` is where in the text one begins and
+    ends, none for tokenizers that do not know; those from `added` on are no text, but what the tokenizer writes after.
+    """
+
+    ids: list[int]
+    scored: int
+    offsets: list[tuple[int, int]]
+    added: int
+
+
 def encode(
     examples: Sequence[Example], tokenizer: Any, max_length: int, *, separate: bool = False, pack: bool = False
 ) -> Encoded:
-    """Tokenise samples as prompt + target + end of text.
+    """Tokenise samples as transformers does, each text whole.
 
     Parameters
     ----------
@@ -99,70 +124,122 @@ def encode(
     max_length : int
         Tokens kept of each sample; if `separate`, of each side; if `pack`, the length of the rows, and nothing is cut.
     separate : bool
-        For encoder-decoder models: the prompt gets the tokenizer's own special tokens and stays apart from the target.
+        For encoder-decoder models: the prompt is read by the encoder, the target alone makes the labels.
     pack : bool
         For texts without inputs: join them, each with its end of text, and cut rows of `max_length` tokens.
 
     Raises
     ------
     InputError
-        If the prompt alone fills `max_length`, so that no target token would be left; if the tokenizer has no chat
-        template where one is asked for; if texts without inputs are for an encoder-decoder.
+        If the prompt alone fills `max_length`, so that no target token would be left; if texts without inputs are for
+        an encoder-decoder; see `lensjax.tasks.chat.dialogues`.
+
+    Notes
+    -----
+    The tokens are those of the recipes that transformers documents, with the special tokens that the tokenizer itself
+    adds and no others:
+
+    - prompt and target: ``tokenizer(prompt + separator + target)``, and the end-of-text token;
+    - a chat: ``tokenizer.apply_chat_template(dialogue)``, with what the template itself writes after the answer;
+    - an encoder-decoder: ``tokenizer(prompt)`` for the encoder, ``tokenizer(text_target=target)`` for the labels;
+    - language modelling: ``tokenizer(text)`` one after the other, cut into rows.
+
+    These differences are meant:
+
+    - The end-of-text token follows each target and each text where the tokenizer does not write it itself, for else no
+      model learns to stop, and packed texts run into each other. It stands once between texts, also where it begins
+      them as well.
+    - A token that holds the last character of the prompt and the first of the target is scored. The boundary is found
+      by the offsets of the characters; a tokenizer without offsets is asked for the prompt alone, and what its tokens
+      begin with in common is the prompt.
+    - Prompts are never cut: that is an error. A target is cut at `max_length` without an end-of-text token, also that
+      of an encoder-decoder, so that no model learns to stop in the middle.
+    - The last packed row is shorter than the others; it is kept.
     """
     if not examples:
         return Encoded((), np.zeros(0, int), 0, separate, 0, max_length if pack else None)
     if separate and not all(e.template for e in examples):
         raise InputError(
             "an encoder-decoder model has no input to read in language modelling; give --input-field and "
-            f"--target-field, or leave this candidate out{_of(tokenizer)}."
+            f"--target-field, or leave this candidate out{of(tokenizer)}."
         )
     chat = any(e.template == CHAT for e in examples)
-    prompts = (
-        _chat_prompts(examples, tokenizer)
-        if chat
-        else tokenizer([e.prompt for e in examples], add_special_tokens=separate)["input_ids"]
-    )
-    targets = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
-    # A chat template writes its own start.
-    start = [] if separate or chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, truncated, kept_bytes = [], 0, 0
-    for example, prompt, target in zip(examples, prompts, targets, strict=True):
-        whole = start + prompt + target + end
-        first = len(start) + len(prompt)
+    talks = dialogues(examples, tokenizer) if chat else []
+    read: list[list[int]] = [[] for _ in examples]
+    if separate:
+        prompts = [asked for asked, _, _ in talks] if chat else [e.prompt for e in examples]
+        read = tokenizer(prompts, add_special_tokens=not chat)["input_ids"]
+        texts = [_Text(e.target, 0, 0) for e in examples]
+    elif chat:
+        pairs = zip(examples, talks, strict=True)
+        texts = [_Text(whole, at, whole.index(e.target.strip(), at)) for e, (_, whole, at) in pairs]
+    else:
+        lengths = [len(e.prompt) for e in examples]
+        texts = [
+            _Text(e.prompt + e.completion, n, n + len(e.separator)) for e, n in zip(examples, lengths, strict=True)
+        ]
+    found = _tokens(texts, tokenizer, special=separate or not chat, labels=separate)
+    end = tokenizer.eos_token_id
+    ids: list[np.ndarray] = []
+    firsts: list[int] = []
+    truncated = kept_bytes = 0
+    for example, prompt, text, tokens in zip(examples, read, texts, found, strict=True):
+        written = end is None or (chat and not separate) or end in (*tokens.ids[tokens.added :], *tokens.ids[-1:])
+        first = len(prompt) if separate else tokens.scored
+        whole = [*prompt, *tokens.ids, *([] if written else [end])]
+        if pack and ids and whole[0] == end:
+            whole, first = whole[1:], max(first - 1, 0)
         most = len(prompt) + max_length if separate else max_length
         if pack:
             most = len(whole)
         elif first >= max_length + separate:
             raise InputError(
-                f"a sample's input alone has {len(prompt)} tokens, but at most {max_length} tokens fit: "
+                f"a sample's input alone has {first} tokens, but at most {max_length} tokens fit: "
                 f"{example.input[:60]!r}... Raise --max-length (up to the model's limit) or shorten the input."
             )
+        target_bytes = len(example.target.encode())
         if len(whole) > most:
             truncated += 1
-            kept_bytes += len(tokenizer.decode(whole[first:most]).encode())
-        else:
-            kept_bytes += len(example.completion.encode())
+            target_bytes = min(
+                target_bytes, _bytes_kept(text, tokenizer, whole[first:most], tokens.offsets[: most - len(prompt)])
+            )
+        kept_bytes += target_bytes
         ids.append(np.array(whole[:most], np.int32))
-    lengths = np.array([len(start) + len(p) for p in prompts], int)
-    return Encoded(tuple(ids), lengths, truncated, separate, kept_bytes, max_length if pack else None)
+        firsts.append(first)
+    return Encoded(tuple(ids), np.array(firsts, int), truncated, separate, kept_bytes, max_length if pack else None)
 
 
-def _of(tokenizer: Any) -> str:
-    """Say which candidate's tokenizer it is, as far as it knows."""
-    known = getattr(tokenizer, "name_or_path", "")
-    return f" ({known})" if known else ""
+def _tokens(texts: Sequence[_Text], tokenizer: Any, *, special: bool, labels: bool) -> list[_Tokens]:
+    """Tokenise whole texts; with `labels`, as what a decoder is to write."""
+    whole = {"text_target" if labels else "text": [t.whole for t in texts]}
+    if not getattr(tokenizer, "is_fast", False):
+        ids = tokenizer(**whole, add_special_tokens=special)["input_ids"]
+        if labels:
+            return [_Tokens(list(own), 0, [], len(own)) for own in ids]
+        before = tokenizer([t.whole[: t.scored] for t in texts], add_special_tokens=special)["input_ids"]
+        return [
+            _Tokens(list(own), shared_length(own, part), [], len(own)) for own, part in zip(ids, before, strict=True)
+        ]
+    encoded = tokenizer(**whole, add_special_tokens=special, return_offsets_mapping=True)
+    found = []
+    for number, (text, own, offsets) in enumerate(
+        zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ):
+        # Special tokens that the tokenizer adds belong to no text; they are before and after it.
+        inside = encoded.sequence_ids(number)
+        start = next((place for place, part in enumerate(inside) if part is not None), len(own))
+        after = len(own) - next((place for place, part in enumerate(reversed(inside)) if part is not None), 0)
+        scored = bisect.bisect_right(offsets, text.scored, start, after, key=lambda span: span[1])
+        found.append(_Tokens(list(own), scored, offsets, after))
+    return found
 
 
-def _chat_prompts(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError(
-            f"--template chat: a candidate's tokenizer has no chat template{_of(tokenizer)}; give a template with "
-            "{input} instead."
-        )
-    talks = [[{"role": "user", "content": e.input}] for e in examples]
-    found = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return [list(ids) for ids in found["input_ids"]]
+def _bytes_kept(text: _Text, tokenizer: Any, scored: list[int], offsets: list[tuple[int, int]]) -> int:
+    """Return the UTF-8 bytes of a target up to where its tokens were cut."""
+    if offsets:
+        return len(text.whole[text.target : max(stop for _, stop in offsets)].encode())
+    kept = str(tokenizer.decode(scored, skip_special_tokens=True))
+    return len(kept.removeprefix(text.whole[text.scored : text.target]).encode())
 
 
 def bucket_lengths(lengths: np.ndarray, most: int = 3) -> tuple[int, ...]:

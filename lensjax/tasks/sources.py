@@ -72,7 +72,7 @@ def file_rows(path: Path) -> Iterator[Row]:
             continue
         where = f"{path}, line {number}"
         if ".txt" in name:
-            yield where, {"text": line}
+            yield where, {"text": line.removesuffix("\r")}
             continue
         try:
             row = json.loads(line)

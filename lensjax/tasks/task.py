@@ -17,16 +17,24 @@ from lensjax.errors import InputError
 from lensjax.tasks.presets import PRESETS
 from lensjax.tasks.sources import SUFFIXES, Row, dataset_rows, file_rows, missing
 
-PROMPT = "{input}:"
-"""The text before the target, which follows after one space."""
+PROMPT = "{input}: "
+"""The text before the target; a space at the end of a template goes with the target's first word."""
 
 CHAT = "chat"
 """The template that stands for the tokenizer's own chat template."""
 
+ENCODING = 2
+"""Changes with what `encode` makes of a sample; fingerprints of tasks and names of cached tokens change with it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One sample: the model reads `input` and is scored on `target`.
+    """One sample: the model reads `input` and is scored on `target`, both as they were written.
+
+    A template is all that stands between them: nothing is added, and nothing is stripped. Its spaces at the end are the
+    separator, which is scored together with the target, for most tokenizers make one token of a space and the word
+    after it. With `PROMPT` a model reads ``question:`` and is scored on `` answer``; with ``{input}``, the target
+    follows at once, as source code and its indentation do.
 
     For language modelling the input and the template are empty, and the whole text is the target.
     """
@@ -37,14 +45,18 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The text before the target, unless the template is `CHAT`."""
-        return self.template.replace("{input}", self.input)
+        """The text before the separator, unless the template is `CHAT`; what an encoder reads."""
+        return self.template.rstrip(" ").replace("{input}", self.input)
+
+    @property
+    def separator(self) -> str:
+        """The spaces at the end of the template; a decoder that reads no prompt is not given them."""
+        return self.template[len(self.template.rstrip(" ")) :]
 
     @property
     def completion(self) -> str:
-        """The text that counts in the loss."""
-        joined = not self.template or self.template == CHAT or self.template[-1].isspace()
-        return self.target if joined else f" {self.target}"
+        """The text that counts in the loss, the separator and the target."""
+        return self.separator + self.target
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,8 +120,8 @@ def load_task(
 ) -> Task:
     """Read, check and split a data set of input -> target samples, or of texts.
 
-    Samples that are equal are kept once; those that the validation or test split of a data set holds too are taken out
-    of training. Both are noted.
+    Texts stay as they were written, white space included. Samples that are equal are kept once; those that the
+    validation or test split of a data set holds too are taken out of training. Both are noted.
 
     Parameters
     ----------
@@ -123,6 +135,7 @@ def load_task(
         Instead of these, for language modelling: the whole text counts in the loss. The default for text files.
     template : str, optional
         Prompt with ``{input}`` where the input goes, by default `PROMPT`; or `CHAT` for the tokenizer's chat template.
+        The target follows at once: a separator is written at the template's end, see `Example`.
     config, split, validation_split, test_split, revision : str, optional
         Of a data set. Where it has no split of its own for validation or test, samples of the training split are set
         aside.
@@ -218,7 +231,7 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
             )
         value = value[name]
     if isinstance(value, str) and value.strip():
-        return value.strip()
+        return value
     shown = "empty" if isinstance(value, str) else f"{'null' if value is None else shortened(value)}, not text"
     remedy = "Fill it or remove the sample"
     if isinstance(value, Mapping) and value:
@@ -289,11 +302,11 @@ def _split(
             f"the test loss. {f'{repeated} more are repeated. ' if repeated else ''}Add samples or lower --validation "
             "and --test."
         )
-    digest = hashlib.sha256(json.dumps([seed, validation, test]).encode())
+    digest = hashlib.sha256(json.dumps([ENCODING, seed, validation, test]).encode())
     for example in (*taken["test"], *taken["validation"], *train[cut:]):
         # The prompt of `CHAT` is made by each tokenizer: what it is made of counts.
         prompt = [CHAT, example.input] if example.template == CHAT else example.prompt
-        digest.update(json.dumps([prompt, example.completion]).encode())
+        digest.update(json.dumps([prompt, example.separator, example.target]).encode())
     return Task(
         name=name.split("/")[-1],
         train=train[cut:],

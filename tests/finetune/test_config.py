@@ -65,6 +65,16 @@ def test_the_rate_rises_in_the_warm_up_and_then_follows_its_schedule(schedule):
     np.testing.assert_allclose(found[warmup:], wanted[schedule], atol=1e-6)
 
 
+def test_the_warm_up_is_never_further_from_trainers_than_its_first_step():
+    warmup = 10
+    ours = np.array([float(rate_factor("constant", warmup, jnp.array(s), jnp.array(30))) for s in range(30)])
+    trainer = np.minimum(np.arange(30) / warmup, 1)  # get_constant_schedule_with_warmup
+    assert ours[0] == pytest.approx(1 / warmup)
+    assert (ours >= trainer).all()
+    assert (ours - trainer).max() == pytest.approx(1 / warmup)
+    assert (ours[warmup:] == 1).all()
+
+
 def test_without_a_warm_up_the_first_step_has_the_peak_rate():
     assert float(rate_factor("linear", 0, jnp.array(0), jnp.array(5))) == 1.0
 

@@ -5,16 +5,17 @@ import json
 import shutil
 
 import gguf
+import jax
 import pytest
 
 from lensjax import models
-from lensjax.jobs import job, runner
+from lensjax.jobs import job, runner, tokens
 from lensjax.jobs.candidates import find_candidate, find_candidates
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
 from lensjax.select import request as request_module
 from lensjax.select import session
-from lensjax.tasks import load_task
+from lensjax.tasks import encode, load_task
 
 SIZES = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24, "--quiet")
 
@@ -153,6 +154,50 @@ def test_a_chat_template_of_its_own_makes_another_tokenizer(tiny_models, tmp_pat
     plain, chatting = find_candidates((str(tiny_models[0]), str(other)), Lora())
     assert plain.tokenizer != chatting.tokenizer
     assert plain.fingerprint != chatting.fingerprint
+
+
+UNSUPPORTED_SUFFIXES = {
+    "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64},
+    "qwen2": {"num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 2},
+}
+
+
+def test_one_tokenizer_file_makes_another_tokenizer_for_another_kind_of_model(tiny_models, tiny_task, tmp_path):
+    vocabulary = json.loads((tiny_models[0] / "config.json").read_text())["vocab_size"]
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    paths = []
+    for number, (kind, own) in enumerate([*UNSUPPORTED_SUFFIXES.items(), ("gpt2", UNSUPPORTED_SUFFIXES["gpt2"])]):
+        config = {"model_type": kind, "vocab_size": vocabulary, **({} if kind == "gpt2" else common), **own}
+        directory = tmp_path / f"{kind}-{number}"
+        models.save_pretrained(models.init_model(config, jax.random.key(number)), directory)
+        shutil.copy(tiny_models[0] / "tokenizer.json", directory)
+        paths.append(str(directory))
+    gpt2, qwen2, llama, again = found = find_candidates(tuple(paths), Lora())
+    assert len({gpt2.tokenizer, qwen2.tokenizer, llama.tokenizer}) == 3
+    assert gpt2.tokenizer == again.tokenizer
+    # The cache gives each its own, whoever came first: transformers makes no end of text of this file for llama.
+    task = load_task(tiny_task, validation=20, test=20)
+    for candidate in found:
+        tokens = tokens.tokens_of(task, candidate, 20, 20, 24)
+        own = encode(task.subset(20), models.load_tokenizer(candidate.path), 24)
+        assert [ids.tolist() for ids in tokens.train.ids] == [ids.tolist() for ids in own.ids]
+    last = [models.load_tokenizer(c.path).eos_token_id for c in (gpt2, llama)]
+    assert last[0] != last[1]
+
+
+def test_equal_tokenizers_of_different_files_are_one(tiny_models, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_models[1], other)
+    file = other / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
+    assert file.read_bytes() != (tiny_models[0] / "tokenizer.json").read_bytes()
+    one, same = find_candidates((str(tiny_models[0]), str(other)), Lora())
+    assert one.tokenizer == same.tokenizer
+    written = json.loads(file.read_text())
+    written["model"]["merges"].pop()
+    file.write_text(json.dumps(written))
+    assert find_candidate(str(other), Lora()).tokenizer != same.tokenizer
 
 
 def test_names_are_those_of_directories(tiny_models):

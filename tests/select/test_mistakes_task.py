@@ -253,6 +253,15 @@ def test_numbers_in_a_parquet_file(mistake):
     )
 
 
+def test_a_chat_template_that_fails_is_one_message(mistake):
+    pytest.importorskip("jinja2")
+    Path("one/chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    assert mistake("--template", "chat") == (
+        "--template chat: the chat template of a candidate's tokenizer (one) fails (TemplateError: System role not "
+        "supported); mend it in its directory, give a template with {input} instead, or leave this candidate out."
+    )
+
+
 def test_fields_of_a_file_of_texts(mistake):
     Path("my.txt").write_text("one\ntwo\n")
     reason = "my.txt: a file of texts has no fields, so there is nothing for"

@@ -81,6 +81,13 @@ def test_a_key_changes_with_all_that_tokens_depend_on():
     assert key_of(EXAMPLES, "a", 12, {"pack": False}) in keys
 
 
+def test_a_key_changes_with_the_encoding(monkeypatch):
+    before = key_of(EXAMPLES, "a", 12)
+    assert key_of(EXAMPLES, "a", 12) == before
+    monkeypatch.setattr("lensjax.tasks.cache.ENCODING", 1)
+    assert key_of(EXAMPLES, "a", 12) != before
+
+
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.delenv("LENSJAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -20,11 +20,11 @@ class Words:
     eos_token_id = 1
     pad_token_id = 0
 
-    def __call__(self, texts, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [[2 + len(w) for w in t.split()] for t in texts]}
+    def __call__(self, text=None, text_target=None, add_special_tokens=True):
+        return {"input_ids": [[2 + len(w) for w in t.split()] for t in text or text_target]}
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
         return " ".join("x" * (i - 2) for i in ids)
 
 
@@ -150,9 +150,9 @@ def test_truncation_is_counted_and_a_prompt_that_fills_everything_refused():
 class Wrapping(Words):
     """A tokenizer that wraps inputs in special tokens of its own, as those of encoder-decoder models do."""
 
-    def __call__(self, texts, add_special_tokens):
-        found = super().__call__(texts, add_special_tokens=False)["input_ids"]
-        return {"input_ids": [[90, *i, 91] if add_special_tokens else i for i in found]}
+    def __call__(self, text=None, text_target=None, add_special_tokens=True):
+        found = super().__call__(text, text_target)["input_ids"]
+        return {"input_ids": [[90, *i, 91] if text and add_special_tokens else i for i in found]}
 
 
 def test_encoder_decoder_models_get_prompt_and_target_apart():
@@ -270,7 +270,7 @@ def test_presets_read_data_of_the_published_schema(name, tmp_path, monkeypatch):
     tested = {example.target for example in task.test}
     where = preset.splits.get("test", "train")
     field = preset.text_field or preset.target_field
-    of_split = {str(row.get(field) or row.get("translation", {}).get("en")).strip() for row in parts[where]}
+    of_split = {str(row.get(field) or row.get("translation", {}).get("en")) for row in parts[where]}
     assert tested <= of_split
     if name != "wikitext":
         example = task.train[0]
@@ -314,18 +314,16 @@ class Chatting(Words):
     chat_template = "a template"
     bos_token_id = 7
 
-    def apply_chat_template(self, talks, add_generation_prompt, tokenize, return_dict):
-        assert add_generation_prompt
-        assert tokenize
-        assert return_dict
-        return {"input_ids": [[50, *super(Chatting, self).__call__([t[0]["content"]], False)["input_ids"][0], 51]
-                              for t in talks]}  # fmt: skip
+    def apply_chat_template(self, talk, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        written = "".join(f"{'*' * len(m['role'])} {m['content']} / " for m in talk)
+        return written + "*" * len("assistant") + " " if add_generation_prompt else written
 
 
 def test_the_chat_template_is_the_tokenizers_own():
     found = encode([Example("a bb", "ccc d", CHAT)], Chatting(), 64)
-    assert found.ids[0].tolist() == [50, 3, 4, 51, 5, 3, 1]
-    assert found.prompt_lengths.tolist() == [4]
+    assert found.ids[0].tolist() == [6, 3, 4, 3, 11, 5, 3, 3]  # no BOS and no end of text: the template has none
+    assert found.prompt_lengths.tolist() == [5]
     with pytest.raises(InputError, match="a candidate's tokenizer has no chat template"):
         encode([Example("a", "b", CHAT)], Words(), 64)
 
@@ -350,17 +348,17 @@ def test_loss_per_byte_is_the_same_whatever_the_tokens():
     examples = [Example("q", "aa bb cc")]
     words, letters = encode(examples, Words(), 64), encode(examples, Letters(), 64)
     assert (words.counted, letters.counted) == (4, 10)
-    # A summed loss of 20 nats, shared among the tokens of each.
-    assert words.target_bytes == letters.target_bytes == 9
-    assert 20 / words.counted * words.tokens_per_byte == pytest.approx(20 / 9)
-    assert 20 / letters.counted * letters.tokens_per_byte == pytest.approx(20 / 9)
+    # A summed loss of 20 nats, shared among the tokens of each; the separator is no text of the target.
+    assert words.target_bytes == letters.target_bytes == encode(examples, Words(), 64, separate=True).target_bytes == 8
+    assert 20 / words.counted * words.tokens_per_byte == pytest.approx(20 / 8)
+    assert 20 / letters.counted * letters.tokens_per_byte == pytest.approx(20 / 8)
     cut = encode(examples, Words(), 3)
     assert (cut.truncated, cut.target_bytes) == (1, len("xx xx"))
 
 
 class Letters(Words):
-    def __call__(self, texts, add_special_tokens):
-        return {"input_ids": [[ord(c) for c in t] for t in texts]}
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [[ord(c) for c in t] for t in text]}
 
 
 def test_the_fingerprint_of_a_chat_has_the_inputs_in_it(tmp_path):

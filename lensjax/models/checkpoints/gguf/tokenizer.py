@@ -101,6 +101,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
         options["model_max_length"] = context
     found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
     found.chat_template = file.text("tokenizer.chat_template")
+    found.name_or_path = str(file.path)
     return found
 
 
