@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from lensjax import models
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
-from lensjax.select.request import _tokenizer
 from lensjax.tasks import Encoded, Example, Task, bucket_lengths, cached, encode
 from lensjax.tasks.cache import key_of as encoding_key
 from lensjax.tasks.dataset_info import DatasetSummary
@@ -106,3 +107,10 @@ def placeholder_tokens(
 
     train, validation, test = map(encoded, (largest, len(task.validation), len(task.test)))
     return Tokens(train, validation, test, visible, 0)
+
+
+def _tokenizer(candidate: Candidate) -> Any:
+    """Load a candidate's tokenizer, which messages then call by the candidate's name."""
+    found = models.load_tokenizer(candidate.path)
+    found.name_or_path = candidate.name
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lensjax import environment, models
+from lensjax import environment
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate, find_candidates
 from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
@@ -215,13 +215,6 @@ def _check_budget(prepared: Prepared) -> None:
             f"samples alone may cost up to {ledger.describe(needed)}. Raise --budget, or lower --smallest or "
             "--max-epochs."
         )
-
-
-def _tokenizer(candidate: Candidate) -> Any:
-    """Load a candidate's tokenizer, which messages then call by the candidate's name."""
-    found = models.load_tokenizer(candidate.path)
-    found.name_or_path = candidate.name
-    return found
 
 
 def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:

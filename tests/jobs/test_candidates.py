@@ -156,7 +156,7 @@ def test_a_chat_template_of_its_own_makes_another_tokenizer(tiny_models, tmp_pat
     assert plain.fingerprint != chatting.fingerprint
 
 
-UNSUPPORTED_SUFFIXES = {
+OTHER_KINDS = {
     "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64},
     "qwen2": {"num_key_value_heads": 2},
     "llama": {"num_key_value_heads": 2},
@@ -167,7 +167,7 @@ def test_one_tokenizer_file_makes_another_tokenizer_for_another_kind_of_model(ti
     vocabulary = json.loads((tiny_models[0] / "config.json").read_text())["vocab_size"]
     common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     paths = []
-    for number, (kind, own) in enumerate([*UNSUPPORTED_SUFFIXES.items(), ("gpt2", UNSUPPORTED_SUFFIXES["gpt2"])]):
+    for number, (kind, own) in enumerate([*OTHER_KINDS.items(), ("gpt2", OTHER_KINDS["gpt2"])]):
         config = {"model_type": kind, "vocab_size": vocabulary, **({} if kind == "gpt2" else common), **own}
         directory = tmp_path / f"{kind}-{number}"
         models.save_pretrained(models.init_model(config, jax.random.key(number)), directory)
@@ -179,9 +179,9 @@ def test_one_tokenizer_file_makes_another_tokenizer_for_another_kind_of_model(ti
     # The cache gives each its own, whoever came first: transformers makes no end of text of this file for llama.
     task = load_task(tiny_task, validation=20, test=20)
     for candidate in found:
-        tokens = tokens.tokens_of(task, candidate, 20, 20, 24)
+        found_tokens = tokens.tokens_of(task, candidate, 20, 20, 24)
         own = encode(task.subset(20), models.load_tokenizer(candidate.path), 24)
-        assert [ids.tolist() for ids in tokens.train.ids] == [ids.tolist() for ids in own.ids]
+        assert [ids.tolist() for ids in found_tokens.train.ids] == [ids.tolist() for ids in own.ids]
     last = [models.load_tokenizer(c.path).eos_token_id for c in (gpt2, llama)]
     assert last[0] != last[1]
 
