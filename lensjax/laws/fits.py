@@ -13,17 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax._display import table
+from lensjax._tracing import concrete
 from lensjax.errors import InputError
 from lensjax.laws.laws import LAWS, kernel_residual, phase_transition
 from lensjax.laws.parametrization import FORMS
-
-
-def concrete(value: Any) -> np.ndarray | None:
-    """Return the value as a NumPy array, or None if it is traced by a JAX transformation."""
-    try:
-        return np.asarray(value)
-    except jax.errors.TracerArrayConversionError:
-        return None
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lensjax._tracing import concrete
 from lensjax.errors import InputError
-from lensjax.laws.fits import Fits, concrete
+from lensjax.laws.fits import Fits
 from lensjax.laws.laws import LAWS, log_kernel_residual
 from lensjax.laws.parametrization import FORMS, Parametrization, Row, starts
 from lensjax.laws.solver import Terms, huber_sums, lowest, minimize, pullback

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lensjax._tracing import concrete
 from lensjax.errors import InputError
-from lensjax.laws.fits import concrete
 
 Time = Any
 """A number or an array of any shape (...)."""
