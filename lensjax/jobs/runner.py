@@ -264,8 +264,6 @@ class CandidateRunner:
     def close(self) -> None:
         """Free what the candidate held."""
         self._tuner = self._untuned = None
-        # Compiled functions of one candidate are of no use to the next.
-        jax.clear_caches()
 
     def _facts(self) -> dict[str, Any]:
         placement = self.tuner.placement
