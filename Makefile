@@ -10,7 +10,7 @@ demo: $(DEMO)/.ready
 	$(DEMO)/bin/python -m lensjax.select
 
 test: $(DEV)/.ready
-	$(DEV)/bin/python -m pytest -n auto
+	$(DEV)/bin/python -m pytest -n auto --dist worksteal
 
 test-slow: $(DEV)/.ready
 	$(DEV)/bin/python -m pytest -m slow
@@ -18,7 +18,7 @@ test-slow: $(DEV)/.ready
 # Compares with the torch models of transformers, in an environment of their own: with torch there, transformers takes
 # other ways than it does for our users.
 test-parity: torch
-	$(TORCH)/bin/python -m pytest -n auto -m parity
+	$(TORCH)/bin/python -m pytest -n auto --dist worksteal -m parity
 
 torch: $(TORCH)/.ready
 

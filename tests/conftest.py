@@ -1,4 +1,4 @@
-"""Tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
+"""How programs are compiled in tests; tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
 
 import io
 import json
@@ -7,6 +7,14 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub; read when huggingface_hub is imported
 
+# Tests ask for right numbers of small programs, and most of their time is compilation: XLA is told to optimise little,
+# and each worker to keep to one core. LENSJAX_TESTS_OPTIMISED=1 compiles as for users; see also `fully_optimised`.
+OPTIMISED = os.environ.get("LENSJAX_TESTS_OPTIMISED", "0") != "0"
+if not OPTIMISED:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_multi_thread_eigen=false")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +22,7 @@ import pytest
 from lensjax import data, models
 from lensjax.finetune import Outcome
 from lensjax.jobs import job
+from lensjax.jobs.resources import keep_compiled
 from lensjax.select.cli import run
 
 TOKENIZER = next(p for p in sorted(data.path("demo", "models").iterdir()) if p.is_dir())
@@ -26,6 +35,22 @@ CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+def pytest_configure(config):
+    """Keep compiled programs from one test, worker and session for the next."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        keep_compiled(cache.mkdir("compiled"))
+
+
+@pytest.fixture
+def fully_optimised():
+    """Compile as for users: for tests of what XLA makes of a program, such as the memory that it takes."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session", autouse=True)
