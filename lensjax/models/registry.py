@@ -1,8 +1,8 @@
 """What a family of models has to bring, and which families there are.
 
-A family is one module of `lensjax.models` with a configuration (`ModelConfig` subclass with `from_dict`), an NNX model
-class built as `Model(config, dtype, rngs)`, and `table(config)`, its checkpoint's names. `FAMILIES` names all three
-under the `model_type` of config.json; modules are imported when first needed.
+A family is one module of `lensjax.models.families` with a configuration (`ModelConfig` subclass with `from_dict`), an
+NNX model class built as `Model(config, dtype, rngs)`, and `table(config)`, its checkpoint's names. `FAMILIES` names all
+three under the `model_type` of config.json; modules are imported when first needed.
 """
 
 from __future__ import annotations
@@ -211,5 +211,5 @@ def family(model_type: str, source: str) -> Family:
             f"{source}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
         )
     name, config, model = FAMILIES[model_type]
-    module = importlib.import_module(f"lensjax.models.{name}")
+    module = importlib.import_module(f"lensjax.models.families.{name}")
     return Family(getattr(module, config), getattr(module, model), module.table)
