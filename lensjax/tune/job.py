@@ -301,7 +301,7 @@ class Tuning:
             "seed": request.seed,
             "max_length": job.max_length,
             "plan": dataclasses.asdict(request.plan),
-            "search": dataclasses.asdict(request.search),
+            "search": request.search.as_record(),
             "notes": list(job.notes),
             "expectation": expectation,
             "arguments": list(job.arguments),
