@@ -132,9 +132,9 @@ class Search:
         Learning rates trained at once, by `jax.vmap`. None: on GPUs and TPUs as many as fit into half of the memory;
         on CPUs one, because there several at once took 1.1 to 1.3 times as long for each as one after the other.
     prune_after : int
-        Evaluations after which a trial is pruned if its best validation loss so far is above the median of the best that
-        the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of Golovin
-        et al. 2017, Google Vizier, which compares with running averages).
+        Evaluations after which a trial is pruned if its best validation loss so far is above the median of the best
+        that the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of
+        Golovin et al. 2017, Google Vizier, which compares with running averages).
     retry : float
         If no trial gives a finite, falling loss, one more is made at the lowest rate times this.
     """

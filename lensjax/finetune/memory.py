@@ -15,7 +15,7 @@ from jax.extend import core
 
 from lensjax.finetune.config import Plan
 from lensjax.finetune.step import cast, compute_dtype, gradient_function, loss_function
-from lensjax.models import Lora, add_lora, init_model, parameter_counts
+from lensjax.models import Lora, abstract_model, parameter_counts
 from lensjax.models.registry import ModelConfig
 from lensjax.tangents.program.ir import called
 
@@ -178,19 +178,11 @@ def footprint(
     return dataclasses.replace(lasting, working=working)
 
 
+@functools.lru_cache(maxsize=64)
 def weight_counts(config: ModelConfig, lora: Lora | None) -> tuple[int, int]:
     """Return how many weights a model has, adapters among them, and how many of them are trained."""
-    counts = parameter_counts(_abstract(config, lora))
+    counts = parameter_counts(abstract_model(config, lora))
     return counts.total, counts.trainable
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig, lora: Lora | None) -> Any:
-    def make() -> Any:
-        model = init_model(config, jax.random.key(0))
-        return model if lora is None else add_lora(model, key=jax.random.key(0), **dataclasses.asdict(lora))
-
-    return nnx.eval_shape(make)
 
 
 def _working(config: ModelConfig, plan: Plan, rows: int, length: int, *, training: bool) -> int:
@@ -219,7 +211,7 @@ def _working(config: ModelConfig, plan: Plan, rows: int, length: int, *, trainin
 @functools.lru_cache(maxsize=256)
 def _traced(config: ModelConfig, plan: Plan, rows: int, length: int, *, training: bool) -> int:
     """Return `_working`, of all layers."""
-    graph, *states = nnx.split(_abstract(config, plan.lora), nnx.Param, ...)
+    graph, *states = nnx.split(abstract_model(config, plan.lora), nnx.Param, ...)
     dtype = compute_dtype(plan.precision)
     loss_sums = loss_function(graph, dtype, dropout=plan.dropout)
     names = ("input_ids", "attention_mask", "labels")

@@ -132,8 +132,9 @@ def decide(
         return 1, False
     shared = math.gcd(*batch_sizes, devices)
     if sharding != "auto" and shared < devices:
+        samples = " and ".join(map(str, batch_sizes))
         raise UnevenBatchError(
-            f"sharding {sharding}: {devices} devices do not divide {' and '.join(map(str, batch_sizes))} samples evenly",
+            f"sharding {sharding}: {devices} devices do not divide {samples} samples evenly",
             f"choose a batch size (or micro-batch) that is a multiple of {devices}",
         )
     if shared == 1:

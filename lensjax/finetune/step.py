@@ -326,7 +326,7 @@ class CompiledSteps:
         return self._costs[key]
 
     def batches(self, encoded: Encoded, batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
-        """Yield a data set's padded batches, in random order where there is a generator; see `lensjax.tasks.batches`."""
+        """Yield a data set's padded batches, in random order if there is a generator; see `lensjax.tasks.batches`."""
         return batches(encoded, batch_size=batch_size, buckets=self.buckets, pad_id=self.pad_id, rng=rng)
 
     def losses(self, params: Params, encoded: Encoded, batch_size: int, *, stacked: bool = False) -> np.ndarray:

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +126,8 @@ class TrainingLoop:
             finished = self._stop(trials, steps, epoch, should_prune)
             if finished:
                 self._test(trials, finished, best, test)
-                self._report_weights(on_weights, trials, best, [trial for trial in finished if trial.status == FINISHED])
+                # Those whose test loss is not finite have diverged.
+                self._report_weights(on_weights, trials, best, [t for t in finished if t.status == FINISHED])
             if report:
                 report(self._progress(trials, steps, total, epoch, per_epoch_tokens / per_epoch))
             if all(trial.status for trial in trials):

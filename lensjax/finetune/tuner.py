@@ -89,7 +89,7 @@ class FineTuner:
         return value
 
     def model(self, params: Params) -> Any:
-        """Return the model with these weights, whose arrays it shares, and the frozen ones as they are computed with."""
+        """Return the model with these weights, whose arrays it shares, and the frozen ones as computed with."""
         return nnx.merge(self.compiled.graph, params, self.frozen)
 
     def zero_shot(self, test: Encoded) -> Outcome:

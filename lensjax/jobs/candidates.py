@@ -10,15 +10,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import jax
-from flax import nnx
-
 from lensjax import data, models
 from lensjax.errors import InputError
 from lensjax.finetune import tuning_flops
 from lensjax.models import Lora
+from lensjax.models.checkpoints.gguf import is_gguf
 from lensjax.models.checkpoints.hub import Listing, listing
-from lensjax.models.checkpoints.pretrained import is_gguf
 
 DEMO_MODELS = ("demo", "models")
 ADAPTED = "+lora"
@@ -159,17 +156,11 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
     parameters = trainable = models.count_parameters(config)
     if adapters is not None:
-        adapted = nnx.eval_shape(functools.partial(_adapted, config, adapters))
-        parameters, trainable = models.parameter_counts(adapted)
+        parameters, trainable = models.parameter_counts(models.abstract_model(config, adapters))
         settings = json.dumps(dataclasses.asdict(adapters), sort_keys=True)
         fingerprint = hashlib.sha256(f"{fingerprint} {settings}".encode()).hexdigest()[:16]
     name = name_of(asked) if name is None else name
     return Candidate(name, place, config, parameters, trainable, fingerprint, tokenizer, adapters, listed)
-
-
-def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:
-    key = jax.random.key(0)
-    return models.add_lora(models.init_model(config, key), key=key, **dataclasses.asdict(lora))
 
 
 def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str]:

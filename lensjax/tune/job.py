@@ -24,7 +24,7 @@ from lensjax.jobs.request import JobRequest, task_of
 from lensjax.jobs.runner import CandidateRunner, RunnerConfig, reason
 from lensjax.jobs.tokens import Tokens, tokens_of
 from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from lensjax.models.checkpoints.pretrained import is_gguf
+from lensjax.models.checkpoints.gguf import is_gguf
 from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
 from lensjax.tasks import Task

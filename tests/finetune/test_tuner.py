@@ -46,7 +46,9 @@ def test_fine_tuning_lowers_the_test_loss_and_keeps_the_initial_weights(setting)
 
 def test_early_stopping_returns_the_weights_with_the_best_validation_loss(setting):
     _, (train, validation, test), _ = setting
-    found = tuner_of(setting, learning_rate=0.1, max_epochs=30, patience=1).run(train.first(8), validation, test, seed=0)
+    found = tuner_of(setting, learning_rate=0.1, max_epochs=30, patience=1).run(
+        train.first(8), validation, test, seed=0
+    )
     steps, losses = zip(*found.validation_history, strict=True)
     assert "has not improved for 1 evaluations" in found.reason
     assert found.steps == steps[int(np.argmin(losses))]

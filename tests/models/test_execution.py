@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from lensjax.errors import InputError
 from lensjax.models import init_model, layers, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.execution import POLICIES, Run, is_stacked, repeating_runs, stack_layers, unstack_layers
 
 shared = runpy.run_path(str(Path(__file__).with_name("families.py")))

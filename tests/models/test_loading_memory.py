@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from lensjax.models import init_model, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 
 ROOT = Path(__file__).parents[2]
 # 43 million parameters, the table of the embedding a fifth of them: 173 MB in float32.

@@ -34,13 +34,25 @@ def test_other_searches_are_other_runs():
 
 
 @pytest.mark.parametrize(
-    ("stored", "read"), [("hopeless", "pruned"), ("pruned", "pruned"), ("finished", "finished"), ("diverged", "diverged")]
+    ("stored", "read"),
+    [("hopeless", "pruned"), ("pruned", "pruned"), ("finished", "finished"), ("diverged", "diverged")],
 )
 def test_a_trial_that_was_journaled_before_reads(stored, read):
     record = {
-        **{"learning_rate": 0.001, "batch_size": 8, "status": stored, "test_loss": None, "validation_loss": None},
-        **{"steps": 13, "steps_run": 26, "steps_per_epoch": 13, "samples": 200, "tokens": 1000, "flops": 1e6},
-        **{"step_flops": None, "evaluation_flops": None, "reason": "worse than the other trials after 2 epochs"},
+        "learning_rate": 0.001,
+        "batch_size": 8,
+        "status": stored,
+        "test_loss": None,
+        "validation_loss": None,
+        "steps": 13,
+        "steps_run": 26,
+        "steps_per_epoch": 13,
+        "samples": 200,
+        "tokens": 1000,
+        "flops": 1e6,
+        "step_flops": None,
+        "evaluation_flops": None,
+        "reason": "worse than the other trials after 2 epochs",
         "validation_history": [[0, 3.5], [13, 3.25], [26, 3.3]],
     }
     found = read_trial(record)
