@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from lensjax.errors import InputError
 from lensjax.models import Lora
@@ -11,6 +13,9 @@ from lensjax.models import Lora
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SHARDINGS = ("auto", "none", "data", "full")
+
+FIRST_NAMES = {"parallel_trials": "lanes", "prune_after": "hopeless_after"}
+"""Fields of `Search` that had another name when the first journals were written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,12 @@ class Plan:
     precision: str = "auto"
     sharding: str = "auto"
 
+    def computed_at_once(self, batch_sizes: Sequence[int]) -> list[int]:
+        """Return how many samples are computed at once with batches of these sizes, each number once, ascending."""
+        return sorted({min(size, self.micro_batch or size) for size in batch_sizes})
+
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse settings that make no sense.
 
         Raises
         ------
@@ -119,20 +128,20 @@ class Search:
         (LensLLM: 3e-5, 1e-4, 3e-4, 1e-3.) Empty: the plan's.
     batch_sizes : tuple of int
         (LensLLM: 64, 128, 256.) Empty: the plan's.
-    lanes : int, optional
+    parallel_trials : int, optional
         Learning rates trained at once, by `jax.vmap`. None: on GPUs and TPUs as many as fit into half of the memory;
-        on CPUs one, for there several at once took 1.1 to 1.3 times as long for each as one after the other.
+        on CPUs one, because there several at once took 1.1 to 1.3 times as long for each as one after the other.
     prune_after : int
-        Evaluations after which a trial ends if its best validation loss so far is above the median of the best that
-        the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of Golovin
-        et al. 2017, Google Vizier, which compares with running averages).
+        Evaluations after which a trial is pruned if its best validation loss so far is above the median of the best
+        that the other trials, if they did not diverge, had after as many epochs (after the median stopping rule of
+        Golovin et al. 2017, Google Vizier, which compares with running averages).
     retry : float
         If no trial gives a finite, falling loss, one more is made at the lowest rate times this.
     """
 
     learning_rates: tuple[float, ...] = ()
     batch_sizes: tuple[int, ...] = ()
-    lanes: int | None = None
+    parallel_trials: int | None = None
     prune_after: int = 2
     retry: float = 0.25
 
@@ -145,8 +154,17 @@ class Search:
         """Return how many trials a run makes at most, the retry included."""
         return sum(len(rates) for _, rates in self.grid(plan)) + 1
 
+    def as_record(self) -> dict[str, Any]:
+        """Return the settings as they are written to disk: what `dataclasses.asdict` gives, under its first names.
+
+        A journal's runs are found again by a digest of this record: other names would give other digests, and runs
+        that were journaled before would be made again.
+        """
+        record = dataclasses.asdict(self)
+        return {FIRST_NAMES.get(name, name): value for name, value in record.items()}
+
     def check(self, plan: Plan) -> None:
-        """Refuse what cannot be meant.
+        """Refuse settings that make no sense.
 
         Raises
         ------
@@ -159,7 +177,9 @@ class Search:
             if len(set(values)) < len(values):
                 raise InputError(f"{name}s {', '.join(f'{v:g}' for v in values)}: one is named twice; name each once.")
         _positive("retry", self.retry)
-        if self.prune_after < 1 or (self.lanes is not None and self.lanes < 1):
-            raise InputError(f"prune_after {self.prune_after} and lanes {self.lanes} must be at least 1.")
+        if self.prune_after < 1 or (self.parallel_trials is not None and self.parallel_trials < 1):
+            raise InputError(
+                f"prune_after {self.prune_after} and parallel_trials {self.parallel_trials} must be at least 1."
+            )
         for size, _ in self.grid(plan):
             check_micro_batch(size, plan.micro_batch)

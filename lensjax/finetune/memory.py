@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ from flax import nnx
 from jax.extend import core
 
 from lensjax.finetune.config import Plan
-from lensjax.finetune.tuner import FineTuner
-from lensjax.models import Lora, add_lora, init_model, parameter_counts
+from lensjax.finetune.step import cast, compute_dtype, gradient_function, loss_function
+from lensjax.models import Lora, abstract_model, parameter_counts
 from lensjax.models.registry import ModelConfig
+from lensjax.tangents.program.ir import called
 
 MARGIN = 1.3
 """What XLA takes beside the weights over what `live_bytes` counts: 1.1 to 1.35 on CPU, see benchmarks/forecast.py."""
@@ -72,7 +73,7 @@ def _live(jaxpr: core.Jaxpr, known: dict[int, int]) -> int:
     live = most = 0
     for number, equation in enumerate(jaxpr.eqns):
         new = sum(_bytes(v.aval) for v in equation.outvars if made_of[v] == {v})
-        inside = max((_live(part, known) for part in _parts(equation)), default=0)
+        inside = max((_live(_bare(part), known) for part in called(equation)), default=0)
         # A loop's results are there while its body runs; other calls make theirs themselves.
         most = max(most, live + (new + inside if equation.primitive.name in LOOPS else max(new, inside)))
         live += new - sum(_bytes(array.aval) for array in freed.get(number, ()))
@@ -80,14 +81,8 @@ def _live(jaxpr: core.Jaxpr, known: dict[int, int]) -> int:
     return most
 
 
-def _parts(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """Yield the programs that an equation calls."""
-    for value in equation.params.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                yield part.jaxpr
-            elif isinstance(part, core.Jaxpr):
-                yield part
+def _bare(program: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
 
 
 def _bytes(aval: Any) -> int:
@@ -129,7 +124,7 @@ def footprint(
     platform: str,
     devices: int = 1,
     full: bool = False,
-    lanes: int = 1,
+    parallel_trials: int = 1,
     limit: float = math.inf,
 ) -> Footprint:
     """Estimate the memory of fine-tuning from shapes alone; erring upwards.
@@ -148,7 +143,7 @@ def footprint(
         That share the samples of a batch.
     full : bool
         Whether they share weights and optimiser state too.
-    lanes : int
+    parallel_trials : int
         Learning rates trained at once.
     limit : float
         Bytes; where weights and optimiser alone take more, the rest is not worked out and left at 0.
@@ -157,20 +152,20 @@ def footprint(
     total, trained = weight_counts(config, plan.lora)
     frozen = total - trained
     share = devices if full else 1
-    held = Footprint(
-        weights=-(-(16 * lanes * trained + (2 if half else 4) * frozen) // share),
-        optimiser=-(-8 * lanes * trained // share),
+    lasting = Footprint(
+        weights=-(-(16 * parallel_trials * trained + (2 if half else 4) * frozen) // share),
+        optimiser=-(-8 * parallel_trials * trained // share),
         working=0,
     )
-    if held.total > limit:
-        return held
+    if lasting.total > limit:
+        return lasting
     # On CPU, XLA computes in float32 what is asked for in bfloat16.
     traced = "bfloat16" if half and platform != "cpu" else "float32"
     rows = min(batch_size, plan.micro_batch or batch_size)
-    at_once = max(1, -(-rows // devices))
+    on_each = max(1, -(-rows // devices))
     # In micro-batches, the gradients exist twice; how many there are of them does not matter.
-    taken = 2 * at_once if rows < batch_size else at_once
-    own = dataclasses.replace(plan, micro_batch=at_once if rows < batch_size else None, precision=traced)
+    taken = 2 * on_each if rows < batch_size else on_each
+    own = dataclasses.replace(plan, micro_batch=on_each if rows < batch_size else None, precision=traced)
     working = math.ceil(MARGIN * _working(config, own, taken, length, training=True))
     if rows < batch_size:
         # XLA takes less for it than is counted: 0.5 to 0.9 of it.
@@ -179,23 +174,15 @@ def footprint(
     # Gathered from the devices, weights exist as a whole while they are used.
     gathered = 4 * total if full and devices > 1 else 0
     # When weights are replaced, the gradient exists twice: as it is and clipped.
-    working = lanes * max(working, 9 * trained) + widened + gathered
-    return dataclasses.replace(held, working=working)
-
-
-def weight_counts(config: ModelConfig, lora: Lora | None) -> tuple[int, int]:
-    """Return how many weights a model has, adapters among them, and how many of them are trained."""
-    counts = parameter_counts(_abstract(config, lora))
-    return counts.total, counts.trainable
+    working = parallel_trials * max(working, 9 * trained) + widened + gathered
+    return dataclasses.replace(lasting, working=working)
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig, lora: Lora | None) -> Any:
-    def make() -> Any:
-        model = init_model(config, jax.random.key(0))
-        return model if lora is None else add_lora(model, key=jax.random.key(0), **dataclasses.asdict(lora))
-
-    return nnx.eval_shape(make)
+def weight_counts(config: ModelConfig, lora: Lora | None) -> tuple[int, int]:
+    """Return how many weights a model has, adapters among them, and how many of them are trained."""
+    counts = parameter_counts(abstract_model(config, lora))
+    return counts.total, counts.trainable
 
 
 def _working(config: ModelConfig, plan: Plan, rows: int, length: int, *, training: bool) -> int:
@@ -224,16 +211,16 @@ def _working(config: ModelConfig, plan: Plan, rows: int, length: int, *, trainin
 @functools.lru_cache(maxsize=256)
 def _traced(config: ModelConfig, plan: Plan, rows: int, length: int, *, training: bool) -> int:
     """Return `_working`, of all layers."""
-    model = _abstract(config, plan.lora)
-    plan = dataclasses.replace(plan, lora=None, sharding="none", batch_size=rows)
-    graph, *states = nnx.split(model, nnx.Param, ...)
+    graph, *states = nnx.split(abstract_model(config, plan.lora), nnx.Param, ...)
+    dtype = compute_dtype(plan.precision)
+    loss_sums = loss_function(graph, dtype, dropout=plan.dropout)
     names = ("input_ids", "attention_mask", "labels")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
 
     def work(params: Any, frozen: Any, batch: Any) -> Any:
-        tuner = FineTuner(nnx.merge(graph, params, frozen), plan, (length,), 0)
+        frozen = cast(frozen, dtype)
         if training:
-            return tuner._gradient(tuner.initial, tuner.frozen, batch, jax.random.key(0))
-        return tuner._loss_sums(tuner.initial, tuner.frozen, batch)
+            return gradient_function(loss_sums, plan.micro_batch)(params, frozen, batch, jax.random.key(0))
+        return loss_sums(params, frozen, batch)
 
     return live_bytes(jax.make_jaxpr(work)(*states, batch).jaxpr)

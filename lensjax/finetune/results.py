@@ -1,9 +1,12 @@
-"""TODO"""
+"""What a fine-tuning run gives back: its trials, its outcome, and what is reported while it runs."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+
+FINISHED, PRUNED, DIVERGED = "finished", "pruned", "diverged"
+"""How a trial ends; only finished ones can be chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +16,8 @@ class Trial:
     Attributes
     ----------
     learning_rate, batch_size : float, int
-    status : {"finished", "hopeless", "diverged"}
-        Only finished trials can be chosen.
+    status : {"finished", "pruned", "diverged"}
+        Only finished trials can be chosen; pruned ones were ended early because others did better.
     test_loss, validation_loss : float or None
         Mean token cross-entropy at the weights with the best validation loss, nats; None if not finished.
     steps, steps_run : int
@@ -132,7 +135,7 @@ class DivergedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is: passed to the caller after each evaluation and every few steps.
+    """How far a run is: passed to the caller after each evaluation and every few steps.
 
     Attributes
     ----------
@@ -144,7 +147,7 @@ class Progress:
     done : float
         Share of the whole run, all trials, that is done at least.
     tokens : int
-        Trained on so far by the present trial, all its lanes.
+        Trained on so far by the present trial and those beside it.
     """
 
     step: int

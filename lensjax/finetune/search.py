@@ -1,4 +1,4 @@
-"""Search over learning rates and batch sizes: each trial is counted, hopeless ones end early."""
+"""Search over learning rates and batch sizes: each trial is counted, those that fall behind are pruned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,55 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import jax
+
 from lensjax.finetune.config import Search
-from lensjax.finetune.results import DivergedError, Outcome, Progress, Trial, Weights
+from lensjax.finetune.results import DIVERGED, FINISHED, DivergedError, Outcome, Progress, Trial, Weights
+from lensjax.finetune.sharding import device_memory
 from lensjax.finetune.tuner import FineTuner
 from lensjax.tasks import Encoded
 
 Point = tuple[float, int]  # learning rate, batch size
+
+
+def parallel_trials(
+    search: Search,
+    rates: int,
+    *,
+    parameters: int,
+    trainable: int,
+    memory: float | None,
+    platform: str,
+    sharded: bool,
+) -> int:
+    """Decide how many of the learning rates of one batch size are trained at once.
+
+    Parameters
+    ----------
+    search : Search
+        Its `parallel_trials` decides if it is given.
+    rates : int
+        How many there are to try.
+    parameters, trainable : int
+        Weights of the model, adapters among them, and those that are trained.
+    memory : float or None
+        Bytes that programs may take on one device; None: not known.
+    platform : {"cpu", "gpu", "tpu"}
+    sharded : bool
+        Whether several devices share a batch; then one at a time.
+
+    Returns
+    -------
+    int
+        From 1 to `rates`.
+    """
+    if search.parallel_trials is not None:
+        return min(search.parallel_trials, rates)
+    if sharded or platform == "cpu" or memory is None:
+        return 1
+    # In float32: the weights that all share; for each, the present and the best weights, two moments and a gradient.
+    shared, each = 4 * parameters, 20 * trainable
+    return int(max(1, min(rates, (memory / 2 - shared) // each)))
 
 
 def tune(
@@ -38,7 +81,7 @@ def tune(
     search : Search
     seed : int
     known : mapping of (learning rate, batch size) to Trial, optional
-        Trials of this very run that were made before; they are not made again.
+        Trials of this same run that were made before; they are not made again.
     on_trials : callable, optional
         Called with the trials that were just made.
     on_progress : callable, optional
@@ -60,13 +103,13 @@ def tune(
     """
     start = time.perf_counter()
     known = dict(known or {})
-    made: list[Trial] = []
+    trials: list[Trial] = []
     grid = search.grid(tuner.plan)
     trials_in_all = search.trials(tuner.plan) - 1
 
     def attempt(rates: Sequence[float], batch_size: int, others: Sequence[Trial], so_far: int) -> None:
-        def hopeless(epochs: float, best: float, beside: Sequence[float]) -> bool:
-            rivals = [*beside, *(t.best_after(epochs) for t in others if t.status != "diverged")]
+        def should_prune(epochs: float, best: float, beside: Sequence[float]) -> bool:
+            rivals = [*beside, *(t.best_after(epochs) for t in others if t.status != DIVERGED)]
             evaluations = epochs / max(1, -(-tuner.plan.min_steps_between // per_epoch))
             return evaluations >= search.prune_after and len(rivals) > 0 and best > statistics.median(rivals)
 
@@ -75,7 +118,7 @@ def tune(
                 done = (so_far + progress.done * len(rates)) / max(trials_in_all, so_far + len(rates))
                 on_progress(replace(progress, done=done))
 
-        per_epoch = sum(1 for _ in tuner._batches(train, batch_size))
+        per_epoch = sum(1 for _ in tuner.compiled.batches(train, batch_size))
         found = tuner.trials(
             train,
             validation,
@@ -83,37 +126,45 @@ def tune(
             rates=rates,
             seed=seed,
             batch_size=batch_size,
-            hopeless=hopeless,
+            should_prune=should_prune,
             count_flops=count_flops,
             report=report,
             on_weights=on_weights,
         )
         if on_trials is not None:
             on_trials(found)
-        made.extend(found)
+        trials.extend(found)
 
     for batch_size, rates in grid:
-        lanes = search.lanes or tuner.parallel_trials(len(rates))
-        for group in (rates[i : i + lanes] for i in range(0, len(rates), lanes)):
+        at_once = parallel_trials(
+            search,
+            len(rates),
+            parameters=tuner.parameters,
+            trainable=tuner.trainable,
+            memory=device_memory(jax.local_devices()[0]),
+            platform=jax.default_backend(),
+            sharded=tuner.placement.mesh is not None,
+        )
+        for group in (rates[i : i + at_once] for i in range(0, len(rates), at_once)):
             before = [known[rate, batch_size] for rate in group if (rate, batch_size) in known]
             if len(before) == len(group):
-                made.extend(before)
+                trials.extend(before)
             else:
-                # The lanes of a group stand and fall together: what they are worth is judged against each other.
-                attempt(group, batch_size, tuple(made), len(made))
-    if not any(t.status == "finished" for t in made):
+                # A group is trained again whole: whether its trials are pruned depends on each other.
+                attempt(group, batch_size, tuple(trials), len(trials))
+    if not any(t.status == FINISHED for t in trials):
         batch_size, rates = grid[-1]
         point = (min(rates) * search.retry, batch_size)
         if point in known:
-            made.append(known[point])
+            trials.append(known[point])
         else:
-            attempt(point[:1], batch_size, tuple(made), len(made))
-    finished = [t for t in made if t.status == "finished"]
+            attempt(point[:1], batch_size, tuple(trials), len(trials))
+    finished = [t for t in trials if t.status == FINISHED]
     if not finished:
-        raise DivergedError("; ".join(t.reason for t in made), tuple(made))
+        raise DivergedError("; ".join(t.reason for t in trials), tuple(trials))
 
     def validation_loss(trial: Trial) -> float:
         assert trial.validation_loss is not None
         return trial.validation_loss
 
-    return tuner.outcome(tuple(made), min(finished, key=validation_loss), time.perf_counter() - start)
+    return tuner.outcome(tuple(trials), min(finished, key=validation_loss), time.perf_counter() - start)

@@ -74,41 +74,101 @@ class Placement:
         return PartitionSpec(*(AXIS if axis == longest else None for axis in range(len(shape))))
 
 
-def place(
-    sharding: str, batch_sizes: Sequence[int], *, trainable: int, frozen: int, devices: Sequence[jax.Device] | None
-) -> Placement:
-    """Choose the devices of a run.
+class UnevenBatchError(InputError):
+    """Devices that cannot share a batch evenly, as they were asked to.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong, without the remedy.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}.")
+        self.problem = f"{problem}."
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Return how many bytes of memory programs may take on a device; None where it does not say, as CPUs."""
+    found = (device.memory_stats() or {}).get("bytes_limit")
+    return None if found is None else int(found)
+
+
+def decide(
+    sharding: str,
+    batch_sizes: Sequence[int],
+    *,
+    trainable: int,
+    frozen: int,
+    devices: int,
+    memory: float | None,
+) -> tuple[int, bool]:
+    """Decide how many devices share the samples of a batch, and whether they share weights and optimiser state too.
 
     Parameters
     ----------
     sharding : str
         As in `Plan`.
     batch_sizes : sequence of int
-        Samples that are computed at once; the devices divide each.
+        Samples that are computed at once; the devices in use divide each.
     trainable, frozen : int
         Weights.
-    devices : sequence of jax.Device, optional
-        Default: all of this process.
+    devices : int
+        How many there are.
+    memory : float or None
+        Bytes that programs may take on one device; None: not known, and taken to be enough.
+
+    Returns
+    -------
+    (int, bool)
+        One device shares nothing.
 
     Raises
     ------
-    InputError
+    UnevenBatchError
         If "data" or "full" is asked for, and the devices do not divide the batch.
     """
-    found = list(jax.local_devices() if devices is None else devices)
-    if devices is None and (sharding == "none" or len(found) == 1):
-        return Placement()
-    if sharding == "none":
-        found = found[:1]
-    shared = math.gcd(*batch_sizes, len(found))
-    if sharding != "auto" and shared < len(found):
-        raise InputError(
-            f"sharding {sharding}: {len(found)} devices do not divide {' and '.join(map(str, batch_sizes))} samples "
-            f"evenly; choose a batch size (or micro-batch) that is a multiple of {len(found)}."
+    if devices == 1 or sharding == "none":
+        return 1, False
+    shared = math.gcd(*batch_sizes, devices)
+    if sharding != "auto" and shared < devices:
+        samples = " and ".join(map(str, batch_sizes))
+        raise UnevenBatchError(
+            f"sharding {sharding}: {devices} devices do not divide {samples} samples evenly",
+            f"choose a batch size (or micro-batch) that is a multiple of {devices}",
         )
-    if shared == 1 and devices is None:
+    if shared == 1:
+        return 1, False
+    room = math.inf if memory is None else memory / 2
+    return shared, sharding == "full" or (sharding == "auto" and COPIES * trainable + 4 * frozen > room)
+
+
+def place(
+    sharding: str, batch_sizes: Sequence[int], *, trainable: int, frozen: int, devices: Sequence[jax.Device] | None
+) -> Placement:
+    """Choose the devices of a run, as `decide` says.
+
+    Parameters
+    ----------
+    sharding, batch_sizes, trainable, frozen
+        As in `decide`.
+    devices : sequence of jax.Device, optional
+        Default: all of this process. Where they are named, weights are put there even if it is one device.
+
+    Raises
+    ------
+    UnevenBatchError
+        As `decide`.
+    """
+    found = list(jax.local_devices() if devices is None else devices)
+    count, full = decide(
+        sharding,
+        batch_sizes,
+        trainable=trainable,
+        frozen=frozen,
+        devices=len(found),
+        memory=device_memory(found[0]),
+    )
+    if count == 1 and devices is None:
         return Placement()
-    mesh = Mesh(np.array(found[:shared]), (AXIS,), axis_types=(AxisType.Auto,))
-    memory = (found[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    full = sharding == "full" or (sharding == "auto" and COPIES * trainable + 4 * frozen > memory / 2)
-    return Placement(mesh, full)
+    return Placement(Mesh(np.array(found[:count]), (AXIS,), axis_types=(AxisType.Auto,)), full)

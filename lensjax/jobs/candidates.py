@@ -10,16 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import jax
-from flax import nnx
-
 from lensjax import data, models
 from lensjax.errors import InputError
 from lensjax.finetune import tuning_flops
 from lensjax.jobs.defaults import ADAPTED, DEMO_MODELS
 from lensjax.models import Lora
+from lensjax.models.checkpoints.gguf import is_gguf
 from lensjax.models.checkpoints.hub import Listing, listing
-from lensjax.models.checkpoints.pretrained import is_gguf
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -167,8 +164,7 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
     parameters = trainable = models.count_parameters(config)
     if adapters is not None:
-        adapted = nnx.eval_shape(functools.partial(_adapted, config, adapters))
-        parameters, trainable = models.parameter_counts(adapted)
+        parameters, trainable = models.parameter_counts(models.abstract_model(config, adapters))
         settings = json.dumps(dataclasses.asdict(adapters), sort_keys=True)
         fingerprint = hashlib.sha256(f"{fingerprint} {settings}".encode()).hexdigest()[:16]
     name = name_of(asked) if name is None else name
@@ -196,11 +192,6 @@ def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
     parts = [type(tokenizer).__name__, rules, special, template]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:
-    key = jax.random.key(0)
-    return models.add_lora(models.init_model(config, key), key=key, **dataclasses.asdict(lora))
 
 
 def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str]:

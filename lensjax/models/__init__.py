@@ -2,17 +2,18 @@
 
 from lensjax.models.base import LanguageModel
 from lensjax.models.checkpoints.adapters import load_lora, save_lora
+from lensjax.models.checkpoints.config_file import load_config
+from lensjax.models.checkpoints.hub import resolve
+from lensjax.models.checkpoints.mapping import abstract_model
 from lensjax.models.checkpoints.pretrained import (
     check_checkpoint,
     count_parameters,
     from_pretrained,
     init_model,
-    load_config,
     load_model,
     load_tokenizer,
-    resolve,
-    save_pretrained,
 )
+from lensjax.models.checkpoints.saving import save_pretrained
 from lensjax.models.execution import stack_layers, unstack_layers
 from lensjax.models.lora import Lora, ParameterCounts, add_lora, merge_lora, parameter_counts
 from lensjax.models.registry import FAMILIES, ModelConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Lora",
     "ModelConfig",
     "ParameterCounts",
+    "abstract_model",
     "add_lora",
     "check_checkpoint",
     "count_parameters",

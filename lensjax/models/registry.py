@@ -138,11 +138,13 @@ class Table:
     outside : tuple of str
         Names that never carry the prefix.
     same : mapping
-        Tensors that may be there only as a copy of another: name -> the other's name.
+        Tensors that may be there only as a copy of another, or in its place: name -> the other's name.
     optional : tuple of str
         Tensors whose absence means zeros.
     ignored : tuple of str
         Regular expressions of tensors that are no parameters.
+    untied : ModelConfig or None
+        The configuration that holds instead where tensors of `same` that it does not tie differ.
     """
 
     rules: tuple[Rule, ...]
@@ -151,6 +153,7 @@ class Table:
     same: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    untied: ModelConfig | None = None
 
     def sources(self, path: str) -> tuple[Rule, tuple[str, ...]]:
         """Return the rule about the parameter at `path` and the tensors that make it, without prefix."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from lensjax.environment import versions
 from lensjax.finetune import Trial
+from lensjax.finetune.results import PRUNED
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Result
 from lensjax.journal import Run, key_of
@@ -53,7 +54,9 @@ def trial_record(key: str, candidate: Candidate, size: int, trial: Trial) -> Run
 def read_trial(stored: dict[str, Any]) -> Trial:
     """Return a trial as it was before it went to the journal."""
     history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
-    return Trial(**{**stored, "validation_history": history})
+    # What pruned trials were called in journals written before.
+    status = PRUNED if stored["status"] == "hopeless" else stored["status"]
+    return Trial(**{**stored, "status": status, "validation_history": history})
 
 
 def run_record(prepared: Prepared, candidate: Candidate, size: int, result: Result, why: str, seconds: float) -> Run:

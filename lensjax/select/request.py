@@ -99,7 +99,7 @@ class Prepared:
             "max_length": self.max_length,
             "packed": self.task.text_only,
             "plan": dataclasses.asdict(request.plan),
-            "search": dataclasses.asdict(request.search),
+            "search": request.search.as_record(),
         }
 
     @property

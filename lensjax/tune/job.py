@@ -26,7 +26,7 @@ from lensjax.jobs.request import JobRequest, task_of
 from lensjax.jobs.runner import CandidateRunner
 from lensjax.jobs.tokens import Tokens, tokens_of
 from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from lensjax.models.checkpoints.pretrained import is_gguf
+from lensjax.models.checkpoints.gguf import is_gguf
 from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
 from lensjax.tasks import Task
@@ -307,7 +307,7 @@ class Tuning:
             "seed": request.seed,
             "max_length": job.max_length,
             "plan": dataclasses.asdict(request.plan),
-            "search": dataclasses.asdict(request.search),
+            "search": request.search.as_record(),
             "notes": list(job.notes),
             "expectation": comparison,
             "arguments": list(job.arguments),

@@ -14,7 +14,7 @@ from flax import nnx
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Plan, Search
-from lensjax.finetune.tuner import rate_factor
+from lensjax.finetune.step import rate_factor
 from lensjax.tasks import batches
 
 PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=2, min_steps_between=1, warmup=2)
@@ -23,12 +23,12 @@ PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=2, min_steps_between=1,
 def stepped(setting, steps=3, model=None, **changes):
     """Return the weights after some steps at a plan with these changes, and the sum of the training losses."""
     base, (train, *_), buckets = setting
-    bench = FineTuner(base if model is None else model, dataclasses.replace(PLAN, **changes), buckets, 0)
-    lane = bench._start(bench.initial)
+    tuner = FineTuner(base if model is None else model, dataclasses.replace(PLAN, **changes), buckets, 0)
+    state = tuner.compiled.start(tuner.initial)
     found = batches(train, batch_size=8, buckets=buckets, pad_id=0)
     for step, batch in zip(range(steps), found, strict=False):
-        lane = bench._step(lane, jnp.float32(1e-2), bench.frozen, batch, jax.random.key(7), step, 10)
-    return lane["params"], float(lane["loss"])
+        state = tuner.compiled.step(state, jnp.float32(1e-2), tuner.frozen, batch, jax.random.key(7), step, 10)
+    return state["params"], float(state["loss"])
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1, 16])
@@ -45,9 +45,9 @@ def test_accumulation_really_computes_in_pieces(setting):
     model, (train, *_), buckets = setting
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
     for micro_batch, loops in ((None, 0), (4, 1)):
-        bench = FineTuner(model, dataclasses.replace(PLAN, micro_batch=micro_batch), buckets, 0)
-        lane = jax.eval_shape(bench._start, bench.initial)
-        text = bench._step.lower(lane, jnp.float32(0), bench.frozen, batch, jax.random.key(0), 0, 1).as_text()
+        tuner = FineTuner(model, dataclasses.replace(PLAN, micro_batch=micro_batch), buckets, 0)
+        state = jax.eval_shape(tuner.compiled.start, tuner.initial)
+        text = tuner.compiled.step.lower(state, jnp.float32(0), tuner.frozen, batch, jax.random.key(0), 0, 1).as_text()
         assert text.count("stablehlo.while") == loops
 
 
@@ -113,17 +113,17 @@ def test_the_models_dropout_is_on_only_where_asked_for_and_only_in_training(sett
 
 def test_mixed_precision_keeps_weights_in_float32_and_computes_in_bfloat16(setting):
     model, (train, validation, test), buckets = setting
-    bench = FineTuner(model, dataclasses.replace(PLAN, precision="bfloat16"), buckets, 0)
+    tuner = FineTuner(model, dataclasses.replace(PLAN, precision="bfloat16"), buckets, 0)
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
-    lane = bench._start(bench.initial)
-    arguments = (lane, jnp.float32(1e-2), bench.frozen, batch, jax.random.key(0), 0, 10)
-    products = [line for line in bench._step.lower(*arguments).as_text().splitlines() if "dot_general" in line]
+    state = tuner.compiled.start(tuner.initial)
+    arguments = (state, jnp.float32(1e-2), tuner.frozen, batch, jax.random.key(0), 0, 10)
+    products = [line for line in tuner.compiled.step.lower(*arguments).as_text().splitlines() if "dot_general" in line]
     # What comes back through the two softmaxes, of attention scores and of logits, stays in float32: two products each.
     wide = [line for line in products if "bf16" not in line]
     assert len(wide) == 4
     assert len(products) > 4 * len(wide)
-    found = bench.run(train, validation, test, seed=0)
-    for leaf in jax.tree.leaves(bench._step(*arguments)["params"]):
+    found = tuner.run(train, validation, test, seed=0)
+    for leaf in jax.tree.leaves(tuner.compiled.step(*arguments)["params"]):
         assert leaf.dtype == jnp.float32
     single = FineTuner(model, dataclasses.replace(PLAN, precision="float32"), buckets, 0).run(
         train, validation, test, seed=0
@@ -137,15 +137,15 @@ def test_cost_by_xla_is_near_six_per_weight_and_padded_token(setting):
     base, (train, *_), buckets = setting
     raw = json.loads(base.config.raw) | {"n_embd": 128, "vocab_size": 2048}
     model = models.init_model(raw, jax.random.key(0))
-    bench = FineTuner(model, PLAN, buckets, 0)
+    tuner = FineTuner(model, PLAN, buckets, 0)
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
     tokens = batch["labels"].size
     matrices = 12 * 128 * 128
     head = 128 * 2048 * (tokens - 8) / tokens  # the last position predicts nothing
-    adam = 20 * bench.parameters  # some operations for each weight, once a step
+    adam = 20 * tuner.parameters  # some operations for each weight, once a step
     by_hand = 6 * tokens * (matrices + head) + adam
-    assert bench.cost_of_step(batch) == pytest.approx(by_hand, rel=0.1)
-    assert bench.cost_of_evaluation(batch) == pytest.approx(2 * tokens * (matrices + head), rel=0.1)
+    assert tuner.cost_of_step(batch) == pytest.approx(by_hand, rel=0.1)
+    assert tuner.cost_of_evaluation(batch) == pytest.approx(2 * tokens * (matrices + head), rel=0.1)
 
 
 def test_cost_by_xla_counts_every_chunk_of_the_head_and_every_micro_batch(setting):
@@ -156,20 +156,20 @@ def test_cost_by_xla_counts_every_chunk_of_the_head_and_every_micro_batch(settin
     costs = {}
     for micro_batch in (None, 8):
         plan = dataclasses.replace(PLAN, batch_size=512, micro_batch=micro_batch)
-        bench = FineTuner(model, plan, buckets, 0)
-        costs[micro_batch] = bench.cost_of_evaluation(batch), bench.cost_of_step(batch)
-        assert bench.cost_of_evaluation(batch) == pytest.approx(64 * bench.cost_of_evaluation(small), rel=0.01)
+        tuner = FineTuner(model, plan, buckets, 0)
+        costs[micro_batch] = tuner.cost_of_evaluation(batch), tuner.cost_of_step(batch)
+        assert tuner.cost_of_evaluation(batch) == pytest.approx(64 * tuner.cost_of_evaluation(small), rel=0.01)
     assert costs[None] == costs[8]
 
 
 def test_a_run_counts_what_it_trained_on_and_evaluated(setting):
     model, sets, buckets = setting
-    bench = FineTuner(model, PLAN, buckets, 0)
-    (trial,) = bench.trials(*sets, rates=(1e-2,), seed=0, count_flops=True)
+    tuner = FineTuner(model, PLAN, buckets, 0)
+    (trial,) = tuner.trials(*sets, rates=(1e-2,), seed=0, count_flops=True)
     assert trial.samples == 2 * len(sets[0])
     assert trial.step_flops > trial.flops * 0.5
-    one = sum(bench.cost_of_evaluation(b) for b in batches(sets[1], batch_size=8, buckets=buckets, pad_id=0))
-    other = sum(bench.cost_of_evaluation(b) for b in batches(sets[2], batch_size=8, buckets=buckets, pad_id=0))
+    one = sum(tuner.cost_of_evaluation(b) for b in batches(sets[1], batch_size=8, buckets=buckets, pad_id=0))
+    other = sum(tuner.cost_of_evaluation(b) for b in batches(sets[2], batch_size=8, buckets=buckets, pad_id=0))
     assert trial.evaluation_flops == pytest.approx(one * len(trial.validation_history) + other)
 
 
@@ -207,7 +207,7 @@ def test_a_plan_that_cannot_be_meant_is_refused(setting, change, message):
     [
         (Search(learning_rates=(1e-3, -1.0)), "the learning rate is -1; it must be positive"),
         (Search(learning_rates=(1e-3, 1e-3)), "one is named twice"),
-        (Search(lanes=-1), "lanes -1 must be at least 1"),
+        (Search(parallel_trials=-1), "parallel_trials -1 must be at least 1"),
         (Search(prune_after=0), "prune_after 0 and"),
         (Search(retry=-1.0), "the retry is -1; it must be positive"),
         (Search(batch_sizes=(8, 6)), "micro-batch 4 does not divide the batch size 6"),

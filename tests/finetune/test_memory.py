@@ -88,7 +88,7 @@ def test_weights_and_moments_are_those_that_training_holds(lora):
     model = models.init_model(GPT2, jax.random.key(0))
     tuner = FineTuner(model, plan, (LENGTH,), 0)
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree) if x.ndim)  # noqa: E731
-    state = tuner._start(tuner.initial)
+    state = tuner.compiled.start(tuner.initial)
     found = of(GPT2, plan)
     # Untouched, present, best, and a new best one beside the old.
     assert found.weights == 4 * bytes_of(state["params"]) + bytes_of(tuner.frozen)
@@ -114,9 +114,9 @@ def test_what_a_step_makes_is_what_xla_says(config, plan):
     tuner = FineTuner(models.init_model(config, jax.random.key(0)), plan, (LENGTH,), 0)
     ids = np.ones((ROWS, LENGTH), np.int32)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
-    lane = jax.eval_shape(tuner._start, tuner.initial)
-    given = (lane, jnp.float32(0), tuner.frozen, batch, jax.random.key(0), 0, 1)
-    by_xla = tuner._step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+    state = jax.eval_shape(tuner.compiled.start, tuner.initial)
+    given = (state, jnp.float32(0), tuner.frozen, batch, jax.random.key(0), 0, 1)
+    by_xla = tuner.compiled.step.lower(*given).compile().memory_analysis().temp_size_in_bytes
     # Some 10 MB: each of the larger activations has 2^17 elements, all together more than 2^20.
     assert by_xla > 4 * 2**20
     assert 0.95 <= of(config, plan).working / by_xla <= 1.6
@@ -169,8 +169,8 @@ def test_layers_that_are_alike_need_not_all_be_traced(config, plan, monkeypatch)
     assert few == pytest.approx(of(config, plan).working, rel=0.02)
 
 
-def test_several_lanes_are_several_runs():
-    one, three = of(GPT2, Plan(batch_size=ROWS)), of(GPT2, Plan(batch_size=ROWS), lanes=3)
+def test_several_trials_at_once_are_several_runs():
+    one, three = of(GPT2, Plan(batch_size=ROWS)), of(GPT2, Plan(batch_size=ROWS), parallel_trials=3)
     assert three == type(one)(3 * one.weights, 3 * one.optimiser, 3 * one.working)
     assert MARGIN > 1
 

@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ PLAN = Plan(learning_rate=1e-2, batch_size=8, max_epochs=4, min_steps_between=1,
 COMPILED = {}
 
 
-def tuner(setting, **changes):
+def tuner_of(setting, **changes):
     """A fine-tuner of that plan; those that differ only in when to stop share their compiled functions."""
     model, _, buckets = setting
     compiled = frozenset((k, v) for k, v in changes.items() if k in ("learning_rate", "clip"))
@@ -28,23 +30,25 @@ def tuner(setting, **changes):
 
 def test_fine_tuning_lowers_the_test_loss_and_keeps_the_initial_weights(setting):
     _, (train, validation, test), _ = setting
-    bench = tuner(setting)
-    before = [np.array(x) for x in jax.tree.leaves(bench.initial)]
-    zero_shot = bench.zero_shot(test)
-    found = bench.run(train, validation, test, seed=0)
+    tuner = tuner_of(setting)
+    before = [np.array(x) for x in jax.tree.leaves(tuner.initial)]
+    zero_shot = tuner.zero_shot(test)
+    found = tuner.run(train, validation, test, seed=0)
     assert found.test_loss < zero_shot.test_loss - 1.0
     assert 0 < found.steps <= found.steps_run
     assert found.tokens == train.token_counts.sum() * found.steps_run / 13  # 100 samples: 13 batches of 8 an epoch
-    assert found.flops == 6 * bench.parameters * found.tokens
-    assert found.trainable == bench.parameters
-    for was, now in zip(before, jax.tree.leaves(bench.initial), strict=True):
+    assert found.flops == 6 * tuner.parameters * found.tokens
+    assert found.trainable == tuner.parameters
+    for was, now in zip(before, jax.tree.leaves(tuner.initial), strict=True):
         np.testing.assert_array_equal(was, now)
-    assert bench.run(train, validation, test, seed=0).test_loss == pytest.approx(found.test_loss, rel=1e-5)
+    assert tuner.run(train, validation, test, seed=0).test_loss == pytest.approx(found.test_loss, rel=1e-5)
 
 
 def test_early_stopping_returns_the_weights_with_the_best_validation_loss(setting):
     _, (train, validation, test), _ = setting
-    found = tuner(setting, learning_rate=0.1, max_epochs=30, patience=1).run(train.first(8), validation, test, seed=0)
+    found = tuner_of(setting, learning_rate=0.1, max_epochs=30, patience=1).run(
+        train.first(8), validation, test, seed=0
+    )
     steps, losses = zip(*found.validation_history, strict=True)
     assert "has not improved for 1 evaluations" in found.reason
     assert found.steps == steps[int(np.argmin(losses))]
@@ -56,19 +60,19 @@ def test_early_stopping_returns_the_weights_with_the_best_validation_loss(settin
 def test_a_rate_that_helps_nothing_leaves_the_zero_shot_loss(setting):
     _, (train, validation, test), _ = setting
     # A single step: the training loss, taken before it, has not risen.
-    bench = tuner(setting, learning_rate=100.0, clip=1e6, max_epochs=1)
-    found = bench.run(train.first(1), validation, test, seed=0)
+    tuner = tuner_of(setting, learning_rate=100.0, clip=1e6, max_epochs=1)
+    found = tuner.run(train.first(1), validation, test, seed=0)
     assert (found.steps, found.steps_run) == (0, 1)
-    assert found.test_loss == pytest.approx(bench.zero_shot(test).test_loss, rel=1e-6)
+    assert found.test_loss == pytest.approx(tuner.zero_shot(test).test_loss, rel=1e-6)
 
 
 def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
     model, (train, *_), buckets = setting
-    bench = tuner(setting, max_epochs=1)
+    tuner = tuner_of(setting, max_epochs=1)
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
     rate, key = jax.numpy.float32(PLAN.learning_rate), jax.random.key(0)
-    lane = bench._step(bench._start(bench.initial), rate, bench.frozen, batch, key, 0, 100)
-    found = lane["params"]
+    state = tuner.compiled.step(tuner.compiled.start(tuner.initial), rate, tuner.frozen, batch, key, 0, 100)
+    found = state["params"]
 
     graph, start, rest = nnx.split(model, nnx.Param, ...)
 
@@ -83,34 +87,34 @@ def test_one_step_is_adamw_with_decay_clipping_and_warm_up(setting):
         p, g = np.asarray(p, np.float64), np.asarray(g, np.float64) / max(norm, 1.0)
         want = p - rate * (g / (np.abs(g) + 1e-8) + PLAN.weight_decay * p)  # at step 1, m/sqrt(v) is the sign
         np.testing.assert_allclose(got, want, atol=3e-6)
-    assert bool(lane["finite"])
-    np.testing.assert_allclose(lane["loss"], objective(start), rtol=1e-6)
+    assert bool(state["finite"])
+    np.testing.assert_allclose(state["loss"], objective(start), rtol=1e-6)
 
 
 def test_divergence_is_an_error_not_a_number(setting):
     _, (train, validation, test), _ = setting
     with pytest.raises(DivergedError, match="not finite in epoch 1") as caught:
-        tuner(setting, learning_rate=1e30, clip=1e30).run(train, validation, test, seed=0)
+        tuner_of(setting, learning_rate=1e30, clip=1e30).run(train, validation, test, seed=0)
     (trial,) = caught.value.trials
     assert trial.status == "diverged"
     assert trial.test_loss is None
-    assert 0 < trial.flops == 6 * tuner(setting).parameters * trial.tokens
+    assert 0 < trial.flops == 6 * tuner_of(setting).parameters * trial.tokens
 
 
 def test_a_selection_compiles_one_step_for_each_length_whatever_the_subset(setting):
     _, (train, validation, test), buckets = setting
     COMPILED.clear()
-    bench = tuner(setting, max_epochs=1)
+    tuner = tuner_of(setting, max_epochs=1)
     for size in (100, 50, 25, 12):
-        bench.run(train.first(size), validation, test, seed=0)
-    assert bench._step._cache_size() <= len(buckets)
-    assert bench._evaluate._cache_size() <= len(buckets)
+        tuner.run(train.first(size), validation, test, seed=0)
+    assert tuner.compiled.step._cache_size() <= len(buckets)
+    assert tuner.compiled.evaluate._cache_size() <= len(buckets)
 
 
 def test_progress_is_reported(setting):
     _, (train, validation, test), _ = setting
     seen = []
-    tuner(setting, max_epochs=2).run(train, validation, test, seed=0, on_progress=seen.append)
+    tuner_of(setting, max_epochs=2).run(train, validation, test, seed=0, on_progress=seen.append)
     assert [p.epoch for p in seen][-1] == 2
     assert seen[-1].total_steps == seen[-1].step == 26
 
@@ -132,9 +136,9 @@ def test_an_encoder_decoder_model_is_fine_tuned_from_separate_prompt_and_target(
     }
     model = models.init_model(config, jax.random.key(0))
     sets = [encode(part, tokenizer, 32, separate=True) for part in (task.train, task.validation, task.test)]
-    bench = FineTuner(model, PLAN, bucket_lengths(np.concatenate([s.lengths for s in sets])), 0)
-    found = bench.run(*sets, seed=0)
-    assert found.test_loss < bench.zero_shot(sets[2]).test_loss - 1.0
+    tuner = FineTuner(model, PLAN, bucket_lengths(np.concatenate([s.lengths for s in sets])), 0)
+    found = tuner.run(*sets, seed=0)
+    assert found.test_loss < tuner.zero_shot(sets[2]).test_loss - 1.0
     assert found.tokens == sets[0].token_counts.sum() * PLAN.max_epochs
 
 
@@ -145,18 +149,18 @@ def adapted(setting):
     # The head is frozen: with weights as small as at the start of pre-training, its logits would stay small.
     model = models.init_model(json.loads(model.config.raw) | {"initializer_range": 0.5}, jax.random.key(0))
     before = {name: np.array(leaf[...]) for name, leaf in nnx.to_flat_state(nnx.state(model))}
-    bench = FineTuner(model, dataclasses.replace(PLAN, learning_rate=0.03, lora=Lora(rank=4, dropout=0.1)), buckets, 0)
-    return model, bench, bench.run(*sets, seed=0), before
+    tuner = FineTuner(model, dataclasses.replace(PLAN, learning_rate=0.03, lora=Lora(rank=4, dropout=0.1)), buckets, 0)
+    return model, tuner, tuner.run(*sets, seed=0), before
 
 
 def test_adapters_learn_and_nothing_else_changes(setting, adapted):
     _, sets, _ = setting
-    model, bench, found, before = adapted
-    assert found.test_loss < bench.zero_shot(sets[2]).test_loss - 0.5
+    model, tuner, found, before = adapted
+    assert found.test_loss < tuner.zero_shot(sets[2]).test_loss - 0.5
     assert found.validation_loss == min(loss for _, loss in found.validation_history)
-    frozen = {name: leaf for name, leaf in nnx.to_flat_state(bench.frozen) if type(leaf) is Frozen}
+    frozen = {name: leaf for name, leaf in nnx.to_flat_state(tuner.frozen) if type(leaf) is Frozen}
     assert len(frozen) == len(before)
-    for name, leaf in nnx.to_flat_state(bench.frozen):
+    for name, leaf in nnx.to_flat_state(tuner.frozen):
         np.testing.assert_array_equal(leaf[...], before[tuple(part for part in name if part != "base")])
     for name, leaf in nnx.to_flat_state(nnx.state(model)):
         np.testing.assert_array_equal(leaf[...], before[name])
@@ -164,28 +168,54 @@ def test_adapters_learn_and_nothing_else_changes(setting, adapted):
 
 def test_gradients_and_optimiser_state_are_of_the_adapters_alone(setting, adapted):
     _, (train, *_), buckets = setting
-    _, bench, found, before = adapted
+    _, tuner, found, before = adapted
     # One layer of width 8: qkv 8 -> 24, out 8 -> 8, perceptron 8 -> 32 -> 8, each with rank 4.
-    assert bench.trainable == found.trainable == 4 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8))
+    assert tuner.trainable == found.trainable == 4 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8))
     frozen = sum(value.size for value in before.values())
-    assert bench.parameters == frozen + bench.trainable
-    assert found.flops == (4 * frozen + 6 * bench.trainable) * found.tokens
-    lane = bench._start(bench.initial)
-    assert sum(leaf.size for leaf in jax.tree.leaves(lane["state"])) == 2 * bench.trainable + 1  # moments and a count
+    assert tuner.parameters == frozen + tuner.trainable
+    assert found.flops == (4 * frozen + 6 * tuner.trainable) * found.tokens
+    state = tuner.compiled.start(tuner.initial)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state["state"])) == 2 * tuner.trainable + 1  # moments and a count
     batch = next(batches(train, batch_size=8, buckets=buckets, pad_id=0))
     # The frozen weights are inputs of the program and not constants in it.
-    arguments = (lane, jax.numpy.float32(1e-3), bench.frozen, batch, jax.random.key(0), 0, 10)
-    assert 'dense<"0x' not in bench._step.lower(*arguments).as_text()
+    arguments = (state, jax.numpy.float32(1e-3), tuner.frozen, batch, jax.random.key(0), 0, 10)
+    assert 'dense<"0x' not in tuner.compiled.step.lower(*arguments).as_text()
 
 
 def test_adapters_of_an_early_stop_are_those_of_the_best_evaluation(setting):
     model, (train, validation, test), buckets = setting
     plan = dataclasses.replace(PLAN, learning_rate=0.3, max_epochs=30, patience=1, lora=Lora(rank=2))
-    bench = FineTuner(model, plan, buckets, 0)
-    found = bench.run(train.first(8), validation, test, seed=0)
+    tuner = FineTuner(model, plan, buckets, 0)
+    found = tuner.run(train.first(8), validation, test, seed=0)
     losses = [loss for _, loss in found.validation_history]
     assert "has not improved for 1 evaluations" in found.reason
     assert found.validation_loss == min(losses) < losses[-1]
     assert found.steps < found.steps_run
-    start = bench.zero_shot(test).test_loss
+    start = tuner.zero_shot(test).test_loss
     assert (found.test_loss == pytest.approx(start, rel=1e-6)) == (found.steps == 0)
+
+
+def test_weights_share_the_arrays_of_the_model(setting):
+    model, _, buckets = setting
+    tuner = FineTuner(model, PLAN, buckets, 0)
+    arrays = lambda tree: [leaf[...] for _, leaf in nnx.to_flat_state(tree)]  # noqa: E731
+    for other in (tuner.initial, nnx.state(tuner.model(tuner.initial), nnx.Param)):
+        for one, same in zip(arrays(nnx.state(model, nnx.Param)), arrays(other), strict=True):
+            assert one is same
+
+
+def test_weights_and_compiled_programs_are_freed_with_the_fine_tuner(setting):
+    model, sets, buckets = setting
+    # Weights of its own: those of the fixture live on.
+    tuner = FineTuner(models.init_model(json.loads(model.config.raw), jax.random.key(1)), PLAN, buckets, 0)
+    small = tuple(part.first(8) for part in sets)
+    tuner.trials(*small, rates=(1e-2, 1e-3), seed=0, count_flops=True)
+    tuner.run(*small, seed=0)
+    compiled = tuner.compiled
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(tuner.initial)]
+    kept += [weakref.ref(f) for f in (compiled.step, compiled.step_trials, compiled.evaluate, compiled.start)]
+    kept += [weakref.ref(tuner), weakref.ref(compiled)]
+    assert all(ref() is not None for ref in kept)
+    del tuner, compiled
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from lensjax.errors import InputError
 from lensjax.models import init_model, layers, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.execution import POLICIES, Run, is_stacked, repeating_runs, stack_layers, unstack_layers
 from support.families import FAMILIES, compiled, flat, make_batch, make_config, pure
 

@@ -41,26 +41,20 @@ def main(kind: str) -> None:
     for sharding, count in placements:
         settings = {"learning_rate": 0.005, "batch_size": 16, "max_epochs": 3, "min_steps_between": 1, "warmup": 2}
         plan = Plan(**settings | options | {"sharding": sharding})
-        bench = FineTuner(model, plan, (16,), 0, devices=jax.devices()[:count])
-        outcome = bench.run(*parts, seed=0)
-        lane = bench._start(bench.initial)
-        step = bench._step(
-            *(
-                lane,
-                np.float32(0.01),
-                bench.frozen,
-                bench.placement.put_batch(next(iter(bench._batches(parts[0], 16)))),
-            ),
-            *(jax.random.key(0), 0, 12),
-        )
+        tuner = FineTuner(model, plan, (16,), 0, devices=jax.devices()[:count])
+        outcome = tuner.run(*parts, seed=0)
+        compiled = tuner.compiled
+        batch = compiled.placement.put_batch(next(compiled.batches(parts[0], 16)))
+        state = compiled.start(compiled.initial)
+        step = compiled.step(state, np.float32(0.01), compiled.frozen, batch, jax.random.key(0), 0, 12)
         bytes_on_first = 0
-        for leaf in jax.tree.leaves((step["params"], step["state"], bench.frozen)):
+        for leaf in jax.tree.leaves((step["params"], step["state"], tuner.frozen)):
             for shard in leaf.addressable_shards:
                 bytes_on_first += shard.data.nbytes * (shard.device == jax.devices()[0])
         found[f"{sharding} {count}"] = {
             "losses": [outcome.test_loss, *(loss for _, loss in outcome.validation_history)],
             "steps": outcome.steps,
-            "devices": bench.placement.devices,
+            "devices": tuner.placement.devices,
             "bytes": bytes_on_first,
         }
     json.dump(found, sys.stdout)

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Checkpoints: finding them, checking them, reading them tensor by tensor, writing them."""

@@ -6,8 +6,11 @@ slab: tensors are read slab by slab straight into the dtype wanted, the largest 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +20,7 @@ from flax import nnx
 
 from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel
+from lensjax.models.lora import Lora, add_lora
 from lensjax.models.registry import Family, ModelConfig, Table, family
 
 MOST = 20
@@ -73,15 +77,51 @@ def family_of(config: ModelConfig) -> Family:
     return family(config.model_type, config.model_type)
 
 
-def abstract_model(config: ModelConfig, dtype: Any) -> LanguageModel:
-    """Return the model with shapes in place of parameters: nothing is computed or kept in memory."""
-    return nnx.eval_shape(lambda: family_of(config).model(config, dtype, nnx.Rngs(0)))
+class _OneKey:
+    """Stands in for `nnx.Rngs` where only shapes count: every draw gets the same key.
+
+    `nnx.Rngs` counts its draws in an array. While a model is traced, each count is computed from all before it, which
+    takes time quadratic in the number of parameters: 13 seconds for gpt2-xl.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        """Return the key."""
+        return self._key
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def abstract_model(config: ModelConfig, lora: Lora | None = None, dtype: Any = jnp.float32) -> Any:
+    """Return the model with shapes in place of weights: nothing is computed or kept in memory.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    lora : Lora, optional
+        Of the adapters that it has.
+    dtype : dtype of the weights
+
+    Raises
+    ------
+    InputError
+        If the adapters do not fit the model.
+    """
+
+    def make() -> Any:
+        model = family_of(config).model(config, dtype, _OneKey())
+        return model if lora is None else add_lora(model, key=jax.random.key(0), **dataclasses.asdict(lora))
+
+    return nnx.eval_shape(make)
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Return path (with dots) -> shape of all parameters."""
-    flat = nnx.to_flat_state(nnx.state(abstract_model(config, jnp.float32), nnx.Param))
-    return {".".join(map(str, path)): leaf.shape for path, leaf in flat}
+    # Of the parameters alone, not of a model that has to be put together again.
+    state = jax.eval_shape(lambda: nnx.state(family_of(config).model(config, jnp.float32, _OneKey()), nnx.Param))
+    flat = nnx.to_flat_state(state)
+    return MappingProxyType({".".join(map(str, path)): leaf.shape for path, leaf in flat})
 
 
 def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> LanguageModel:
@@ -105,7 +145,7 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
             f"{source}: dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one, such as float32."
         )
     table = family_of(config).table(config)
-    graph, *states = nnx.split(abstract_model(config, dtype), nnx.Param, ...)
+    graph, *states = nnx.split(abstract_model(config, dtype=dtype), nnx.Param, ...)
     abstract, rest = states
     flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(abstract)]
     names = match(table, {dotted: leaf.shape for _, dotted, leaf in flat}, tensors, source)
@@ -121,7 +161,7 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
         # Transfers run in the background: without waiting, several tensors would be in memory twice.
         filled[path] = leaf.replace(jax.block_until_ready(value))
     for copy, original in table.same.items():
-        if copy in names and not _equal(tensors, names[copy], names[original]):
+        if copy in names and names[copy] != names[original] and not _equal(tensors, names[copy], names[original]):
             raise InputError(
                 f"{source}: config.json ties {copy} to {original}, but the two differ in the checkpoint; "
                 "set tie_word_embeddings to false in config.json."
@@ -134,6 +174,39 @@ def _equal(tensors: Tensors, name: str, other: str) -> bool:
     return shape == tensors.shapes[other] and all(
         np.array_equal(tensors.rows(name, *bounds), tensors.rows(other, *bounds)) for bounds in slabs(shape)
     )
+
+
+def fitting_config(config: ModelConfig, tensors: Tensors) -> ModelConfig:
+    """Return the configuration, or the one without tied tables where the family allows for that and the tables differ.
+
+    transformers 5 writes for every T5 and mT5 that its head is tied, also where the head is one of its own.
+    """
+    table = family_of(config).table(config)
+    untied = table.untied
+    if untied is None:
+        return config
+    names, _ = _short_names(table, tensors)
+    for copy in table.same.keys() - family_of(untied).table(untied).same.keys():
+        original = table.same[copy]
+        if copy in names and original in names and not _equal(tensors, names[copy], names[original]):
+            return untied
+    return config
+
+
+def _short_names(table: Table, tensors: Tensors) -> tuple[dict[str, str], list[str]]:
+    """Return short name -> name in the file, and problems; a tied table may stand there under another of its names."""
+    names: dict[str, str] = {}
+    problems = []
+    for name in tensors.shapes:
+        short = table.short(name)
+        if short in names:
+            problems.append(f"both {names[short]} and {name} are there")
+        names[short] = name
+    # Whoever writes each shared tensor once may keep any of its names.
+    for copy, original in table.same.items():
+        if copy in names:
+            names.setdefault(original, names[copy])
+    return names, problems
 
 
 def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, source: str) -> dict[str, str]:
@@ -158,13 +231,7 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors,
     InputError
         With everything that does not fit in one message.
     """
-    names: dict[str, str] = {}
-    problems = []
-    for name in tensors.shapes:
-        short = table.short(name)
-        if short in names:
-            problems.append(f"both {names[short]} and {name} are there")
-        names[short] = name
+    names, problems = _short_names(table, tensors)
     used = set(table.same)
     for path, shape in shapes.items():
         rule, wanted = table.sources(path)

@@ -260,12 +260,14 @@ class SwitchTransformer(T5):
         x = layers.drop(stack.norm(end[0]), config.dropout_rate, last_key)
         return x.reshape(samples, length, config.width), end[1]
 
-    def _encode(self, ids: jax.Array, real: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Routing]:
+    def route_encoder(self, ids: jax.Array, real: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Routing]:
+        """Run the encoder on token ids and mask (N, S); see `route`."""
         return self.route(self.encoder, ids, real, encoder_mask(real), key)
 
-    def _decode(
+    def route_decoder(
         self, ids: jax.Array, real: jax.Array, encoded: jax.Array, encoder_real: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, Routing]:
+        """Run the decoder on token ids and mask (N, T), and the encoder's output (N, S, d) and mask (N, S)."""
         memory = encoded.reshape(-1, self.config.width)
         return self.route(self.decoder, ids, real, layers.causal_mask(real), key, memory, encoder_mask(encoder_real))
 
@@ -273,7 +275,7 @@ class SwitchTransformer(T5):
         self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the encoder's output (N, S, d); see `Seq2SeqLM`."""
-        return self._encode(input_ids, attention_mask, dropout_key)[0]
+        return self.route_encoder(input_ids, attention_mask, dropout_key)[0]
 
     def decode(
         self,
@@ -285,7 +287,7 @@ class SwitchTransformer(T5):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the inputs (N, T, d) of the head; see `Seq2SeqLM`."""
-        x = self._decode(decoder_input_ids, decoder_attention_mask, encoded, attention_mask, dropout_key)[0]
+        x = self.route_decoder(decoder_input_ids, decoder_attention_mask, encoded, attention_mask, dropout_key)[0]
         return x * self.config.width**-0.5 if self.config.scale_decoder_outputs else x
 
     def router_loss(self, batch: Mapping[str, jax.Array], *, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -308,8 +310,8 @@ class SwitchTransformer(T5):
         real = jnp.ones(ids.shape, jnp.int32) if real is None else real
         keys = layers.split_key(dropout_key, 2)
         model = with_dropout(self, dropout_key)
-        encoded, encoder = model._encode(ids, real, keys[0])
-        decoder = model._decode(decoder_ids, jnp.ones(labels.shape, jnp.int32), encoded, real, keys[1])[1]
+        encoded, encoder = model.route_encoder(ids, real, keys[0])
+        decoder = model.route_decoder(decoder_ids, jnp.ones(labels.shape, jnp.int32), encoded, real, keys[1])[1]
         config = self.config
         total = jnp.zeros(labels.shape[0], encoder.log_z.dtype)
         for routing, length, step, count, is_decoder in (

@@ -75,7 +75,7 @@ class T5Config(Seq2SeqConfig):
             If a value asks for what this port does not compute.
         """
         projection = raw.get("feed_forward_proj", cls.DEFAULTS["feed_forward_proj"])
-        gate, _, name = projection.rpartition("-")
+        gate, _, name = projection.rpartition("-") if isinstance(projection, str) else ("?", "", "")
         if gate not in ("", "gated"):
             raise InputError(
                 f"{source}: feed_forward_proj {projection!r} is not known; write ACTIVATION or gated-ACTIVATION."
@@ -435,4 +435,5 @@ def copies(config: T5Config) -> dict[str, str]:
 
 def table(config: T5Config) -> Table:
     """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
-    return Table(rules=tuple(rules(config)), same=copies(config), ignored=UNUSED)
+    untied = dataclasses.replace(config, tie_word_embeddings=False) if config.tie_word_embeddings else None
+    return Table(rules=tuple(rules(config)), same=copies(config), ignored=UNUSED, untied=untied)

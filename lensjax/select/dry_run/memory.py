@@ -12,7 +12,8 @@ from typing import Any
 from lensjax.errors import InputError
 from lensjax.finetune import Plan
 from lensjax.finetune.memory import Footprint, footprint, weight_counts
-from lensjax.finetune.sharding import COPIES
+from lensjax.finetune.search import parallel_trials
+from lensjax.finetune.sharding import UnevenBatchError, decide
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.defaults import ADAPTED
 from lensjax.select.dry_run.duration import Shapes, layers_of
@@ -55,20 +56,19 @@ class MemoryEstimate:
         InputError
             If they cannot as they are asked to.
         """
-        count, asked = self.machine.devices, plan.sharding
-        if count == 1 or asked == "none":
-            return 1, False
-        at_once = sorted({min(size, plan.micro_batch or size) for size in self.batch_sizes})
-        shared = math.gcd(*at_once, count)
-        if asked != "auto" and shared < count:
-            raise InputError(
-                f"sharding {asked}: {count} devices do not divide {' and '.join(map(str, at_once))} samples evenly."
-            )
-        if shared == 1:
-            return 1, False
         total, trained = weight_counts(self.candidate.config, plan.lora)
-        memory = math.inf if self.machine.platform == "cpu" else self.machine.memory or math.inf
-        return shared, asked == "full" or (asked == "auto" and COPIES * trained + 4 * (total - trained) > memory / 2)
+        try:
+            return decide(
+                plan.sharding,
+                plan.computed_at_once(self.batch_sizes),
+                trainable=trained,
+                frozen=total - trained,
+                devices=self.machine.devices,
+                # The host's memory is that of all its devices together.
+                memory=None if self.machine.platform == "cpu" else self.machine.memory,
+            )
+        except UnevenBatchError as error:
+            raise InputError(error.problem) from error
 
     def _footprint(
         self, plan: Plan, length: int, batch_size: int | None = None, limit: float = math.inf
@@ -85,19 +85,24 @@ class MemoryEstimate:
             platform=platform,
             devices=devices,
             full=full,
-            lanes=self._lanes(),
+            parallel_trials=self._parallel_trials(plan, devices),
             limit=limit / copies,
         )
         return found, copies
 
-    def _lanes(self) -> int:
-        """Return how many learning rates are trained at once, as `FineTuner.parallel_trials`."""
-        rates = max(len(r) for _, r in self.prepared.request.search.grid(self.plan))
-        wanted = self.prepared.request.search.lanes or rates
-        if self.machine.platform == "cpu" or self.machine.devices > 1 or self.machine.memory is None:
-            return min(wanted, rates) if self.prepared.request.search.lanes else 1
-        free = self.machine.memory / 2 - 4 * self.candidate.parameters
-        return int(max(1, min(wanted, free // (20 * self.candidate.trainable))))
+    def _parallel_trials(self, plan: Plan, devices: int) -> int:
+        """Return how many learning rates are trained at once by a plan, if so many devices share a batch."""
+        search = self.prepared.request.search
+        total, trained = weight_counts(self.candidate.config, plan.lora)
+        return parallel_trials(
+            search,
+            max(len(rates) for _, rates in search.grid(plan)),
+            parameters=total,
+            trainable=trained,
+            memory=self.machine.memory,
+            platform=self.machine.platform,
+            sharded=devices > 1,
+        )
 
     @property
     def _process(self) -> int:

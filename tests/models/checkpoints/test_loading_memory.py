@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from lensjax.models import init_model, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from support.paths import SOURCES
 
 # 43 million parameters, the table of the embedding a fifth of them: 173 MB in float32.

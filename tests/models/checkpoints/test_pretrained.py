@@ -1,5 +1,6 @@
 """Finding, checking, reading and writing checkpoints."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from lensjax.errors import InputError
 from lensjax.models import (
+    Lora,
+    abstract_model,
+    add_lora,
     check_checkpoint,
     count_parameters,
     from_pretrained,
@@ -28,9 +33,9 @@ from lensjax.models import (
     save_pretrained,
 )
 from lensjax.models.checkpoints.mapping import parameter_shapes
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.registry import Rule, Table, family, transposed
-from support.families import FAMILIES, make_config
+from support.families import FAMILIES, flat, make_config
 from support.paths import SOURCES
 
 SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 6}
@@ -195,6 +200,12 @@ def test_buffers_copies_of_the_tied_head_and_bare_names_are_understood(prefix, s
     assert_same(load_model(saved), model)
 
 
+def test_a_tied_table_may_stand_under_its_other_name(saved, model):
+    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
+    assert check_checkpoint(saved) == load_config(saved)
+    assert_same(load_model(saved), model)
+
+
 def test_a_tied_head_that_differs_is_refused(saved):
     edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
     with pytest.raises(InputError, match=r"ties lm_head\.weight to wte\.weight, but the two differ"):
@@ -232,7 +243,7 @@ def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(
     def read(*_):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("lensjax.models.checkpoints.pretrained.SafeTensors.rows", read)
+    monkeypatch.setattr("lensjax.models.checkpoints.safetensors_files.SafeTensors.rows", read)
     assert check_checkpoint(saved) == load_config(saved)
 
 
@@ -287,6 +298,23 @@ def test_parameters_are_counted_without_weights(config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert count_parameters(tmp_path) == expected
     assert count_parameters(load_config(tmp_path)) == expected
+
+
+def test_parameters_of_large_models_are_counted_from_shapes():
+    config = load_config({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25})
+    assert count_parameters(config) == 1_557_611_200  # gpt2-xl, as published
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_abstract_models_have_the_shapes_of_real_ones(name):
+    config = load_config(make_config(name, 2))
+    lora = Lora(rank=2)
+    key = jax.random.key(0)
+    real = add_lora(init_model(config, key), key=key, **dataclasses.asdict(lora))
+    describe = lambda tree: [(path, leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(nnx.state(tree))]  # noqa: E731
+    assert describe(abstract_model(config, lora)) == describe(real)
+    sizes = {path: leaf.shape for path, leaf in flat(nnx.state(init_model(config, key), nnx.Param)).items()}
+    assert parameter_shapes(config) == sizes
 
 
 def test_the_tokenizer_comes_with_the_model(model, tmp_path):

@@ -20,7 +20,7 @@ from lensjax.models import (
     load_model,
     save_pretrained,
 )
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.layers import RMSNorm, Rotary, rotate, window_mask
 from lensjax.models.registry import family
 from support import golden_decoders

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from lensjax.errors import InputError
 from lensjax.models import init_model, load_config, load_model, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from support import golden_decoders
 from support.paths import GOLDEN
 

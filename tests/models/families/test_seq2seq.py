@@ -13,8 +13,16 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lensjax.errors import InputError
-from lensjax.models import count_parameters, init_model, layers, load_config, load_model, save_pretrained
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models import (
+    check_checkpoint,
+    count_parameters,
+    init_model,
+    layers,
+    load_config,
+    load_model,
+    save_pretrained,
+)
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.families.switch_transformers import SparsePerceptron
 from lensjax.models.families.t5 import relative_buckets
 from support import golden_seq2seq
@@ -448,6 +456,45 @@ def test_saved_models_load_back_equal(case, tmp_path):
     assert again.config == load_config(json.loads(again.config.raw))
 
 
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_a_head_of_its_own_is_kept_although_the_configuration_ties_it(kind, tmp_path):
+    # What transformers 5 writes for T5 v1.1, flan-T5 and mT5.
+    raw = SMALL["t5"] | {"model_type": kind, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+    model = init_model(raw, jax.random.key(0))
+    save_pretrained(model, tmp_path)
+    written = {"tie_word_embeddings": True} | ({"scale_decoder_outputs": False} if kind == "t5" else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw | written))
+    for config in (check_checkpoint(tmp_path), load_model(tmp_path).config):
+        assert not config.tie_word_embeddings
+        assert not config.scale_decoder_outputs
+    loaded, batch = load_model(tmp_path), make_batch()
+    np.testing.assert_array_equal(loaded.head_weight(), model.head_weight())
+    np.testing.assert_array_equal(loaded.loss_sums(batch)[0], model.loss_sums(batch)[0])
+    # Saved again, it is the same once more.
+    save_pretrained(loaded, tmp_path / "again")
+    np.testing.assert_array_equal(load_model(tmp_path / "again").loss_sums(batch)[0], model.loss_sums(batch)[0])
+    # A copy of the table is no head of its own.
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["shared.weight"].copy()}, tmp_path / "model.safetensors")
+    assert check_checkpoint(tmp_path).tie_word_embeddings
+    assert load_model(tmp_path).config.tie_word_embeddings
+
+
+def test_a_table_without_its_first_name_is_found_under_another(tmp_path):
+    model = init_model(SMALL["t5"], jax.random.key(0))
+    save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(load_model(tmp_path).head_weight(), model.head_weight())
+    save_file(
+        tensors | {"encoder.embed_tokens.weight": tensors["decoder.embed_tokens.weight"] + 1},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(InputError, match=r"ties decoder.embed_tokens.weight to shared.weight, but the two differ"):
+        load_model(tmp_path)
+
+
 def test_initialisation_is_that_of_transformers():
     values = {"vocab_size": 200, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 96, "num_layers": 2}
     values |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "initializer_factor": 0.7}
@@ -476,6 +523,8 @@ def test_initialisation_is_that_of_transformers():
     ("values", "message"),
     [
         ({"model_type": "t5", "feed_forward_proj": "glu-gelu"}, "feed_forward_proj 'glu-gelu' is not known"),
+        ({"model_type": "t5", "feed_forward_proj": None}, "feed_forward_proj None is not known"),
+        ({"model_type": "mt5", "feed_forward_proj": 4}, "feed_forward_proj 4 is not known"),
         ({"model_type": "t5", "feed_forward_proj": "gated-mish"}, "activation 'mish' is not supported; supported: "),
         (
             {"model_type": "mt5", "relative_attention_num_buckets": 6},

@@ -28,6 +28,11 @@ ALIGNMENT = 32
 """Of the tensors' contents, where the file has no general.alignment."""
 
 
+def is_gguf(name_or_path: str | os.PathLike[str]) -> bool:
+    """Tell whether a model is named by a GGUF file."""
+    return os.fspath(name_or_path).lower().endswith(".gguf")
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor stands.

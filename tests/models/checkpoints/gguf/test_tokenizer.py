@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import generate_merges
 from lensjax.errors import InputError
 from lensjax.models import from_pretrained, init_model, load_tokenizer, save_pretrained
 from lensjax.models.checkpoints.gguf.tokenizer import PRE_TOKENIZERS
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from support.paths import GOLDEN
 
 TOKENIZERS = json.loads((GOLDEN / "tokenizers.json").read_text())

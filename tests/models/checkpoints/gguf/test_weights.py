@@ -21,7 +21,7 @@ from lensjax.models import (
 )
 from lensjax.models.checkpoints.gguf import GGUFFile, load_gguf
 from lensjax.models.checkpoints.gguf.config import LLAMA3, llama3_scaling
-from lensjax.models.checkpoints.pretrained import export_tensors
+from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.layers import Rotary
 
 BLOCK = {

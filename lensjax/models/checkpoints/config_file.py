@@ -1,0 +1,100 @@
+"""Reading and checking a model's config.json, or the configuration in a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lensjax.errors import InputError
+from lensjax.models.checkpoints.gguf import GGUFFile, gguf_config, is_gguf
+from lensjax.models.checkpoints.hub import resolve
+from lensjax.models.registry import ModelConfig, family
+
+ADAPTER = "adapter_config.json"
+
+
+def conversion(encoder_decoder: bool) -> str:
+    """Return the command that saves a model anew, with transformers' own code and as safetensors."""
+    kind = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    return f"transformers.{kind}.from_pretrained(SOURCE).save_pretrained(TARGET)."
+
+
+def load_config(
+    name_or_path: str | os.PathLike[str] | Mapping[str, Any], *, revision: str | None = None
+) -> ModelConfig:
+    """Read and check a model's configuration without touching its weights.
+
+    Parameters
+    ----------
+    name_or_path : str, path or mapping
+        As in `from_pretrained`, or the contents of a config.json.
+    revision : str, optional
+        As in `from_pretrained`.
+
+    Returns
+    -------
+    ModelConfig
+        Of the model's family.
+
+    Raises
+    ------
+    InputError
+        If the model or its config.json is missing or unreadable, brings code of its own, or is of no supported family.
+    """
+    if isinstance(name_or_path, Mapping):
+        return _config(dict(name_or_path), "the configuration")
+    if is_gguf(name_or_path):
+        return gguf_config(GGUFFile.open(name_or_path))
+    file = resolve(name_or_path, revision=revision, weights=False) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{os.fspath(name_or_path)}: has no config.json; {_instead(file.parent)}.")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: is not valid JSON ({error}); download it again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: must hold a JSON object, found {type(raw).__name__}; download it again.")
+    return _config(raw, os.fspath(name_or_path))
+
+
+def _instead(directory: Path) -> str:
+    """Say what to name instead of a directory without a config.json."""
+    if (directory / ADAPTER).is_file():
+        try:
+            base = f" {json.loads((directory / ADAPTER).read_text('utf-8'))['base_model_name_or_path']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            base = ""
+        return (
+            f"it holds adapters ({ADAPTER}), not a model: name their base model{base}, or merge them into it with "
+            "peft's merge_and_unload() and name what that saves"
+        )
+    inner = [file.parent for pattern in ("*", "snapshots/*") for file in directory.glob(f"{pattern}/config.json")]
+    if not inner:
+        return "name a directory in Hugging Face format"
+    # Of a Trainer's checkpoints, the one furthest on.
+    last = max(inner, key=lambda place: ([int(n) for n in re.findall(r"\d+", place.name)][-1:], place.name))
+    return f"name {last}, which has one"
+
+
+def _config(raw: dict[str, Any], source: str) -> ModelConfig:
+    if raw.get("auto_map"):
+        raise InputError(
+            f"{source}: config.json has auto_map, that is, code of its own, which lensjax does not run. If "
+            "transformers has the model itself, load it there without that code (trust_remote_code=False) and save it: "
+            f"{conversion(bool(raw.get('is_encoder_decoder')))}"
+        )
+    if not isinstance(raw.get("model_type"), str):
+        raise InputError(f'{source}: config.json has no model_type; add it, for instance "model_type": "gpt2".')
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise InputError(
+            f"{source}: its weights are quantised ({method or 'quantization_config in config.json'}), which cannot be "
+            "fine-tuned as they are; name the model they were made from, or a GGUF file. If they are floating-point "
+            "numbers again, remove quantization_config from config.json."
+        )
+    return family(raw["model_type"], source).config.from_dict(raw, source)
