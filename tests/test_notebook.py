@@ -9,8 +9,8 @@ import pytest
 
 import lensjax
 from lensjax._display import MOST_ROWS, cell, listed, table
+from lensjax.bound import generalization_bound
 from lensjax.losses.curves import Curves
-from lensjax.tangents import generalization_bound
 
 HOSTILE = "<script>alert('a & b')</script>"
 

@@ -155,7 +155,7 @@ class Session:
         except Exception as error:
             console.detail(f"no ranking so far: {reason(error)}")
         self._ranking += console.elapsed - begun
-        self.board.rank(scores)
+        self.board.update_ranking(scores)
         if scores is not None and not console.live:
             console.detail(f"ranking so far: {of_scores(scores)}")
 
@@ -286,7 +286,7 @@ class Session:
             before, seen = seen, at
             self.clock.progress(candidate.name, size, at.done)
             step = f"step {at.step} of at most {at.total_steps}, validation loss {at.validation_loss:.4f}"
-            running.doing, running.done = step, at.done
+            running.activity, running.fraction = step, at.done
             self.heartbeat()
             # A step is told of a second time when it has been evaluated.
             if at.step == before.step:

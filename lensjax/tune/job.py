@@ -182,7 +182,7 @@ class Tuning:
             running=self.running,
         )
         if job.expectation is not None and job.expectation.loss is not None and not job.expectation.per_byte:
-            self.board.places = {candidate.name: RankedCandidate(1, job.expectation.loss, float("nan"))}
+            self.board.ranking = {candidate.name: RankedCandidate(1, job.expectation.loss, float("nan"))}
         self.keeper: BestCheckpoint | None = None
         self.first: tuple[float, float] | None = None  # when training was first heard of, and what was done by then
         self.trials: list[Trial] = []
@@ -338,11 +338,11 @@ class Tuning:
         self.first = self.first or (time.monotonic(), at.done)
         seconds, done = time.monotonic() - self.first[0], at.done - self.first[1]
         left = f"at most about {duration(seconds * (1 - at.done) / done)} left" if done > 0 else "time left not known"
-        self.running.doing = (
+        self.running.activity = (
             f"step {at.step} of at most {at.total_steps}, epoch {at.epoch}, validation loss {at.validation_loss:.4f}"
         )
-        self.running.done, self.board.time_left = at.done, left
-        self.console.status(f"{self.running.doing}; {left}")
+        self.running.fraction, self.board.time_left = at.done, left
+        self.console.status(f"{self.running.activity}; {left}")
 
     def _on_weights(self, found: Weights) -> None:
         assert self.keeper is not None

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 
 from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
-from lensjax.progress.terminal import EVERY, View, crop, screen_for, shorten
+from lensjax.progress.terminal import REDRAW_INTERVAL, LiveView, crop, screen_for, shorten
 from lensjax.selectors import Scores
 
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
@@ -126,7 +126,7 @@ def board(names=("alpha", "beta", "gamma", "delta"), measured=2):
     found = SelectionState("wikitext: choosing for 12,800 samples", "nats per token", tuple(names), SIZES, 12800)
     for number, name in enumerate(names[:measured]):
         found.losses |= {(name, size): 3.0 - 0.1 * number - size / 10000 for size in SIZES}
-        found.places[name] = RankedCandidate(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
+        found.ranking[name] = RankedCandidate(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
     if measured < len(names):
         found.losses[names[measured], 1600] = 2.2222
         found.running = ActiveRun(names[measured], 800, "step 13 of at most 60, validation loss 2.8123", 0.21)
@@ -225,7 +225,7 @@ def test_however_small_a_terminal_is_nothing_breaks(follow, columns, lines):
 
 def test_methods_without_predictions_or_probabilities_have_no_columns_for_them(follow):
     found = board()
-    found.places = {
+    found.ranking = {
         "beta": RankedCandidate(1, float("nan"), float("nan")),
         "alpha": RankedCandidate(2, float("nan"), float("nan")),
     }
@@ -300,7 +300,7 @@ def test_lines_stay_above_the_view_which_follows_the_board(follow):
     found = board()
     with console.follow(found):
         console.line("alpha: a long line " + "and so on " * 20)
-        found.running.doing = "step 14"
+        found.running.activity = "step 14"
         now[0] = 61.0
         console.line("beta: test loss 1.0")
         console.status("not a line")
@@ -322,13 +322,13 @@ def test_it_is_drawn_at_most_four_times_a_second_but_at_once_when_it_must(follow
     console, stream, now = follow()
     found = board()
     with console.follow(found):
-        render_all = []
+        drawn = []
         for _ in range(100):
-            now[0] += EVERY / 10
+            now[0] += REDRAW_INTERVAL / 10
             before = len(stream.getvalue())
             console.status("step")
-            render_all.append(len(stream.getvalue()) > before)
-        assert 9 <= sum(render_all) <= 10
+            drawn.append(len(stream.getvalue()) > before)
+        assert 9 <= sum(drawn) <= 10
         before = len(stream.getvalue())
         console.refresh()
         assert len(stream.getvalue()) == before
@@ -362,19 +362,19 @@ def test_an_interrupt_gives_the_cursor_back_and_says_where_it_stopped(follow):
 
 def test_an_interrupt_while_drawing_gives_the_cursor_back(follow, monkeypatch):
     console, stream, _ = follow()
-    whole, render_all = View._table, []
+    whole, drawn = LiveView._table, []
 
     def interrupted(view, *arguments, **options):
-        render_all.append(1)
-        if len(render_all) == 1:
+        drawn.append(1)
+        if len(drawn) == 1:
             raise KeyboardInterrupt
         return whole(view, *arguments, **options)
 
-    monkeypatch.setattr(View, "_table", interrupted)
+    monkeypatch.setattr(LiveView, "_table", interrupted)
     with pytest.raises(KeyboardInterrupt), console.follow(board()):
         pytest.fail("the first drawing was not interrupted")
     assert Screen(100, 30).feed(stream.getvalue()).cursor_shown
-    assert len(render_all) == 2
+    assert len(drawn) == 2
 
 
 def test_no_thread_draws_and_what_others_print_goes_above(follow, monkeypatch):
@@ -432,10 +432,10 @@ def test_a_ranking_is_taken_over():
         used=np.ones((3, 5), bool),
         best_probability=np.array([0.2, 0.8, 0.0]),
     )
-    found.rank(scores)
-    assert found.places == {"beta": RankedCandidate(1, 1.1, 0.8), "alpha": RankedCandidate(2, 2.1, 0.2)}
-    found.rank(None)
-    assert found.places == {}
+    found.update_ranking(scores)
+    assert found.ranking == {"beta": RankedCandidate(1, 1.1, 0.8), "alpha": RankedCandidate(2, 2.1, 0.2)}
+    found.update_ranking(None)
+    assert found.ranking == {}
 
 
 @pytest.mark.parametrize(
