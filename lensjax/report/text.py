@@ -113,13 +113,13 @@ def answer(selection: Selection) -> str:
     predicted = float(scores.predicted_loss[order[0]])
     if np.isfinite(predicted):
         unit = f"nats per {selection.loss_unit}"
-        text += f": expected test loss {predicted:.4f} {unit} at {samples(selection.target)} samples"
+        text += f": expected test loss {number(predicted, 4)} {unit} at {samples(selection.target)} samples"
     else:
         text += f" for {samples(selection.target)} samples (method {scores.method} predicts no loss)"
     if len(order) > 1 and np.isfinite(scores.score[order[1]]):
         text += f"; next {selection.curves.names[order[1]]}"
         if np.isfinite(scores.predicted_loss[order[1]]):
-            text += f" ({scores.predicted_loss[order[1]]:.4f})"
+            text += f" ({number(float(scores.predicted_loss[order[1]]), 4)})"
     return text + "."
 
 

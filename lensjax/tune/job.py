@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lensjax import environment, models
-from lensjax._display import duration
+from lensjax._display import duration, printable
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
@@ -377,7 +377,7 @@ class Tuning:
                 f"The adapters are in {job.out}, in peft's format: lensjax.models.load_lora(model, {str(job.out)!r}) "
                 f"puts them on {self.base}."
             )
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def _point(of: Trial | Weights | Outcome) -> str:

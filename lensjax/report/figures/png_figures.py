@@ -138,7 +138,8 @@ def curve(selection: Selection, row: int, predicted: PredictedCurves, shared: da
             style: dict[str, Any] = {"mfc": face, "mec": edge, "ms": 6, "ls": "", "marker": "o", "zorder": 4}
             axes.plot(at[which], curves.losses[row][which], label=label, **style)
     _prediction(axes, selection, row, shared)
-    figure.legend(loc="outside lower center", ncols=4)
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
