@@ -38,7 +38,8 @@ def extreme(make, factors, **changes):
     curves = Curves(("alpha", "beta", "gamma"), SIZES, losses, np.array([1e6, 2e6, 3e6]))
     last = losses[:, -1].copy()
     ends = np.maximum(np.stack([last * 0.5, last * 1.1], axis=1), 5e-324)
-    scores = Scores("averaged", curves.names, last, last, ("fine",) * 3, SIZES > np.zeros((3, 1)), {}, (), ends)
+    details = {"transition": np.full(3, 1000.0)}
+    scores = Scores("averaged", curves.names, last, last, ("fine",) * 3, SIZES > np.zeros((3, 1)), details, (), ends)
     values = {"curves": curves, "scores": {"averaged": scores}, "flops": np.ones((3, 5)), "truth": last.copy()}
     return make(**{**values, **changes})
 

@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Sequence
 
-LARGEST = math.log(sys.float_info.max)
+# A little below the largest float64 number: who maps positions back to values, as matplotlib does, rounds.
+LARGEST = math.log(sys.float_info.max) - 1e-6
 SMALLEST = math.ulp(0.0)
 
 
@@ -95,5 +96,6 @@ def padded(values: Sequence[float], margin: float = 0.06) -> Scale:
     low, high = math.log(min(values)), math.log(max(values))
     pad = max((high - low) * margin, math.log(1.01))
     bottom = max(math.exp(low - pad), SMALLEST)
+    top = max(math.exp(min(high + pad, LARGEST)), *values)
     # Among the smallest numbers there are, a margin of 1 % is none.
-    return Scale(bottom, max(math.exp(min(high + pad, LARGEST)), math.nextafter(bottom, math.inf)))
+    return Scale(bottom, max(top, math.nextafter(bottom, math.inf)))
