@@ -1,4 +1,4 @@
-"""A finished selection as data: who was chosen, what to expect, what it cost."""
+"""A finished selection as data: the candidate chosen, the loss to expect, the cost of finding out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """Everything one selection found.
+    """The result of a selection.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class Selection:
     curves : Curves
         Visible losses of the M candidates, and their parameter counts.
     target : float
-        Training samples the choice is made for.
+        Training samples that the choice is made for.
     scores : mapping of method to Scores
         The method asked for first.
     flops : float64 array (M, S)
@@ -79,7 +79,7 @@ class Selection:
     truth : float64 array (M,) or None
         Measured losses at `target`, where they are known.
     refused : mapping of method to reason
-        Methods asked for that the data do not allow.
+        Methods asked for that the losses do not allow.
     failed_flops : float
         Spent on candidates that failed.
     failures : mapping of candidate to reason

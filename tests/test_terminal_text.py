@@ -89,7 +89,8 @@ def test_a_selection_in_text_obeys_no_name():
     assert not obeyed(text)
     lines = text.split("\n")
     # The only such line is ours.
-    assert [n for n, line in enumerate(lines) if line.startswith("Next,")] == [lines.index("python -m lensjax.tune") - 1]
+    ours = lines.index("python -m lensjax.tune") - 1
+    assert [n for n, line in enumerate(lines) if line.startswith("Next,")] == [ours]
     assert not [line for line in lines if line.strip().startswith(COMMAND)]
     names = dataclasses.replace(found, facts={})
     assert not [line for line in render(names).split("\n") if line.startswith("Next,")]

@@ -1,4 +1,4 @@
-"""A selection as one HTML file that needs nothing else: the answer first, then why it can be believed."""
+"""A selection as one self-contained HTML file: the answer first, then the evidence for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lensjax.report.figures.scale import compact, shortened
 from lensjax.report.predicted_curves import predicted_curves
 from lensjax.report.style import STYLE
 from lensjax.report.text import comparison_cells, law_columns
-from lensjax.selection import CERTAINTY_PERCENT, Selection, format_interval, losses_fingerprint, transition_of
+from lensjax.selection import CERTAINTY_PERCENT, Selection, losses_fingerprint, transition_of
 
 METHODS = {
     "averaged": "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
@@ -42,17 +42,19 @@ METHODS = {
 
 
 def render_html(selection: Selection) -> str:
-    """Return the whole selection as one HTML file: no script, nothing loaded from anywhere, light and dark.
+    """Return the whole selection as one HTML file, light and dark, without scripts and without external resources.
+
+    The best hundred candidates have figures; the others are in a table that is folded away.
 
     Parameters
     ----------
     selection : Selection
-        Of its `facts`, all optional, these are shown: `tune_command` (str: fine-tunes the winner), `tune_note` (str:
-        what to know of that command), `metric` (str: which one of the runs the losses are), `command` (str: made this
-        selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package ->
-        version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory` (str),
-        and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer ->
-        number}, either of which may be missing.
+        Of its `facts`, all optional, these are shown: `tune_command` (str: fine-tunes the best candidate), `tune_note`
+        (str: what to know before), `metric` (str: which metric of the runs the losses are), `command` (str: the one
+        that ran this selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping
+        package -> version; default: those of this process), `notes` (list of str), `specification` (mapping),
+        `directory` (str), and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer":
+        mapping layer -> number}, either of which may be missing.
 
     Returns
     -------
@@ -237,7 +239,7 @@ def _curves(selection: Selection) -> str:
             _paragraph(escaped(predicted.reason), "dim small") if predicted.reason else "",
             f'<ul class="legend" aria-label="Legend">{legend}</ul>',
             f'<div class="figures">{"".join(figures)}</div>',
-            *([_paragraph(f"{left_out} candidates that rank lower have no figure here.", "dim small")] * (left_out > 0)),
+            _paragraph(f"{left_out} candidates that rank lower have no figure here.", "dim small") if left_out else "",
             "</section>",
         ]
     )
@@ -265,18 +267,18 @@ def _caption(selection: Selection, rank: int, row: int) -> str:
 
 def _cost(selection: Selection) -> str:
     costs = selection.costs()
-    spent, full, winner = costs.choice, costs.full, costs.best
+    spent, full, best = costs.choice, costs.full, costs.best
     parts = ['<section aria-labelledby="cost">', '<h2 id="cost">What it cost, and what was saved</h2>']
     if not costs.known:
         parts.append(_paragraph(f"The cost is not known ({escaped(selection.cost_note)})."))
         return "\n".join([*parts, "</section>"])
     everything = f"fine-tuning all {len(selection.curves)} candidates on {samples(selection.target)} samples"
     text = f"The choice took {flops(spent)} FLOPs; {everything} would take {flops(full)}."
-    saved = 1 - (spent + winner) / full if full > 0 else 0.0
+    saved = 1 - (spent + best) / full if full > 0 else 0.0
     if saved > 0:
-        text += f" With the winner's own fine-tuning ({flops(winner)}), {percent(saved)} % is saved."
+        text += f" With the winner's own fine-tuning ({flops(best)}), {percent(saved)} % is saved."
     else:
-        text += f" With the winner's own fine-tuning ({flops(winner)}), nothing is saved at this size."
+        text += f" With the winner's own fine-tuning ({flops(best)}), nothing is saved at this size."
     parts.append(_paragraph(escaped(text)))
     figure = svg_figures.cost(selection, name="cost-figure")
     if figure:
@@ -366,15 +368,19 @@ def _tangents(selection: Selection) -> str:
         "trace of the Hessian says which layers the loss is sensitive to."
     )
     figures = []
-    for place, (name, found) in enumerate(tangents.items(), start=1):
+    others = {selection.curves.names[row] for row in selection.main.order[tables.SHOWN :]}
+    shown = {name: measured for name, measured in tangents.items() if name not in others}
+    for place, (name, measured) in enumerate(shown.items(), start=1):
         pictures = [
-            ("Kernel spectrum", svg_figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
-            ("Trace by layer", svg_figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
+            ("Kernel spectrum", svg_figures.spectrum(measured.get("kernel_spectrum"), name=f"spectrum-{place}")),
+            ("Trace by layer", svg_figures.traces(measured.get("trace_by_layer") or {}, name=f"traces-{place}")),
         ]
         inside = "".join(f"<figure>{p}<figcaption>{c}</figcaption></figure>" for c, p in pictures if p)
         figures.append(
             f'<h3>{isolated(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
         )
+    if len(shown) < len(tangents):
+        words += f" {len(tangents) - len(shown)} candidates that rank lower have no figure here."
     return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *figures])
 
 

@@ -1,4 +1,4 @@
-"""Loss curves to draw: what a method expects of each candidate between the smallest size and the target."""
+"""The loss curves that a method predicts for each candidate, from the smallest size to the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lensjax.selectors import CERTAINTY, SELECTORS, Scores
 from lensjax.selectors.bayesian_average import forecast, laws, shape
 
 POINTS = 48
-AGREEMENT = 1e-6  # relative: a curve that misses the prediction at the target is not the one the verdict rests on
+AGREEMENT = 1e-6  # relative; a curve further from the prediction at the target is not the one that was scored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class PredictedCurves:
     losses : float64 array (M, K)
         NaN where a candidate has no curve.
     interval : float64 array (M, K, 2) or None
-        With `CERTAINTY`, for methods that know.
+        With probability `CERTAINTY`; None for methods without intervals.
     reason : str
         Why there is no curve or no interval; "" if there are both.
     """
@@ -43,8 +43,8 @@ class PredictedCurves:
 def predicted_curves(selection: Selection, scores: Scores, rows: np.ndarray | None = None) -> PredictedCurves:
     """Return the curves behind a method's predictions.
 
-    They are computed again from the losses, and left out where they miss the predictions (a method with options that
-    are not known here).
+    They are computed again from the losses. A curve that misses the prediction is left out: the method had options that
+    are not known here.
 
     Parameters
     ----------
@@ -122,6 +122,6 @@ def _averaged(selection: Selection, sizes: np.ndarray, rows: np.ndarray) -> tupl
 
 
 def _lines(curves: Curves, sizes: np.ndarray) -> np.ndarray:
-    """Return the log losses (M, K) that AtS expects: a straight line in log-log coordinates, so two sizes give them all."""
+    """Return the log losses (M, K) of AtS: a straight line in log-log coordinates, so two sizes give them all."""
     first, second = (np.log(SELECTORS["ats"](curves, size).predicted_loss) for size in (1.0, np.e))
     return np.asarray(first[:, None] + (second - first)[:, None] * np.log(sizes))

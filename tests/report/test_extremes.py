@@ -1,5 +1,6 @@
 """Losses as small and as large as float64 holds, and a thousand candidates: there is a report all the same."""
 
+import dataclasses
 import html.parser
 import re
 import xml.etree.ElementTree as ET
@@ -39,7 +40,7 @@ def extreme(make, factors, **changes):
     last = losses[:, -1].copy()
     ends = np.maximum(np.stack([last * 0.5, last * 1.1], axis=1), 5e-324)
     details = {"transition": np.full(3, 1000.0)}
-    scores = Scores("averaged", curves.names, last, last, ("fine",) * 3, SIZES > np.zeros((3, 1)), details, (), ends)
+    scores = Scores("averaged", curves.names, last, last, ("fine",) * 3, np.tile(SIZES > 0, (3, 1)), details, (), ends)
     values = {"curves": curves, "scores": {"averaged": scores}, "flops": np.ones((3, 5)), "truth": last.copy()}
     return make(**{**values, **changes})
 
@@ -48,7 +49,7 @@ def extreme(make, factors, **changes):
 def selection(request, make, monkeypatch):
     found = extreme(make, TABLES[request.param])
     # Curves go through all losses; what a selector makes of such losses is not the point here.
-    sizes = SIZES[1:].tolist() + [found.target]
+    sizes = [*SIZES[1:], found.target]
     losses = np.concatenate([found.curves.losses[:, 1:], found.main.predicted_loss[:, None]], axis=1)
     curves = predicted_curves(make(), make().main)
     drawn = type(curves)(np.array(sizes), losses, np.stack([losses * 0.5, np.maximum(losses, 5e-324)], axis=2), "")
@@ -173,6 +174,12 @@ def test_the_best_hundred_are_shown_in_full_and_the_others_folded(make, thousand
     assert expected in folded
     assert folded.count("<td class=n>a remark</td>") == sum(row % 2 for row in order[100:])
     assert full.count("a remark</li>") == sum(row % 2 for row in order[:100])
+    measured = {
+        name: {"kernel_spectrum": [2.0, 1.0]} for name in (thousand.names[order[0]], thousand.names[order[500]])
+    }
+    tangents = render_html(dataclasses.replace(selection, facts={"tangents": measured}))
+    assert tangents.count('aria-labelledby="spectrum-') == 1
+    assert "1 candidates that rank lower have no figure here." in tangents
     few = render_html(of_many(make, thousand.rows(np.arange(100))))
     assert "<summary>The other" not in few
     assert "have no figure here" not in few

@@ -330,7 +330,7 @@ def test_spectra_and_traces_are_drawn_and_what_is_missing_is_said(rich):
     assert "Nothing was computed." in page.text
 
 
-def test_what_was_saved_counts_the_winners_own_fine_tuning(make):
+def test_what_was_saved_counts_fine_tuning_the_best_candidate(make):
     selection = make("averaged")
     full = selection.full_flops.sum()
     kept = selection.spent(selection.main) + selection.full_flops[selection.main.order[0]]

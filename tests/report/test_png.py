@@ -16,13 +16,13 @@ from lensjax.report.figures import data, png_figures, svg_figures
 from lensjax.report.figures.export import check_formats, write_figures
 from lensjax.report.predicted_curves import predicted_curves
 
-LOOK = {"kernel_spectrum": [9.0, 0.5, 0.01, -1e-9], "trace_by_layer": {"tokens": 2.0, "layers.0.mlp": -0.5}}
+TANGENTS = {"kernel_spectrum": [9.0, 0.5, 0.01, -1e-9], "trace_by_layer": {"tokens": 2.0, "layers.0.mlp": -0.5}}
 
 
 @pytest.fixture
 def rich(make):
     """A selection with everything in it."""
-    return make("averaged", truth=np.array([1.2, 1.6, 1.1]), facts={"tangents": {"beta": LOOK}})
+    return make("averaged", truth=np.array([1.2, 1.6, 1.1]), facts={"tangents": {"beta": TANGENTS}})
 
 
 def texts(figure):
@@ -121,28 +121,28 @@ def test_the_cost_is_that_of_the_svg(rich):
     figure = png_figures.cost(rich)
     (axes,) = figure.axes
     widths = [bar.get_width() for bar in axes.patches]
-    spent, winner = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
-    assert widths == [spent, spent, winner, rich.full_flops.sum()]
+    spent, best = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
+    assert widths == [spent, spent, best, rich.full_flops.sum()]
     shown = [text for text in texts(figure) if text.endswith(" %")]
     drawn = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
     assert shown == [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
 
 
 def test_kernels_and_traces():
-    kept, dropped = data.eigenvalues(LOOK["kernel_spectrum"])
+    kept, dropped = data.eigenvalues(TANGENTS["kernel_spectrum"])
     figure = png_figures.spectrum(kept, dropped, "beta")
     (line,) = figure.axes[0].lines
     np.testing.assert_array_equal(line.get_xydata(), [[1, 9.0], [2, 0.5], [3, 0.01]])
     assert "rank of the eigenvalue (1 not above 0 left out)" in texts(figure)
     assert "beta: kernel spectrum" in texts(figure)
-    figure = png_figures.traces(data.layers(LOOK["trace_by_layer"]), "beta")
+    figure = png_figures.traces(data.layers(TANGENTS["trace_by_layer"]), "beta")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, -0.5]
     assert {"beta: Hessian trace by layer", "tokens", "layers.0.mlp", "2", "-0.5"} <= set(texts(figure))
 
 
 def test_hostile_names_are_shown_as_they_are(make, hostile):
     names = ("$\\frac{1}{0}$ and $", *hostile, "\N{CJK UNIFIED IDEOGRAPH-4E2D}\n_^%#&")
-    selection = make("averaged", names=names, facts={"tangents": {names[0]: LOOK}})
+    selection = make("averaged", names=names, facts={"tangents": {names[0]: TANGENTS}})
     written = png_figures.render_all(selection)
     assert len(written) == 2 + 6 + 2
     assert all(content.startswith(b"\x89PNG") for content in written.values())

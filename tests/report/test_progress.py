@@ -59,8 +59,8 @@ def test_only_a_verbose_console_writes_details():
 def test_quiet_writes_nothing():
     stream = Terminal()
     console = Console(stream, quiet=True)
-    board = SelectionState("title", "nats", ("a", "b"), (10, 20), 100, running=ActiveRun("a", 10, "loading"))
-    with console.follow(board):
+    state = SelectionState("title", "nats", ("a", "b"), (10, 20), 100, running=ActiveRun("a", 10, "loading"))
+    with console.follow(state):
         console.status("working")
         console.next("next")
         console.line("done")

@@ -134,8 +134,10 @@ def test_a_document_of_this_version_stays_as_it_is(make):
 
 @pytest.mark.parametrize(
     ("found", "held"),
-    [({"schema": 3}, "3"), ({"schema": 0}, "0"), ({"schema": True}, "True"), ({"schema": "2"}, "'2'"), ({}, "none")]
-    + [([1], "none"), (None, "none")],
+    [
+        *(({"schema": 3}, "3"), ({"schema": 0}, "0"), ({"schema": True}, "True"), ({"schema": "2"}, "'2'")),
+        *(({}, "none"), ([1], "none"), (None, "none")),
+    ],
 )
 def test_documents_of_unknown_versions_are_refused(found, held):
     with pytest.raises(InputError, match=f"^the selection's schema version is {held}; this program reads 1 to 2. "):

@@ -95,7 +95,7 @@ def _new(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def _logarithmic(axes: Axes, side: str, scale: Scale, also: Mapping[float, str] | None = None) -> None:
-    """Give an axis the limits and the round ticks of a scale; some ticks may have names of their own."""
+    """Give an axis the limits and the round ticks of a scale; `also` adds ticks with labels of their own."""
     ticks = {tick: compact(tick) for tick in scale.ticks(6)} | dict(also or {})
     if side == "x":
         axes.set_xscale("log")
@@ -177,7 +177,8 @@ def _expected(axes: Axes, selection: Selection, row: int, predicted: PredictedCu
 def _prediction(axes: Axes, selection: Selection, row: int, shared: data.Axes) -> None:
     scores, target = selection.main, selection.target
     if scores.interval is not None and np.isfinite(scores.interval[row]).all():
-        axes.vlines(target, *map(shared.losses.clip, scores.interval[row]), color=LINE, lw=1.8, zorder=3)
+        low, high = map(shared.losses.clip, scores.interval[row])
+        axes.vlines(target, low, high, color=LINE, lw=1.8, zorder=3)
     if data.has_position(scores.predicted_loss[row]):
         style: dict[str, Any] = {"mfc": "white", "mec": LINE, "mew": 1.8, "ms": 7, "ls": "", "marker": "o", "zorder": 5}
         axes.plot([target], [scores.predicted_loss[row]], label=f"expected at {samples(target)}", **style)
@@ -215,7 +216,7 @@ def ranking(selection: Selection) -> Figure:
 
 
 def cost(selection: Selection) -> Figure:
-    """Draw what was spent, and what fine-tuning the winner will cost, beside fine-tuning everything."""
+    """Draw the cost of the choice, and of fine-tuning the best candidate, beside that of fine-tuning all of them."""
     bars = data.cost_bars(selection)
     full = bars[-1].total
     figure, axes = _new(6.4, 1.9, "Cost")

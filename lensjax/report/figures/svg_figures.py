@@ -233,7 +233,7 @@ def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
 
 
 def cost(selection: Selection, *, name: str, alone: bool = False) -> str:
-    """Draw what was spent, and what fine-tuning the winner will cost, beside fine-tuning everything; "" if unknown."""
+    """Draw the cost of the choice, and of fine-tuning the best candidate, beside that of fine-tuning all; "" if unknown."""
     bars = data.cost_bars(selection)
     if not bars:
         return ""
