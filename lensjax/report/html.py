@@ -225,7 +225,8 @@ def _curves(selection: Selection) -> str:
         for mark, text in LEGEND
         if shown.get(text, True)
     )
-    left_out = len(selection.curves) - len(rows)
+    count = len(selection.curves) - len(rows)
+    left_out = [_paragraph(f"{count} candidate(s) that rank lower have no figure here.", "dim small")] if count else []
     return "\n".join(
         [
             '<section aria-labelledby="curves">',
@@ -239,7 +240,7 @@ def _curves(selection: Selection) -> str:
             _paragraph(escaped(predicted.reason), "dim small") if predicted.reason else "",
             f'<ul class="legend" aria-label="Legend">{legend}</ul>',
             f'<div class="figures">{"".join(figures)}</div>',
-            _paragraph(f"{left_out} candidates that rank lower have no figure here.", "dim small") if left_out else "",
+            *left_out,
             "</section>",
         ]
     )
@@ -380,7 +381,7 @@ def _tangents(selection: Selection) -> str:
             f'<h3>{isolated(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
         )
     if len(shown) < len(tangents):
-        words += f" {len(tangents) - len(shown)} candidates that rank lower have no figure here."
+        words += f" {len(tangents) - len(shown)} candidate(s) that rank lower have no figure here."
     return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *figures])
 
 

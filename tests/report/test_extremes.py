@@ -162,7 +162,7 @@ def test_the_best_hundred_are_shown_in_full_and_the_others_folded(make, thousand
     np.testing.assert_array_equal(asked[0], order[: tables.SHOWN])
     assert page.count('role="img" aria-labelledby="curve-') == tables.SHOWN == 100
     assert page.count('class="fig mini"') == 100
-    assert "900 candidates that rank lower have no figure here." in page
+    assert "900 candidate(s) that rank lower have no figure here." in page
     full, _, rest = page.partition("<details><summary>The other 900 candidates</summary>")
     folded = rest.partition("</details>")[0]
     for rank, row in enumerate(order, start=1):
@@ -179,7 +179,7 @@ def test_the_best_hundred_are_shown_in_full_and_the_others_folded(make, thousand
     }
     tangents = render_html(dataclasses.replace(selection, facts={"tangents": measured}))
     assert tangents.count('aria-labelledby="spectrum-') == 1
-    assert "1 candidates that rank lower have no figure here." in tangents
+    assert "1 candidate(s) that rank lower have no figure here." in tangents
     few = render_html(of_many(make, thousand.rows(np.arange(100))))
     assert "<summary>The other" not in few
     assert "have no figure here" not in few
