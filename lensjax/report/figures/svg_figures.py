@@ -233,7 +233,7 @@ def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
 
 
 def cost(selection: Selection, *, name: str, alone: bool = False) -> str:
-    """Draw the cost of the choice, and of fine-tuning the best candidate, beside that of fine-tuning all; "" if unknown."""
+    """Draw the cost of the choice, and of fine-tuning the best candidate, beside fine-tuning all; "" if unknown."""
     bars = data.cost_bars(selection)
     if not bars:
         return ""

@@ -356,7 +356,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 def _wrapped(text: str, indent: str = "", hang: str | None = None) -> str:
     return textwrap.fill(
-        printable(text),
+        " ".join(map(printable, text.splitlines())),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent if hang is None else hang,
