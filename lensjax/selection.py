@@ -1,4 +1,4 @@
-"""A finished selection as data: who was chosen, what to expect, what it cost."""
+"""A finished selection as data: the candidate chosen, the loss to expect, the cost of finding out."""
 
 from __future__ import annotations
 
@@ -9,16 +9,56 @@ from typing import Any
 
 import numpy as np
 
+from lensjax._display import escaped, flops, isolated, number, percent, samples, table
 from lensjax.losses.curves import Curves
 from lensjax.metrics import pear_corr, rel_acc, rmse
 from lensjax.selectors import CERTAINTY, Scores
 
-SCHEMA = 1
+SCHEMA = 2
+CERTAINTY_PERCENT = percent(CERTAINTY, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a choice cost, beside what it chose among; floating-point operations, NaN where unknown.
+
+    Attributes
+    ----------
+    used : float
+        Of the measurements that the method asked for used.
+    failed : float
+        Spent on candidates that failed.
+    best : float
+        Of fine-tuning the chosen candidate on the target.
+    full : float
+        Of fine-tuning every candidate on the target.
+    """
+
+    used: float
+    failed: float
+    best: float
+    full: float
+
+    @property
+    def choice(self) -> float:
+        """What the choice took, failures included."""
+        return self.used + self.failed
+
+    @property
+    def known(self) -> bool:
+        """Whether none of them is unknown."""
+        return bool(np.isfinite([self.choice, self.full, self.best]).all())
+
+    @property
+    def share(self) -> float:
+        """The choice as a share of fine-tuning every candidate; NaN if that is unknown or nothing."""
+        known = np.isfinite([self.choice, self.full]).all() and self.full > 0
+        return self.choice / self.full if known else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """Everything one selection found.
+    """The result of a selection.
 
     Attributes
     ----------
@@ -27,7 +67,7 @@ class Selection:
     curves : Curves
         Visible losses of the M candidates, and their parameter counts.
     target : float
-        Training samples the choice is made for.
+        Training samples that the choice is made for.
     scores : mapping of method to Scores
         The method asked for first.
     flops : float64 array (M, S)
@@ -39,7 +79,7 @@ class Selection:
     truth : float64 array (M,) or None
         Measured losses at `target`, where they are known.
     refused : mapping of method to reason
-        Methods asked for that the data do not allow.
+        Methods asked for that the losses do not allow.
     failed_flops : float
         Spent on candidates that failed.
     failures : mapping of candidate to reason
@@ -72,7 +112,7 @@ class Selection:
 
     @property
     def main(self) -> Scores:
-        """The verdict of the method asked for."""
+        """The scores of the method asked for."""
         return next(iter(self.scores.values()))
 
     @property
@@ -91,9 +131,27 @@ class Selection:
             if not np.isfinite(scores.score[row])
         }
 
+    @property
+    def truly_best(self) -> int | None:
+        """Position of the candidate with the lowest loss at the target; None where those were not measured."""
+        return None if self.truth is None else int(np.nanargmin(self.truth))
+
     def spent(self, scores: Scores) -> float:
         """FLOPs of the measurements a method used; NaN if any of them is unknown."""
         return float(np.where(scores.used, self.flops, 0.0).sum()) + self.score_flops.get(scores.method, 0.0)
+
+    def spent_on(self, scores: Scores, row: int) -> float:
+        """FLOPs of the measurements of one candidate that a method used; NaN if any of them is unknown."""
+        return float(np.where(scores.used[row], self.flops[row], 0.0).sum())
+
+    def runs_used(self, scores: Scores, row: int) -> int:
+        """Return how many runs of one candidate a method used; its loss before fine-tuning takes none."""
+        return int((scores.used[row] & (self.curves.sizes > 0)).sum())
+
+    def costs(self) -> Costs:
+        """Return what the choice cost, beside what it chose among."""
+        best = float(self.full_flops[self.main.order[0]])
+        return Costs(self.spent(self.main), self.failed_flops, best, float(self.full_flops.sum()))
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Pearson correlation, relative accuracy and RMSE against the truth; empty without one."""
@@ -114,11 +172,61 @@ class Selection:
 
     def phase(self, scores: Scores, row: int) -> str:
         """Phase of a candidate at its largest measured size: "power", "pre-power", or "" if the method knows none."""
-        transition = scores.details.get("transition")
+        transition = transition_of(scores, row)
         measured = np.flatnonzero(np.isfinite(self.curves.losses[row]))
-        if transition is None or np.isnan(transition[row]) or not len(measured):
+        if np.isnan(transition) or not len(measured):
             return ""
-        return "power" if self.curves.sizes[measured[-1]] >= transition[row] else "pre-power"
+        return "power" if self.curves.sizes[measured[-1]] >= transition else "pre-power"
+
+    def ranking_columns(self, scores: Scores) -> dict[str, list[str]]:
+        """Return the columns that every ranking shows, formatted, best candidate first.
+
+        Returns
+        -------
+        dict of list of M str
+            "predicted_loss", or "score" if the method predicts no loss; "interval" and "best_probability" if it knows
+            them; "true_loss" if the losses at the target were measured. In this order.
+        """
+        predicts = bool(np.isfinite(scores.predicted_loss).any())
+        main = scores.predicted_loss if predicts else scores.score
+        columns = {"predicted_loss" if predicts else "score": [number(float(main[row]), 4) for row in scores.order]}
+        if scores.interval is not None:
+            columns["interval"] = [format_interval(scores, int(row)) for row in scores.order]
+        if scores.best_probability is not None:
+            chances = scores.best_probability[scores.order]
+            columns["best_probability"] = [f"{percent(float(chance), 0)} %" for chance in chances]
+        if self.truth is not None:
+            columns["true_loss"] = [number(float(loss), 4) for loss in self.truth[scores.order]]
+        return columns
+
+    def expectation(self) -> str:
+        """Say what to expect of the best candidate, how sure that is, and what finding out cost.
+
+        The text goes on after "Fine-tune NAME: ".
+        """
+        scores, row = self.main, int(self.main.order[0])
+        if np.isfinite(scores.predicted_loss[row]):
+            text = (
+                f"on {samples(self.target)} samples its test loss should be about "
+                f"{number(float(scores.predicted_loss[row]), 3)} nats per {self.loss_unit}"
+            )
+            if scores.interval is not None:
+                low, high = (number(float(v), 3) for v in scores.interval[row])
+                text += f" ({CERTAINTY_PERCENT} % sure: between {low} and {high})"
+            else:
+                text += f" (method {scores.method} does not say how sure that is)"
+        else:
+            text = f"it ranks first for {samples(self.target)} samples, though method {scores.method} "
+            text += "predicts no loss and knows no certainty"
+        if scores.best_probability is not None:
+            chance = percent(float(scores.best_probability[row]), 0)
+            text += f"; it is the best of the {len(self.curves)} candidates with probability {chance} %"
+        share = self.costs().share
+        if np.isfinite(share):
+            text += f", and finding out cost {percent(share)} % of fine-tuning them all"
+        else:
+            text += "; what finding out cost is not known"
+        return text + "."
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-serialisable data, as `lensjax.report.schema` describes it.
@@ -133,19 +241,19 @@ class Selection:
             "method": self.main.method,
             "best": self.best,
             "cost_note": self.cost_note,
-            "full_flops": _plain(self.full_flops.sum()),
-            "failed_flops": _plain(self.failed_flops),
-            "sizes": _plain(self.curves.sizes),
+            "full_flops": _json_number(self.full_flops.sum()),
+            "failed_flops": _json_number(self.failed_flops),
+            "sizes": _json_number(self.curves.sizes),
             "methods": {name: self._method(scores) for name, scores in self.scores.items()},
             "refused_methods": dict(self.refused),
             "candidates": [
                 {
                     "name": name,
-                    "parameters": None if self.curves.parameters is None else _plain(self.curves.parameters[row]),
-                    "losses": _plain(self.curves.losses[row]),
-                    "flops": _plain(self.flops[row]),
-                    "full_flops": _plain(self.full_flops[row]),
-                    "true_loss": None if self.truth is None else _plain(self.truth[row]),
+                    "parameters": None if self.curves.parameters is None else _json_number(self.curves.parameters[row]),
+                    "losses": _json_number(self.curves.losses[row]),
+                    "flops": _json_number(self.flops[row]),
+                    "full_flops": _json_number(self.full_flops[row]),
+                    "true_loss": None if self.truth is None else _json_number(self.truth[row]),
                 }
                 for row, name in enumerate(self.curves.names)
             ],
@@ -156,15 +264,31 @@ class Selection:
 
     def _repr_html_(self) -> str:
         """Show the answer and the ranking in a notebook."""
-        from lensjax.report.html import notebook
-
-        return notebook(self)
+        scores = self.main
+        titles = {
+            "predicted_loss": "expected loss",
+            "score": "score",
+            "interval": f"{CERTAINTY_PERCENT} % interval",
+            "best_probability": "P(best)",
+            "true_loss": "measured",
+        }
+        columns = self.ranking_columns(scores)
+        columns["runs"] = [str(self.runs_used(scores, int(row))) for row in scores.order]
+        columns["FLOPs spent"] = [flops(self.spent_on(scores, int(row))) for row in scores.order]
+        names = [self.curves.names[row] for row in scores.order]
+        caption = f"Best first, for fine-tuning on {samples(self.target)} samples; a lower loss is better."
+        ranking = table(
+            caption,
+            ["candidate", *(titles.get(name, name) for name in columns)],
+            zip(names, *columns.values(), strict=True),
+        )
+        return f"<p>Fine-tune <strong>{isolated(self.best)}</strong>: {escaped(self.expectation())}</p>{ranking}"
 
     def _method(self, scores: Scores) -> dict[str, Any]:
         return {
             "best": scores.best if np.isfinite(scores.score).any() else None,
-            "flops": _plain(self.spent(scores)),
-            "metrics": {name: _plain(value) for name, value in self.metrics(scores).items()},
+            "flops": _json_number(self.spent(scores)),
+            "metrics": {name: _json_number(value) for name, value in self.metrics(scores).items()},
             **(
                 {}
                 if scores.credible_set is None
@@ -174,13 +298,13 @@ class Selection:
                 {
                     "rank": rank,
                     "name": self.curves.names[row],
-                    "score": _plain(scores.score[row]),
-                    "predicted_loss": _plain(scores.predicted_loss[row]),
+                    "score": _json_number(scores.score[row]),
+                    "predicted_loss": _json_number(scores.predicted_loss[row]),
                     **_certainty(scores, row),
                     "phase": self.phase(scores, row) or None,
                     "status": scores.status[row],
-                    "sizes_used": _plain(self.curves.sizes[scores.used[row]]),
-                    **{name: _plain(values[row]) for name, values in scores.details.items()},
+                    "sizes_used": _json_number(self.curves.sizes[scores.used[row]]),
+                    **{name: _json_number(values[row]) for name, values in scores.details.items()},
                 }
                 for rank, row in enumerate(scores.order, start=1)
             ],
@@ -188,16 +312,28 @@ class Selection:
 
 
 def _certainty(scores: Scores, row: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if scores.interval is not None:
-        found["interval"] = _plain(scores.interval[row])
+        entries["interval"] = _json_number(scores.interval[row])
     if scores.best_probability is not None:
-        found["best_probability"] = _plain(scores.best_probability[row])
-    return found
+        entries["best_probability"] = _json_number(scores.best_probability[row])
+    return entries
+
+
+def format_interval(scores: Scores, row: int) -> str:
+    """Format the interval of a candidate's predicted loss, for a method that knows it."""
+    assert scores.interval is not None
+    return " to ".join(number(float(bound), 4) for bound in scores.interval[row])
+
+
+def transition_of(scores: Scores, row: int) -> float:
+    """Return the number of samples at which a candidate's power phase begins; NaN if the method knows none."""
+    values = scores.details.get("transition")
+    return float("nan") if values is None else float(values[row])
 
 
 def losses_fingerprint(curves: Curves) -> str:
-    """Return a short name for what a choice from losses depends on: candidates, parameters, facts, sizes and losses."""
+    """Return a hash of what a choice from losses depends on: candidates, parameters, facts, sizes and losses."""
     digest = hashlib.sha256("\0".join(curves.names).encode(errors="surrogatepass"))
     for numbers in (curves.parameters, curves.sizes, curves.losses):
         digest.update(b"" if numbers is None else np.ascontiguousarray(numbers, "<f8").tobytes())
@@ -207,7 +343,7 @@ def losses_fingerprint(curves: Curves) -> str:
 
 
 def _facts(value: Any) -> Any:
-    """Return facts as JSON-serialisable data; what JSON has no word for becomes text."""
+    """Return facts as JSON-serialisable data; objects of other types become text."""
     if isinstance(value, Mapping):
         return {str(key): _facts(item) for key, item in value.items()}
     if value is None or isinstance(value, (str, bool)):
@@ -215,16 +351,16 @@ def _facts(value: Any) -> Any:
     if isinstance(value, (int, float, np.number)) or (
         hasattr(value, "dtype") and np.issubdtype(value.dtype, np.number)
     ):
-        return _plain(value)
+        return _json_number(value)
     if isinstance(value, (list, tuple, set, frozenset, np.ndarray)):
         return [_facts(item) for item in value]
     return str(value)
 
 
-def _plain(value: Any) -> Any:
-    """Return numbers as Python numbers or lists, with None for what is not finite (JSON knows no NaN)."""
+def _json_number(value: Any) -> Any:
+    """Return numbers as Python numbers or lists, with None for what is not finite (JSON has no NaN)."""
     if np.ndim(value):
-        return [_plain(v) for v in value]
+        return [_json_number(v) for v in value]
     number = float(value)
     if not np.isfinite(number):
         return None

@@ -1,38 +1,39 @@
-"""How the commands end: a message on the standard error stream and an exit status for whatever went wrong."""
+"""How the commands end: with an exit status, and on the standard error stream what went wrong."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from lensjax._display import printable_lines
 from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
-    """Do a command's work and return its exit status; what it raises becomes one line.
+    """Do a command's work and return its exit status; an error that it raises becomes a message.
 
     Parameters
     ----------
     program : str
-        Begins the line.
+        Begins the message.
     work : callable () -> int
     interrupted : str
-        What to say after an interrupt: what is kept, and how to go on.
+        Said after an interrupt: what is kept, and how to go on.
     """
     try:
         return work()
     except (InputError, UnsupportedBackendError) as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        return BAD_INPUT
+        message, status = str(error), BAD_INPUT
     except SelectionError as error:
-        sys.stderr.write(f"{program}: {error}\n")
-        return FAILED
+        message, status = str(error), FAILED
     except OSError as error:
         what = error.filename or "a file"
-        sys.stderr.write(f"{program}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
-        return BAD_INPUT
+        message, status = f"{what}: {error.strerror or error}. Check that it exists and may be used.", BAD_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: interrupted. {interrupted}\n")
-        return INTERRUPTED
+        # What was written before the interrupt may not have ended its line.
+        sys.stderr.write("\n")
+        message, status = f"interrupted. {interrupted}", INTERRUPTED
+    sys.stderr.write(printable_lines(f"{program}: {message}") + "\n")
+    return status

@@ -1,43 +1,39 @@
-"""TODO"""
+"""The state of a selection under way, which whoever selects updates and a `Console` shows."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lensjax.selectors import Scores
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclasses.dataclass
 class ActiveRun:
-    """What is being measured now.
+    """The run that is under way.
 
     Attributes
     ----------
     name : str
         Candidate.
     size : int or None
-        Training samples, a column of the board; None if no loss is being measured.
-    doing : str
-        In words.
-    done : float
-        Share that is done at least.
+        Training samples, one of the state's sizes; None if the run measures something else than a loss.
+    activity : str
+        What it is doing, in words.
+    fraction : float
+        Share of it that is done at least, from 0 to 1.
     """
 
     name: str
     size: int | None
-    doing: str
-    done: float = 0.0
+    activity: str
+    fraction: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RankedCandidate:
-    """A candidate's place in a ranking.
+    """What a ranking says of one candidate.
 
     Attributes
     ----------
@@ -56,7 +52,7 @@ class RankedCandidate:
 
 @dataclasses.dataclass
 class SelectionState:
-    """All there is to see of a selection under way; whoever selects writes here, a `Console` shows it.
+    """The state of a selection under way. Whoever selects updates it; a `Console` that follows it shows it.
 
     Attributes
     ----------
@@ -70,8 +66,8 @@ class SelectionState:
     target : int
     losses : dict of (candidate, size) to float
         Measured so far.
-    places : dict of candidate to RankedCandidate
-        The ranking so far, of those it can say something about.
+    ranking : dict of candidate to RankedCandidate
+        The ranking so far, without the candidates that have no score yet.
     failures : dict of candidate to reason
     running : ActiveRun or None
     spent : str
@@ -85,19 +81,19 @@ class SelectionState:
     sizes: tuple[int, ...]
     target: int
     losses: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
-    places: dict[str, RankedCandidate] = dataclasses.field(default_factory=dict)
+    ranking: dict[str, RankedCandidate] = dataclasses.field(default_factory=dict)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     running: ActiveRun | None = None
     spent: str = ""
     time_left: str = ""
 
-    def rank(self, scores: Scores | None) -> None:
-        """Take over a ranking; None: there is none."""
-        self.places = {}
+    def update_ranking(self, scores: Scores | None) -> None:
+        """Replace the ranking by that of these scores; None if there is no ranking yet."""
+        self.ranking = {}
         if scores is None:
             return
         chances = scores.best_probability
         for rank, row in enumerate(scores.order, start=1):
             if np.isfinite(scores.score[row]):
                 chance = float("nan") if chances is None else float(chances[row])
-                self.places[scores.names[row]] = RankedCandidate(rank, float(scores.predicted_loss[row]), chance)
+                self.ranking[scores.names[row]] = RankedCandidate(rank, float(scores.predicted_loss[row]), chance)

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from lensjax._display import duration, plain
+from lensjax._display import duration, printable_lines
 from lensjax.progress.board import SelectionState
 
 if TYPE_CHECKING:
     import rich.console
 
-    from lensjax.progress.terminal import View
+    from lensjax.progress.terminal import LiveView
 
-EVERY = 20.0  # seconds between two lines of progress where there is no terminal
+LINE_INTERVAL = 20.0  # seconds between two lines of progress where there is no terminal
 
 
 class Console:
@@ -31,12 +31,12 @@ class Console:
     clock : callable
         Seconds since any moment.
     screen : rich.console.Console, optional
-        What draws on the terminal. Default: one for the stream, if it is a terminal whose cursor can be moved.
+        Draws on the terminal. Default: one for the stream, if it is a terminal whose cursor can be moved.
 
     Attributes
     ----------
     live : bool
-        Whether a board that is followed is drawn.
+        Whether the state of a selection is drawn while it is followed.
     """
 
     def __init__(
@@ -50,8 +50,9 @@ class Console:
     ) -> None:
         self.stream, self.quiet, self.verbose = stream, quiet, verbose and not quiet
         self._clock, self._screen = clock, screen
-        self._view: View | None = None
+        self._view: LiveView | None = None
         if screen is None and not quiet and stream.isatty():
+            # rich takes a tenth of a second to import, and only a terminal needs it.
             from lensjax.progress.terminal import screen_for
 
             self._screen = screen_for(stream)
@@ -65,14 +66,14 @@ class Console:
         return self._clock() - self.start
 
     @contextlib.contextmanager
-    def follow(self, board: SelectionState) -> Iterator[None]:
-        """Show a board until the block ends; its last state stays. Where nothing can be drawn, do nothing."""
+    def follow(self, state: SelectionState) -> Iterator[None]:
+        """Show a selection's state until the block ends; the last drawing stays. Without a terminal, do nothing."""
         if not self.live or self._screen is None:
             yield
             return
-        from lensjax.progress.terminal import View
+        from lensjax.progress.terminal import LiveView
 
-        view = View(board, self._screen, self.stream, lambda: self.elapsed)
+        view = LiveView(state, self._screen, self.stream, lambda: self.elapsed)
         try:
             self._view = view
             view.start()
@@ -85,32 +86,32 @@ class Console:
             view.stop()
 
     def refresh(self, *, now: bool = False) -> None:
-        """Draw the board anew; unless it must be `now`, not if that was done just before."""
+        """Redraw the state that is followed; unless `now`, only if the last drawing is not recent."""
         if self._view is not None:
             self._view.refresh(now=now)
 
     def next(self, text: str) -> None:
-        """Announce what begins: by a line, or by the board that is followed, where the caller has noted it."""
+        """Announce the next run: by a line, or, where a state is followed, by redrawing that."""
         self.refresh(now=True)
         if self._view is None or self.verbose:
             self.line(text)
 
     def status(self, text: str) -> None:
-        """Say what is happening now.
+        """Report the progress of the current run.
 
-        Where no board is shown, this becomes a line, but only after `EVERY` seconds without one.
+        Where nothing is drawn this is a line, but only after `LINE_INTERVAL` seconds without one.
         """
         if self._view is not None:
             self.refresh()
-        elif self.elapsed - self._last_line >= EVERY:
+        elif self.elapsed - self._last_line >= LINE_INTERVAL:
             self.line(text)
 
     def line(self, text: str) -> None:
-        """Write a line that stays; a text of several lines becomes so many."""
+        """Write a line that stays. Of a text with several lines, all but the first are indented."""
         if self.quiet:
             return
         self._last_line = self.elapsed
-        text = f"[{duration(self.elapsed)}] " + "\n".join(map(plain, text.splitlines()))
+        text = f"[{duration(self.elapsed)}] {printable_lines(text)}"
         if self._view is not None:
             self._view.line(text)
             return
@@ -118,6 +119,6 @@ class Console:
         self.stream.flush()
 
     def detail(self, text: str) -> None:
-        """Write a line that only a verbose console has."""
+        """Write a line if the console is verbose."""
         if self.verbose:
             self.line(text)

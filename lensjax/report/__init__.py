@@ -1,1 +1,1 @@
-"""Selections as text and as data."""
+"""A finished selection as text, as an HTML page, as figures, and the schema of its JSON form."""

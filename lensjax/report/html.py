@@ -1,4 +1,4 @@
-"""A selection as one HTML file that needs nothing else: the answer first, then why it can be believed."""
+"""A selection as one self-contained HTML file: the answer first, then the evidence for it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from lensjax._display import duration, flops, number, percent, samples
+from lensjax._display import duration, escaped, flops, isolated, number, percent, samples
 from lensjax.environment import versions
 from lensjax.report import tables
-from lensjax.report.figures import svg_figures
-from lensjax.report.figures.svg import PALETTE, compact, escaped, shortened
-from lensjax.report.predicted_curves import paths
+from lensjax.report.figures import data, svg_figures
+from lensjax.report.figures.scale import compact, shortened
+from lensjax.report.predicted_curves import predicted_curves
 from lensjax.report.style import STYLE
-from lensjax.report.tables import SURE, name_of
-from lensjax.report.text import LAW_COLUMNS, comparison_cells
-from lensjax.selection import Selection, losses_fingerprint
+from lensjax.report.text import comparison_cells, law_columns
+from lensjax.selection import CERTAINTY_PERCENT, Selection, losses_fingerprint, transition_of
 from lensjax.selectors.methods import METHODS
 
 
 def render_html(selection: Selection) -> str:
-    """Return the whole selection as one HTML file: no script, nothing loaded from anywhere, light and dark.
+    """Return the whole selection as one HTML file, light and dark, without scripts and without external resources.
+
+    The best hundred candidates have figures; the others are in a table that is folded away.
 
     Parameters
     ----------
     selection : Selection
-        Of its `facts`, all optional, these are shown: `tune_command` (str: fine-tunes the winner), `tune_note` (str:
-        what to know of that command), `metric` (str: which one of the runs the losses are), `command` (str: made this
-        selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping package ->
-        version; default: those of this process), `notes` (list of str), `specification` (mapping), `directory` (str),
-        and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer": mapping layer ->
-        number}, either of which may be missing.
+        Of its `facts`, all optional, these are shown: `tune_command` (str: fine-tunes the best candidate), `tune_note`
+        (str: what to know before), `metric` (str: which metric of the runs the losses are), `command` (str: the one
+        that ran this selection), `task` (str: fingerprint of the data), `seed`, `seconds` (float), `versions` (mapping
+        package -> version; default: those of this process), `notes` (list of str), `specification` (mapping),
+        `directory` (str), and `tangents`: mapping candidate -> {"kernel_spectrum": eigenvalues, "trace_by_layer":
+        mapping layer -> number}, either of which may be missing.
 
     Returns
     -------
@@ -92,37 +93,9 @@ def _paragraph(text: str, css: str = "") -> str:
     return f'<p class="{css}">{text}</p>' if css else f"<p>{text}</p>"
 
 
-def answer(selection: Selection) -> str:
-    """Say in one sentence what to fine-tune, what to expect, how sure that is, and what finding out cost (HTML)."""
-    scores, row = selection.main, int(selection.main.order[0])
-    text = f"Fine-tune <strong>{name_of(scores.best)}</strong>: "
-    if np.isfinite(scores.predicted_loss[row]):
-        text += (
-            f"on {samples(selection.target)} samples its test loss should be about "
-            f"{number(float(scores.predicted_loss[row]), 3)} nats per {escaped(selection.loss_unit)}"
-        )
-        if scores.interval is not None:
-            low, high = (number(float(v), 3) for v in scores.interval[row])
-            text += f" ({SURE} % sure: between {low} and {high})"
-        else:
-            text += f" (method {escaped(scores.method)} does not say how sure that is)"
-    else:
-        text += f"it ranks first for {samples(selection.target)} samples, though method {escaped(scores.method)} "
-        text += "predicts no loss and knows no certainty"
-    if scores.best_probability is not None:
-        chance = percent(float(scores.best_probability[row]), 0)
-        text += f"; it is the best of the {len(selection.curves)} candidates with probability {chance} %"
-    spent, full = selection.spent(scores) + selection.failed_flops, float(selection.full_flops.sum())
-    if np.isfinite(spent) and np.isfinite(full) and full > 0:
-        text += f", and finding out cost {percent(spent / full)} % of fine-tuning them all"
-    else:
-        text += "; what finding out cost is not known"
-    return text + "."
-
-
-def notebook(selection: Selection) -> str:
-    """Return the answer and the ranking for a notebook, which keeps neither a document's head nor its ids apart."""
-    return f"<style>{PALETTE}</style><p>{answer(selection)}</p>{tables.ranking(selection)}"
+def _answer(selection: Selection) -> str:
+    """Say in one sentence what to fine-tune, what to expect, how sure that is, and what finding out cost."""
+    return f"Fine-tune <strong>{isolated(selection.best)}</strong>: {escaped(selection.expectation())}"
 
 
 def _hero(selection: Selection) -> str:
@@ -131,34 +104,35 @@ def _hero(selection: Selection) -> str:
     if np.isfinite(scores.predicted_loss[row]):
         keys.append(("Expected test loss", number(float(scores.predicted_loss[row]), 3)))
     if scores.interval is not None:
-        keys.append((f"{SURE} % interval", " to ".join(number(float(v), 3) for v in scores.interval[row])))
+        keys.append((f"{CERTAINTY_PERCENT} % interval", " to ".join(number(float(v), 3) for v in scores.interval[row])))
     if scores.best_probability is not None:
         keys.append(("Is the best with", f"{percent(float(scores.best_probability[row]), 0)} %"))
-    if np.isfinite(selection.spent(scores)):
-        keys.append(("Spent", f"{flops(selection.spent(scores) + selection.failed_flops)} FLOPs"))
+    spent = selection.costs().choice
+    if np.isfinite(spent):
+        keys.append(("Spent", f"{flops(spent)} FLOPs"))
     if isinstance(selection.facts.get("seconds"), (int, float)):
         keys.append(("Time of all runs", duration(selection.facts["seconds"])))
     terms = "".join(f"<div><dt>{k}</dt>\n<dd>{escaped(v)}</dd></div>" for k, v in keys)
     more = []
     names = selection.credible_set(scores)
     if len(names) > 1:
-        shown = ", ".join(name_of(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        more.append(f"With {SURE} % certainty, the best is one of these {len(names)}: {shown}.")
+        shown = ", ".join(isolated(n) for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        more.append(f"With {CERTAINTY_PERCENT} % certainty, the best is one of these {len(names)}: {shown}.")
     if scores.remarks and scores.remarks[row]:
         more.append(f"Of this choice, mind: {escaped(scores.remarks[row])}.")
-    if selection.truth is not None:
-        truly, chosen = int(np.nanargmin(selection.truth)), float(selection.truth[row])
-        verdict = "the choice was right"
-        if truly != row:
-            verdict = f"the best was {name_of(selection.curves.names[truly])} with {number(selection.truth[truly], 3)}"
-            verdict += f", against {number(chosen, 3)} of the choice" if np.isfinite(chosen) else ""
-        more.append(f"The losses at {samples(selection.target)} samples have been measured too: {verdict}.")
+    best = selection.truly_best
+    if selection.truth is not None and best is not None:
+        chosen, outcome = float(selection.truth[row]), "the choice was right"
+        if best != row:
+            outcome = f"the best was {isolated(selection.curves.names[best])} with {number(selection.truth[best], 3)}"
+            outcome += f", against {number(chosen, 3)} of the choice" if np.isfinite(chosen) else ""
+        more.append(f"The losses at {samples(selection.target)} samples have been measured too: {outcome}.")
     return "\n".join(
         [
             '<section class="hero" aria-labelledby="answer">',
             _paragraph("Which model to fine-tune", "eyebrow"),
-            f'<h1 id="answer">Fine-tune {name_of(selection.best)}</h1>',
-            _paragraph(answer(selection), "lead"),
+            f'<h1 id="answer">Fine-tune {isolated(selection.best)}</h1>',
+            _paragraph(_answer(selection), "lead"),
             *(_paragraph(text) for text in more),
             f'<dl class="keys">{terms}</dl>',
             "</section>",
@@ -167,28 +141,32 @@ def _hero(selection: Selection) -> str:
 
 
 def _ranking(selection: Selection) -> str:
-    notes = [f"<li>{name_of(n)}: {escaped(text)}</li>" for n, text in _remarks(selection)]
+    remarks = _remarks(selection)
+    shown = {selection.curves.names[row] for row in selection.main.order[: tables.SHOWN]}
+    notes = [f"<li>{isolated(n)}: {escaped(text)}</li>" for n, text in remarks.items() if n in shown]
+    others = tables.ranking_of_others(selection, remarks)
+    count = len(selection.curves) - tables.SHOWN
     return "\n".join(
         [
             '<section aria-labelledby="ranking">',
             '<h2 id="ranking">Ranking</h2>',
             tables.ranking(selection),
             f'<ul class="small dim">{"".join(notes)}</ul>' if notes else "",
+            *([f"<details><summary>The other {count} candidates</summary>{others}</details>"] if others else []),
             "</section>",
         ]
     )
 
 
-def _remarks(selection: Selection) -> list[tuple[str, str]]:
+def _remarks(selection: Selection) -> dict[str, str]:
     """Return what a reader should know about some candidates: remarks, and why one has no score."""
-    scores = selection.main
-    found = []
+    scores, remarks = selection.main, {}
     for row in scores.order:
         if not np.isfinite(scores.score[row]):
-            found.append((selection.curves.names[row], scores.status[row]))
+            remarks[selection.curves.names[row]] = scores.status[row]
         elif scores.remarks and scores.remarks[row]:
-            found.append((selection.curves.names[row], scores.remarks[row]))
-    return found
+            remarks[selection.curves.names[row]] = scores.remarks[row]
+    return remarks
 
 
 LEGEND = (
@@ -196,7 +174,7 @@ LEGEND = (
     ('<circle class="spare" cx="15" cy="7" r="4"/>', "measured, not used by the method"),
     ('<path class="fit" d="M1 7H29"/>', "fit"),
     ('<path class="forecast" d="M1 7H29"/>', "forecast"),
-    ('<rect class="band" x="1" y="1" width="28" height="12"/>', f"{SURE} % interval"),
+    ('<rect class="band" x="1" y="1" width="28" height="12"/>', f"{CERTAINTY_PERCENT} % interval"),
     ('<circle class="guess" cx="15" cy="7" r="4"/>', "expected at the target"),
     ('<path class="phase" d="M15 0V14"/>', "phase transition"),
     ('<path class="truth" d="M15 1l6 6l-6 6l-6 -6Z"/>', "measured at the target"),
@@ -205,18 +183,18 @@ LEGEND = (
 
 def _curves(selection: Selection) -> str:
     scores = selection.main
-    found = paths(selection, scores)
-    axes = svg_figures.frame(selection, found)
-    render_all = []
-    for rank, r in enumerate(scores.order, start=1):
-        row = int(r)
-        picture = svg_figures.curve(selection, row, found, axes, name=f"curve-{rank}")
-        render_all.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
+    rows = scores.order[: tables.SHOWN]
+    predicted = predicted_curves(selection, scores, rows)
+    axes = data.shared_axes(selection, predicted)
+    figures = []
+    for rank, row in enumerate(map(int, rows), start=1):
+        picture = svg_figures.curve(selection, row, predicted, axes, name=f"curve-{rank}")
+        figures.append(f"<figure>{picture}<figcaption>{_caption(selection, rank, row)}</figcaption></figure>")
     shown = {
         "measured, not used by the method": bool((np.isfinite(selection.curves.losses) & ~scores.used).any()),
-        "fit": bool(np.isfinite(found.losses).any()),
-        "forecast": bool(np.isfinite(found.losses).any()),
-        f"{SURE} % interval": found.interval is not None,
+        "fit": bool(np.isfinite(predicted.losses).any()),
+        "forecast": bool(np.isfinite(predicted.losses).any()),
+        f"{CERTAINTY_PERCENT} % interval": predicted.interval is not None,
         "expected at the target": bool(np.isfinite(scores.predicted_loss).any()),
         "phase transition": "transition" in scores.details,
         "measured at the target": selection.truth is not None,
@@ -228,6 +206,8 @@ def _curves(selection: Selection) -> str:
         for mark, text in LEGEND
         if shown.get(text, True)
     )
+    count = len(selection.curves) - len(rows)
+    left_out = [_paragraph(f"{count} candidate(s) that rank lower have no figure here.", "dim small")] if count else []
     return "\n".join(
         [
             '<section aria-labelledby="curves">',
@@ -238,9 +218,10 @@ def _curves(selection: Selection) -> str:
                 "figures have the same axes, both logarithmic; 0 samples is the model as it came.",
                 "dim small",
             ),
-            _paragraph(escaped(found.reason), "dim small") if found.reason else "",
+            _paragraph(escaped(predicted.reason), "dim small") if predicted.reason else "",
             f'<ul class="legend" aria-label="Legend">{legend}</ul>',
-            f'<div class="figures">{"".join(render_all)}</div>',
+            f'<div class="figures">{"".join(figures)}</div>',
+            *left_out,
             "</section>",
         ]
     )
@@ -248,46 +229,45 @@ def _curves(selection: Selection) -> str:
 
 def _caption(selection: Selection, rank: int, row: int) -> str:
     scores, curves = selection.main, selection.curves
-    text = [f"<strong>{rank}. {name_of(curves.names[row])}</strong>"]
+    text = [f"<strong>{rank}. {isolated(curves.names[row])}</strong>"]
     used = curves.sizes[scores.used[row]]
     tuned = used[used > 0]
     if len(tuned):
-        spent = tables.spent(selection, scores, row)
+        spent = selection.spent_on(scores, row)
         runs = f"{len(tuned)} run{'s' if len(tuned) > 1 else ''}, up to {samples(tuned[-1])} samples"
         text.append(runs + ("" if np.isnan(spent) else f", {flops(spent)} FLOPs"))
     else:
         text.append("no run of this candidate was used")
-    transition = scores.details.get("transition")
-    if transition is not None and np.isfinite(transition[row]):
+    transition = transition_of(scores, row)
+    if np.isfinite(transition):
         phase = selection.phase(scores, row)
-        where = f"power phase from about {samples(float(transition[row]))} samples"
+        where = f"power phase from about {samples(transition)} samples"
         reached = {"power": ", which was reached", "pre-power": ", beyond what was measured"}.get(phase, "")
         text.append(where + reached)
     return "<br>".join([text[0], escaped("; ".join(text[1:]) + ".")])
 
 
 def _cost(selection: Selection) -> str:
-    scores = selection.main
-    spent, full = selection.spent(scores) + selection.failed_flops, float(selection.full_flops.sum())
-    winner = float(selection.full_flops[scores.order[0]])
+    costs = selection.costs()
+    spent, full, best = costs.choice, costs.full, costs.best
     parts = ['<section aria-labelledby="cost">', '<h2 id="cost">What it cost, and what was saved</h2>']
-    if not np.isfinite([spent, full, winner]).all():
+    if not costs.known:
         parts.append(_paragraph(f"The cost is not known ({escaped(selection.cost_note)})."))
         return "\n".join([*parts, "</section>"])
     everything = f"fine-tuning all {len(selection.curves)} candidates on {samples(selection.target)} samples"
     text = f"The choice took {flops(spent)} FLOPs; {everything} would take {flops(full)}."
-    saved = 1 - (spent + winner) / full if full > 0 else 0.0
+    saved = 1 - (spent + best) / full if full > 0 else 0.0
     if saved > 0:
-        text += f" With the winner's own fine-tuning ({flops(winner)}), {percent(saved)} % is saved."
+        text += f" With the winner's own fine-tuning ({flops(best)}), {percent(saved)} % is saved."
     else:
-        text += f" With the winner's own fine-tuning ({flops(winner)}), nothing is saved at this size."
+        text += f" With the winner's own fine-tuning ({flops(best)}), nothing is saved at this size."
     parts.append(_paragraph(escaped(text)))
-    render_all = svg_figures.cost(selection, name="cost-figure")
-    if render_all:
+    figure = svg_figures.cost(selection, name="cost-figure")
+    if figure:
         caption = "Floating-point operations, as shares of fine-tuning all candidates."
-        parts.append(f'<figure class="narrow">{render_all}<figcaption>{caption}</figcaption></figure>')
-    lost = f" {flops(selection.failed_flops)} of them went to candidates that failed." if selection.failed_flops else ""
-    parts.append(_paragraph(escaped(f"Counted as {selection.cost_note}.{lost}"), "dim small"))
+        parts.append(f'<figure class="narrow">{figure}<figcaption>{caption}</figcaption></figure>')
+    failed = f" {flops(costs.failed)} of them went to candidates that failed." if costs.failed else ""
+    parts.append(_paragraph(escaped(f"Counted as {selection.cost_note}.{failed}"), "dim small"))
     return "\n".join([*parts, "</section>"])
 
 
@@ -303,7 +283,7 @@ def _next(selection: Selection) -> str:
     else:
         parts.append(
             _paragraph(
-                f"Fine-tune {name_of(selection.best)} on all {samples(selection.target)} samples with the trainer and "
+                f"Fine-tune {isolated(selection.best)} on all {samples(selection.target)} samples with the trainer and "
                 "the settings that the losses above were measured with; only then does the forecast hold."
             )
         )
@@ -326,7 +306,7 @@ def _failures(selection: Selection) -> str:
     parts = [f'<section{css} aria-labelledby="failed">', '<h2 id="failed">What failed, and why</h2>']
     for title, reasons in lists:
         if reasons:
-            items = "".join(f"<li><strong>{name_of(n)}</strong>: {escaped(r)}</li>" for n, r in reasons.items())
+            items = "".join(f"<li><strong>{isolated(n)}</strong>: {escaped(r)}</li>" for n, r in reasons.items())
             parts.append(f"<h3>{title}</h3><ul>{items}</ul>")
     return "\n".join([*parts, "</section>"])
 
@@ -338,17 +318,13 @@ def _fold(name: str, title: str, content: Sequence[str]) -> str:
 
 def _parameters(selection: Selection) -> str:
     scores = selection.main
-    laws = [c for c in LAW_COLUMNS if c in scores.details]
-    if not laws:
+    columns = law_columns(selection, scores)
+    if not set(columns) - {"D*", "phase"}:
         return ""
-    header = ["Candidate", *laws, *(["D* (samples)", "Phase"] if "transition" in scores.details else [])]
-    rows = []
-    for row in scores.order:
-        cells = [selection.curves.names[row], *(number(float(scores.details[c][row])) for c in laws)]
-        if "transition" in scores.details:
-            transition = float(scores.details["transition"][row])
-            cells += [samples(transition), selection.phase(scores, int(row)) or "-"]
-        rows.append(cells)
+    titles = {"D*": "D* (samples)", "phase": "Phase"}
+    header = ["Candidate", *(titles.get(name, name) for name in columns)]
+    names = [selection.curves.names[row] for row in scores.order]
+    rows = list(zip(names, *columns.values(), strict=True))
     words = (
         "beta says how fast the loss falls with data, E what no amount of data removes. D* is where the pre-power "
         "phase, in which more data help little, gives way to the power phase, in which the loss falls along a straight "
@@ -373,17 +349,21 @@ def _tangents(selection: Selection) -> str:
         "The spectrum of the neural tangent kernel says how many directions of the data a model learns quickly; the "
         "trace of the Hessian says which layers the loss is sensitive to."
     )
-    render_all = []
-    for place, (name, found) in enumerate(tangents.items(), start=1):
+    figures = []
+    others = {selection.curves.names[row] for row in selection.main.order[tables.SHOWN :]}
+    shown = {name: measured for name, measured in tangents.items() if name not in others}
+    for place, (name, measured) in enumerate(shown.items(), start=1):
         pictures = [
-            ("Kernel spectrum", svg_figures.spectrum(found.get("kernel_spectrum"), name=f"spectrum-{place}")),
-            ("Trace by layer", svg_figures.traces(found.get("trace_by_layer") or {}, name=f"traces-{place}")),
+            ("Kernel spectrum", svg_figures.spectrum(measured.get("kernel_spectrum"), name=f"spectrum-{place}")),
+            ("Trace by layer", svg_figures.traces(measured.get("trace_by_layer") or {}, name=f"traces-{place}")),
         ]
         inside = "".join(f"<figure>{p}<figcaption>{c}</figcaption></figure>" for c, p in pictures if p)
-        render_all.append(
-            f'<h3>{name_of(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
+        figures.append(
+            f'<h3>{isolated(str(name))}</h3><div class="figures">{inside or "<p>Nothing was computed.</p>"}</div>'
         )
-    return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *render_all])
+    if len(shown) < len(tangents):
+        words += f" {len(tangents) - len(shown)} candidate(s) that rank lower have no figure here."
+    return _fold("tangents", "Tangents: kernels and curvature", [_paragraph(words), *figures])
 
 
 def _provenance(selection: Selection) -> str:

@@ -1,4 +1,4 @@
-"""Loss curves to draw: what a method expects of each candidate between the smallest size and the target."""
+"""The loss curves that a method predicts for each candidate, from the smallest size to the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lensjax.selectors import CERTAINTY, METHODS, SELECTORS, Scores
 from lensjax.selectors.bayesian_average import forecast, laws, shape
 
 POINTS = 48
-AGREEMENT = 1e-6  # relative: a curve that misses the prediction at the target is not the one the verdict rests on
+AGREEMENT = 1e-6  # relative; a curve further from the prediction at the target is not the one that was scored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class PredictedCurves:
     losses : float64 array (M, K)
         NaN where a candidate has no curve.
     interval : float64 array (M, K, 2) or None
-        With `CERTAINTY`, for methods that know.
+        With probability `CERTAINTY`; None for methods without intervals.
     reason : str
         Why there is no curve or no interval; "" if there are both.
     """
@@ -40,12 +40,21 @@ class PredictedCurves:
     reason: str
 
 
-def paths(selection: Selection, scores: Scores) -> PredictedCurves:
+def predicted_curves(selection: Selection, scores: Scores, rows: np.ndarray | None = None) -> PredictedCurves:
     """Return the curves behind a method's predictions.
 
-    They are computed again from the losses, and left out where they miss the predictions (a method with options that
-    are not known here).
+    They are computed again from the losses. A curve that misses the prediction is left out: the method had options that
+    are not known here.
+
+    Parameters
+    ----------
+    selection : Selection
+    scores : Scores
+        Of one of its methods.
+    rows : int array, optional
+        Positions of the candidates whose curves are wanted; the others may have none. Default: all.
     """
+    rows = np.arange(len(selection.curves)) if rows is None else rows
     sizes = _sizes(selection)
     nothing = np.full((len(selection.curves), len(sizes)), np.nan)
     if not np.isfinite(scores.predicted_loss).any():
@@ -55,7 +64,7 @@ def paths(selection: Selection, scores: Scores) -> PredictedCurves:
     interval = None
     try:
         if curve == "average":
-            losses, interval = _averaged(selection, sizes)
+            losses, interval = _averaged(selection, sizes, rows)
         elif curve == "law" and {"B", "E", "beta"} <= set(scores.details):
             params = {key: value[:, None] for key, value in scores.details.items()}
             with jax.enable_x64(True):
@@ -84,27 +93,36 @@ def _sizes(selection: Selection) -> np.ndarray:
     return np.unique(np.concatenate([grid[1:-1], tuned[tuned < selection.target], [first, selection.target]]))
 
 
-def _averaged(selection: Selection, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Losses (M, K) and intervals (M, K, 2); the posterior does not depend on the size that is asked about."""
-    curves = selection.curves
-    found = forecast(curves, selection.target)
-    grid = laws()
-    level = found.log_loss - shape(grid, np.array([selection.target]))[:, 0]
-    lines = np.full((len(curves), len(sizes)), np.nan)
-    known = np.flatnonzero(np.isfinite(found.ats))
+def _averaged(selection: Selection, sizes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return losses (M, K) and intervals (M, K, 2) of the candidates at `rows`, NaN for the others.
+
+    The posterior rests on the losses of all candidates, and does not depend on the size that is asked about.
+    """
+    curves, grid = selection.curves, laws()
+    posterior = forecast(curves, selection.target)
+    level = posterior.log_loss[rows] - shape(grid, np.array([selection.target]))[:, 0]
+    lines = np.full((len(rows), len(sizes)), np.nan)
+    known = np.flatnonzero(np.isfinite(posterior.ats[rows]))
     if len(known):
-        lines[known] = _lines(curves.rows(known), sizes)
+        lines[known] = _lines(curves.rows(rows[known]), sizes)
     margin = (1 - CERTAINTY) / 2
-    losses, interval = np.empty(lines.shape), np.empty((*lines.shape, 2))
+    losses = np.full((len(curves), len(sizes)), np.nan)
+    interval = np.full((*losses.shape, 2), np.nan)
     for k, size in enumerate(sizes):
         at = dataclasses.replace(
-            found, target=size, log_loss=level + shape(grid, np.array([size]))[:, 0], ats=lines[:, k]
+            posterior,
+            target=size,
+            largest=posterior.largest[rows],
+            weights=posterior.weights[rows],
+            log_loss=level + shape(grid, np.array([size]))[:, 0],
+            likelihood=posterior.likelihood[rows],
+            ats=lines[:, k],
         )
-        losses[:, k], interval[:, k] = at.loss(), at.quantiles((margin, 1 - margin))
+        losses[rows, k], interval[rows, k] = at.loss(), at.quantiles((margin, 1 - margin))
     return losses, interval
 
 
 def _lines(curves: Curves, sizes: np.ndarray) -> np.ndarray:
-    """Log losses (M, K) that AtS expects: a straight line in log-log coordinates, so two sizes give them all."""
+    """Return the log losses (M, K) of AtS: a straight line in log-log coordinates, so two sizes give them all."""
     first, second = (np.log(SELECTORS["ats"](curves, size).predicted_loss) for size in (1.0, np.e))
     return np.asarray(first[:, None] + (second - first)[:, None] * np.log(sizes))

@@ -1,4 +1,8 @@
-"""A selection as plain text for the terminal."""
+"""A selection as plain text for the terminal.
+
+Names and messages come from users' files. Each is made printable before it is put into a line, so that none can hold an
+escape sequence, or a line break that makes a line of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +10,66 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lensjax._display import flops, number, percent, samples
-from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, Scores
+from lensjax._display import flops, number, percent, printable, printable_command, samples
+from lensjax.selection import CERTAINTY_PERCENT, Selection, format_interval
+from lensjax.selectors import Scores
 
 NAMES_SHOWN = 5  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns: the first two left-aligned, numbers right-aligned."""
-    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        cells = [
-            str(cell).ljust(width) if i == 1 or i == len(header) - 1 else str(cell).rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    """Lay out cells in columns: the second and the last left-aligned, the others, which are numbers, right-aligned."""
+    lines = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = (1, len(header) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def ranking(selection: Selection, scores: Scores) -> str:
     """Lay out the candidates, best first, with what is expected of each and why."""
-    predicts = np.isfinite(scores.predicted_loss).any()
-    laws = [c for c in LAW_COLUMNS if c in scores.details]
-    header = ["rank", "candidate"]
-    header += [f"loss at {samples(selection.target)}"] if predicts else ["score"]
-    header += [f"{percent(CERTAINTY, 0)} % interval"] if scores.interval is not None else []
-    header += ["P(best)"] if scores.best_probability is not None else []
-    header += ["measured"] if selection.truth is not None else []
-    header += [*laws]
-    header += ["D*", "phase"] if "transition" in scores.details else []
-    header += ["based on"]
-    rows = []
-    for rank, row in enumerate(scores.order, start=1):
-        cells = [str(rank), selection.curves.names[row]]
-        cells += [number(scores.predicted_loss[row] if predicts else scores.score[row], 4)]
-        cells += [interval(scores, int(row))] if scores.interval is not None else []
-        cells += [percent(scores.best_probability[row], 0) + " %"] if scores.best_probability is not None else []
-        cells += [number(selection.truth[row], 4)] if selection.truth is not None else []
-        cells += [number(scores.details[c][row]) for c in laws]
-        if "transition" in scores.details:
-            cells += [samples(scores.details["transition"][row]), selection.phase(scores, row) or "-"]
-        why = [
-            _points(selection, scores, int(row)) or scores.status[row],
-            scores.remarks[row] if scores.remarks else "",
-        ]
-        rows.append([*cells, "; ".join(filter(None, why))])
-    return table(header, rows)
+    titles = {
+        "predicted_loss": f"loss at {samples(selection.target)}",
+        "interval": f"{CERTAINTY_PERCENT} % interval",
+        "best_probability": "P(best)",
+        "true_loss": "measured",
+    }
+    columns = {
+        "rank": [str(rank) for rank in range(1, len(scores.order) + 1)],
+        "candidate": [selection.curves.names[row] for row in scores.order],
+        **{titles.get(name, name): cells for name, cells in selection.ranking_columns(scores).items()},
+        **law_columns(selection, scores),
+        "based on": [_basis(selection, scores, int(row)) for row in scores.order],
+    }
+    return table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def law_columns(selection: Selection, scores: Scores) -> dict[str, list[str]]:
+    """Return the parameters of a method's law, with the phases it implies, formatted, best candidate first."""
+    columns = {
+        name: [number(float(scores.details[name][row])) for row in scores.order]
+        for name in LAW_COLUMNS
+        if name in scores.details
+    }
+    if "transition" in scores.details:
+        columns["D*"] = [samples(float(scores.details["transition"][row])) for row in scores.order]
+        columns["phase"] = [selection.phase(scores, int(row)) or "-" for row in scores.order]
+    return columns
+
+
+def _basis(selection: Selection, scores: Scores, row: int) -> str:
+    why = _points(selection, scores, row) or scores.status[row]
+    return "; ".join(filter(None, [why, scores.remarks[row] if scores.remarks else ""]))
 
 
 def _points(selection: Selection, scores: Scores, row: int) -> str:
-    """Say which measurements a verdict rests on; the whole story is in `Scores.status`."""
+    """Say which measurements a score rests on; `Scores.status` says more."""
     sizes = selection.curves.sizes[scores.used[row]]
     tuned = sizes[sizes > 0]
     if not len(tuned) or len(scores.details) == 0:
@@ -75,8 +86,8 @@ def comparison_cells(selection: Selection) -> tuple[list[str], list[list[str]]]:
         best = scores.best if np.isfinite(scores.score).any() else "-"
         cells = [name, best, flops(selection.spent(scores))]
         if known:
-            found = selection.metrics(scores)
-            cells += [percent(found["PearCorr"]), percent(found["RelAcc"]), number(found["RMSE"])]
+            metrics = selection.metrics(scores)
+            cells += [percent(metrics["PearCorr"]), percent(metrics["RelAcc"]), number(metrics["RMSE"])]
         else:
             cells += [number(float(scores.predicted_loss[scores.order[0]]), 4)]
         rows.append(cells)
@@ -94,12 +105,6 @@ def comparison(selection: Selection) -> str:
     return text
 
 
-def interval(scores: Scores, row: int) -> str:
-    """Format the interval of a candidate's predicted loss."""
-    assert scores.interval is not None
-    return " to ".join(number(float(bound), 4) for bound in scores.interval[row])
-
-
 def answer(selection: Selection) -> str:
     """Say in one sentence which candidate to fine-tune and what to expect of it."""
     scores = selection.main
@@ -108,13 +113,13 @@ def answer(selection: Selection) -> str:
     predicted = float(scores.predicted_loss[order[0]])
     if np.isfinite(predicted):
         unit = f"nats per {selection.loss_unit}"
-        text += f": expected test loss {predicted:.4f} {unit} at {samples(selection.target)} samples"
+        text += f": expected test loss {number(predicted, 4)} {unit} at {samples(selection.target)} samples"
     else:
         text += f" for {samples(selection.target)} samples (method {scores.method} predicts no loss)"
     if len(order) > 1 and np.isfinite(scores.score[order[1]]):
         text += f"; next {selection.curves.names[order[1]]}"
         if np.isfinite(scores.predicted_loss[order[1]]):
-            text += f" ({scores.predicted_loss[order[1]]:.4f})"
+            text += f" ({number(float(scores.predicted_loss[order[1]]), 4)})"
     return text + "."
 
 
@@ -128,34 +133,35 @@ def certainty(selection: Selection) -> str:
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     which = names[0] if len(names) == 1 else f"one of {len(names)}: {shown}"
     return (
-        f"{percent(CERTAINTY, 0)} % interval {interval(scores, row)}; {scores.best} is the best of all with "
+        f"{CERTAINTY_PERCENT} % interval {format_interval(scores, row)}; {scores.best} is the best of all with "
         f"probability {percent(float(scores.best_probability[row]), 0)} %. The best is, with at least "
-        f"{percent(CERTAINTY, 0)} %, {which}."
+        f"{CERTAINTY_PERCENT} %, {which}."
     )
 
 
 def cost(selection: Selection) -> str:
     """Say what finding out cost, beside fine-tuning every candidate on all samples."""
-    spent, full = selection.spent(selection.main), float(selection.full_flops.sum())
-    if np.isnan(spent) or np.isnan(full):
+    costs = selection.costs()
+    if np.isnan(costs.used) or np.isnan(costs.full):
         return f"Cost: unknown ({selection.cost_note})."
     return (
-        f"Cost: {flops(spent)} FLOPs, {percent(spent / full)} % of fine-tuning all {len(selection.curves)} candidates "
-        f"on {samples(selection.target)} samples ({flops(full)}); {selection.cost_note}."
-        + (f" {flops(selection.failed_flops)} more went to candidates that failed." if selection.failed_flops else "")
+        f"Cost: {flops(costs.used)} FLOPs, {percent(costs.used / costs.full)} % of fine-tuning all "
+        f"{len(selection.curves)} candidates on {samples(selection.target)} samples ({flops(costs.full)}); "
+        f"{selection.cost_note}."
+        + (f" {flops(costs.failed)} more went to candidates that failed." if costs.failed else "")
     )
 
 
 def judgement(selection: Selection) -> str:
     """Say how good the choice was, where the losses at the target are known."""
-    if selection.truth is None:
+    best = selection.truly_best
+    if best is None:
         return ""
-    found = selection.metrics(selection.main)
-    truly = selection.curves.names[int(np.nanargmin(selection.truth))]
-    known = [f"{n} {percent(found[n])} %" for n in ("RelAcc", "PearCorr") if np.isfinite(found[n])]
-    known += [f"RMSE {found['RMSE']:.4f}"] if np.isfinite(found["RMSE"]) else []
+    metrics = selection.metrics(selection.main)
+    known = [f"{n} {percent(metrics[n])} %" for n in ("RelAcc", "PearCorr") if np.isfinite(metrics[n])]
+    known += [f"RMSE {metrics['RMSE']:.4f}"] if np.isfinite(metrics["RMSE"]) else []
     text = f"Against the losses measured at {samples(selection.target)}: {', '.join(known)}"
-    return f"{text}; the best candidate was {truly}."
+    return f"{text}; the best candidate was {selection.curves.names[best]}."
 
 
 def metric(selection: Selection) -> str:
@@ -164,21 +170,25 @@ def metric(selection: Selection) -> str:
     return f"The losses are the metric {name} of {selection.source}." if name else ""
 
 
-def next_step(selection: Selection) -> str:
-    """Say how to fine-tune the winner: the command on a line of its own, or a sentence where none is known."""
+def next_step(selection: Selection) -> list[str]:
+    """Say how to fine-tune the best candidate: a sentence, and where it is known the command on a line of its own."""
     command, note = (selection.facts.get(name) for name in ("tune_command", "tune_note"))
     if command:
-        return f"Next, this fine-tunes it and saves the model{f'. {note}' if note else ':'}\n{command}"
-    return (
+        return [
+            f"Next, this fine-tunes it and saves the model{f'. {note}' if note else ':'}",
+            printable_command(command),
+        ]
+    return [
         f"Next: fine-tune {selection.best} on all {samples(selection.target)} samples with the trainer and the "
         "settings that the losses were measured with; only then does the forecast hold."
-    )
+    ]
 
 
 def render(selection: Selection) -> str:
     """Return the whole selection as text, the answer first."""
-    said = (answer, metric, certainty, cost, judgement, next_step)
-    parts = [*filter(None, (say(selection) for say in said)), "", ranking(selection, selection.main)]
+    sentences = [say(selection) for say in (answer, metric, certainty, cost, judgement)]
+    head = [*filter(None, sentences), *next_step(selection)]
+    parts = [*map(printable, head), "", ranking(selection, selection.main)]
     if len(selection.scores) > 1:
         parts += ["", "All methods:", comparison(selection)]
     lists = {
@@ -189,5 +199,5 @@ def render(selection: Selection) -> str:
     }
     for title, reasons in lists.items():
         if reasons:
-            parts += ["", title, *(f"  {name}: {reason}" for name, reason in reasons.items())]
+            parts += ["", title, *(printable(f"  {name}: {reason}") for name, reason in reasons.items())]
     return "\n".join(parts)

@@ -54,7 +54,7 @@ class InterimRanking:
         except Exception as error:
             console.detail(f"no ranking so far: {first_line(error)}")
         self._seconds += console.elapsed - begun
-        self.board.rank(scores)
+        self.board.update_ranking(scores)
         if scores is not None and not console.live:
             console.detail(f"ranking so far: {_in_words(scores)}")
 

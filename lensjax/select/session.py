@@ -306,7 +306,7 @@ class Session:
             before, latest = latest, at
             self.clock.progress(candidate.name, size, at.done)
             step = f"step {at.step} of at most {at.total_steps}, validation loss {at.validation_loss:.4f}"
-            running.doing, running.done = step, at.done
+            running.activity, running.fraction = step, at.done
             self.heartbeat()
             # A step is reported a second time when it has been evaluated.
             if at.step == before.step:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from lensjax._display import printable_lines
 from lensjax.commands import options
 from lensjax.commands.completion import write_completion
 from lensjax.commands.exit_codes import FAILED, INTERRUPTED, guarded
@@ -126,11 +127,11 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO) -> int:
         outcome = tuning.execute()
     except TuningError as error:
         if given.verbose:
-            err.write("".join(traceback.format_exception(error)))
-        err.write(f"{PROGRAM}: {error}\n")
+            err.write(printable_lines("".join(traceback.format_exception(error))) + "\n")
+        err.write(printable_lines(f"{PROGRAM}: {error}") + "\n")
         return FAILED
     except KeyboardInterrupt:
-        err.write(f"\n{PROGRAM}: interrupted. {tuning.kept}\n")
+        err.write("\n" + printable_lines(f"{PROGRAM}: interrupted. {tuning.kept}") + "\n")
         return INTERRUPTED
     out.write(tuning.render(outcome) + "\n")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
+from lensjax.report.schema import upgrade
 
 SELECTION = "selection.json"
 CHOSEN_HERE = ("learning_rate", "batch_size", "lora")  # of a plan: searched, or part of the candidate
@@ -84,13 +85,15 @@ def read_comparison(
     """
     path = source / SELECTION if source.is_dir() else source
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = upgrade(json.loads(path.read_text("utf-8")))
         facts, method = document["facts"], document["methods"][document["method"]]
         ranking = {entry["name"]: _predicted(entry) for entry in method["ranking"]}
         certainty = None if method.get("certainty") is None else float(method["certainty"])
         specification = facts.get("specification") or {}
         known, there = dict(specification.get("candidates") or {}), dict(specification.get("plan") or {})
         target, unit = float(document["target"]), str(document["loss_unit"])
+    except InputError as error:
+        raise InputError(f"--selection {source}: {error}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"--selection {source}: holds no {SELECTION} of a finished selection ({type(error).__name__}); name the "

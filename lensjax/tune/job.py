@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lensjax import environment, models
-from lensjax._display import duration
+from lensjax._display import duration, printable
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
@@ -188,7 +188,7 @@ class Tuning:
             running=self.running,
         )
         if job.comparison is not None and job.comparison.loss is not None and not job.comparison.per_byte:
-            self.board.places = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
+            self.board.ranking = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
         self.checkpoint: BestCheckpoint | None = None
         self.first: tuple[float, float] | None = None  # when training was first heard of, and what was done by then
         self.trials: list[Trial] = []
@@ -344,11 +344,11 @@ class Tuning:
         self.first = self.first or (time.monotonic(), at.done)
         seconds, done = time.monotonic() - self.first[0], at.done - self.first[1]
         left = f"at most about {duration(seconds * (1 - at.done) / done)} left" if done > 0 else "time left not known"
-        self.running.doing = (
+        self.running.activity = (
             f"step {at.step} of at most {at.total_steps}, epoch {at.epoch}, validation loss {at.validation_loss:.4f}"
         )
-        self.running.done, self.board.time_left = at.done, left
-        self.console.status(f"{self.running.doing}; {left}")
+        self.running.fraction, self.board.time_left = at.done, left
+        self.console.status(f"{self.running.activity}; {left}")
 
     def _on_weights(self, found: Weights) -> None:
         assert self.checkpoint is not None
@@ -383,7 +383,7 @@ class Tuning:
                 f"The adapters are in {job.out}, in peft's format: lensjax.models.load_lora(model, {str(job.out)!r}) "
                 f"puts them on {self.base}."
             )
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def _point(of: Trial | Weights | Outcome) -> str:

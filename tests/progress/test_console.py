@@ -4,7 +4,7 @@ import pytest
 
 from lensjax._display import duration
 from lensjax.progress.board import ActiveRun, SelectionState
-from lensjax.progress.console import EVERY, Console
+from lensjax.progress.console import LINE_INTERVAL, Console
 
 
 class Terminal(io.StringIO):
@@ -36,7 +36,7 @@ def test_where_there_is_no_view_a_status_becomes_a_line_once_in_a_while():
         console = Console(stream, clock=lambda: now[0])
         console.line("begins")
         for _ in range(10):
-            now[0] += EVERY / 4
+            now[0] += LINE_INTERVAL / 4
             console.status(f"at {now[0]:g}")
         assert stream.getvalue() == "[0:00] begins\n[0:20] at 20\n[0:40] at 40\n"
 
@@ -44,7 +44,7 @@ def test_where_there_is_no_view_a_status_becomes_a_line_once_in_a_while():
 def test_nothing_in_a_line_is_obeyed():
     stream = io.StringIO()
     Console(stream).line("a\x1b[2Jb\x07\x9b \u202e \ud800 é 模\nsecond line\r\n\tthird")
-    assert stream.getvalue() == "[0:00] a?[2Jb?? ? ? é 模\nsecond line\n?third\n"
+    assert stream.getvalue() == "[0:00] a?[2Jb?? ? ? é 模\n  second line\n  ?third\n"
 
 
 def test_only_a_verbose_console_writes_details():
@@ -59,8 +59,8 @@ def test_only_a_verbose_console_writes_details():
 def test_quiet_writes_nothing():
     stream = Terminal()
     console = Console(stream, quiet=True)
-    board = SelectionState("title", "nats", ("a", "b"), (10, 20), 100, running=ActiveRun("a", 10, "loading"))
-    with console.follow(board):
+    state = SelectionState("title", "nats", ("a", "b"), (10, 20), 100, running=ActiveRun("a", 10, "loading"))
+    with console.follow(state):
         console.status("working")
         console.next("next")
         console.line("done")

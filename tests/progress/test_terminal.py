@@ -17,7 +17,7 @@ from rich.cells import cell_len
 
 from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
-from lensjax.progress.terminal import EVERY, View, crop, screen_for, shorten
+from lensjax.progress.terminal import REDRAW_INTERVAL, LiveView, crop, screen_for, shorten
 from lensjax.selectors import Scores
 from support.hostile import HOSTILE
 
@@ -122,12 +122,12 @@ def follow():
 SIZES = (0, 200, 400, 800, 1600)
 
 
-def board(names=("alpha", "beta", "gamma", "delta"), measured=2):
+def state(names=("alpha", "beta", "gamma", "delta"), measured=2):
     """A selection under way: some candidates are measured and ranked, the next one is running."""
     found = SelectionState("wikitext: choosing for 12,800 samples", "nats per token", tuple(names), SIZES, 12800)
     for number, name in enumerate(names[:measured]):
         found.losses |= {(name, size): 3.0 - 0.1 * number - size / 10000 for size in SIZES}
-        found.places[name] = RankedCandidate(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
+        found.ranking[name] = RankedCandidate(number + 1, 1.5 + 0.01 * number, 0.5 / (number + 1))
     if measured < len(names):
         found.losses[names[measured], 1600] = 2.2222
         found.running = ActiveRun(names[measured], 800, "step 13 of at most 60, validation loss 2.8123", 0.21)
@@ -147,7 +147,7 @@ def draw(found, follow, columns, lines, **options):
 
 
 def test_everything_there_is_to_see_is_on_the_screen(follow):
-    found = board()
+    found = state()
     found.failures["delta"] = "MemoryError: no room"
     text, stream = draw(found, follow, 100, 30)
     lines = text.split("\n")
@@ -165,8 +165,8 @@ def test_everything_there_is_to_see_is_on_the_screen(follow):
     assert len(lines) == 8
 
 
-def test_a_run_that_has_not_begun_and_zero_shot_and_a_look_are_named(follow):
-    found = board()
+def test_a_run_that_has_not_begun_and_zero_shot_and_a_measurement_of_tangents_are_named(follow):
+    found = state()
     found.running = ActiveRun("gamma", 0, "loading and compiling; the model as it is")
     text, _ = draw(found, follow, 100, 30)
     assert "now: gamma, zero-shot: loading and compiling; the model as it is" in text
@@ -174,7 +174,7 @@ def test_a_run_that_has_not_begun_and_zero_shot_and_a_look_are_named(follow):
     found.running = ActiveRun("beta", None, "kernel and Hessian trace on 8 samples")
     text, _ = draw(found, follow, 100, 30)
     assert "now: beta: kernel and Hessian trace on 8 samples" in text
-    # Nobody knows how long a look takes: the time left is that of the losses.
+    # Nobody knows how long that takes: the time left is that of the losses.
     assert "left" in found.time_left
     assert found.time_left not in text
 
@@ -182,7 +182,7 @@ def test_a_run_that_has_not_begun_and_zero_shot_and_a_look_are_named(follow):
 @pytest.mark.parametrize(("columns", "lines"), [(100, 24), (60, 20), (40, 24), (40, 12)])
 def test_thirty_candidates_fit_and_those_that_matter_are_shown(follow, columns, lines):
     names = [f"organisation/model-{number:02}" for number in range(30)]
-    found = board(names, measured=20)
+    found = state(names, measured=20)
     found.failures = dict.fromkeys(names[-5:], "MemoryError: " + "no room " * 30)
     text, _ = draw(found, follow, columns, lines)
     rows = text.split("\n")
@@ -202,11 +202,11 @@ def test_thirty_candidates_fit_and_those_that_matter_are_shown(follow, columns, 
 
 
 def test_what_has_no_room_is_said(follow):
-    text, _ = draw(board(), follow, 40, 24)
+    text, _ = draw(state(), follow, 40, 24)
     # What is measured now, then the largest.
     assert text.split("\n")[1].split() == ["candidate", "800", "1,600", "expect", "best?"]
     assert "without 0, 200, 400 samples" in text
-    text, _ = draw(board(), follow, 100, 24)
+    text, _ = draw(state(), follow, 100, 24)
     assert "without" not in text
 
 
@@ -215,7 +215,7 @@ def test_what_has_no_room_is_said(follow):
 def test_however_small_a_terminal_is_nothing_breaks(follow, columns, lines):
     names = [f"organisation/model-{number:02}" for number in range(30)]
     console, stream, now = follow(columns, lines)
-    found = board(names, measured=20)
+    found = state(names, measured=20)
     found.failures = {names[29]: "no room"}
     with console.follow(found):
         for _ in range(3):
@@ -225,8 +225,8 @@ def test_however_small_a_terminal_is_nothing_breaks(follow, columns, lines):
 
 
 def test_methods_without_predictions_or_probabilities_have_no_columns_for_them(follow):
-    found = board()
-    found.places = {
+    found = state()
+    found.ranking = {
         "beta": RankedCandidate(1, float("nan"), float("nan")),
         "alpha": RankedCandidate(2, float("nan"), float("nan")),
     }
@@ -237,7 +237,7 @@ def test_methods_without_predictions_or_probabilities_have_no_columns_for_them(f
 
 def test_names_that_mean_harm_are_only_shown(follow):
     names = (*HOSTILE, "[bold red]markup[/bold red]", ":smile: \x07\x9b31m", "模型" * 30, "new\nline\ttab")
-    found = board(names, measured=5)
+    found = state(names, measured=5)
     found.failures = {names[-2]: "Error: \x1b[2J[red]boom[/red]\n\x1b]0;title\x07 more"}
     for columns in (200, 60, 40):
         # The screen refuses any character that is not printable and any sequence that rich does not need.
@@ -254,7 +254,7 @@ def test_names_that_mean_harm_are_only_shown(follow):
 
 
 def test_on_a_terminal_without_unicode_only_ascii_is_drawn(follow):
-    found = board(["x" * 80, "beta", "gamma"])
+    found = state(["x" * 80, "beta", "gamma"])
     text, stream = draw(found, follow, 60, 20, encoding="ascii")
     assert stream.getvalue().isascii()
     assert re.search(r"^> +gamma .* 21 %", text, re.MULTILINE)
@@ -265,7 +265,7 @@ def test_without_colours_nothing_is_coloured(monkeypatch):
         monkeypatch.setenv("NO_COLOR", value)
         stream = Terminal()
         console = Console(stream)
-        found = board()
+        found = state()
         found.failures["delta"] = "no room"
         with console.follow(found):
             pass
@@ -279,7 +279,7 @@ def test_where_the_cursor_cannot_be_moved_there_are_only_lines(monkeypatch, name
     stream = Terminal()
     assert screen_for(stream) is None
     console = Console(stream)
-    with console.follow(board()):
+    with console.follow(state()):
         console.line("a line")
     assert not console.live
     assert stream.getvalue() == "[0:00] a line\n"
@@ -289,19 +289,19 @@ def test_elsewhere_than_on_a_terminal_following_changes_nothing(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
     console = Console(stream)
-    with console.follow(board()):
+    with console.follow(state()):
         console.next("what begins")
         console.refresh(now=True)
         console.line("a line")
     assert stream.getvalue() == "[0:00] what begins\n[0:00] a line\n"
 
 
-def test_lines_stay_above_the_view_which_follows_the_board(follow):
+def test_lines_stay_above_the_view_which_follows_the_selection(follow):
     console, stream, now = follow()
-    found = board()
+    found = state()
     with console.follow(found):
         console.line("alpha: a long line " + "and so on " * 20)
-        found.running.doing = "step 14"
+        found.running.activity = "step 14"
         now[0] = 61.0
         console.line("beta: test loss 1.0")
         console.status("not a line")
@@ -321,15 +321,15 @@ def test_lines_stay_above_the_view_which_follows_the_board(follow):
 
 def test_it_is_drawn_at_most_four_times_a_second_but_at_once_when_it_must(follow):
     console, stream, now = follow()
-    found = board()
+    found = state()
     with console.follow(found):
-        render_all = []
+        drawn = []
         for _ in range(100):
-            now[0] += EVERY / 10
+            now[0] += REDRAW_INTERVAL / 10
             before = len(stream.getvalue())
             console.status("step")
-            render_all.append(len(stream.getvalue()) > before)
-        assert 9 <= sum(render_all) <= 10
+            drawn.append(len(stream.getvalue()) > before)
+        assert 9 <= sum(drawn) <= 10
         before = len(stream.getvalue())
         console.refresh()
         assert len(stream.getvalue()) == before
@@ -347,7 +347,7 @@ def test_an_interrupt_gives_the_cursor_back_and_says_where_it_stopped(follow):
     console, stream, _ = follow()
 
     def interrupted():
-        with console.follow(board()):
+        with console.follow(state()):
             assert not Screen(100, 30).feed(stream.getvalue()).cursor_shown
             raise KeyboardInterrupt
 
@@ -363,19 +363,19 @@ def test_an_interrupt_gives_the_cursor_back_and_says_where_it_stopped(follow):
 
 def test_an_interrupt_while_drawing_gives_the_cursor_back(follow, monkeypatch):
     console, stream, _ = follow()
-    whole, render_all = View._table, []
+    whole, drawn = LiveView._table, []
 
     def interrupted(view, *arguments, **options):
-        render_all.append(1)
-        if len(render_all) == 1:
+        drawn.append(1)
+        if len(drawn) == 1:
             raise KeyboardInterrupt
         return whole(view, *arguments, **options)
 
-    monkeypatch.setattr(View, "_table", interrupted)
-    with pytest.raises(KeyboardInterrupt), console.follow(board()):
+    monkeypatch.setattr(LiveView, "_table", interrupted)
+    with pytest.raises(KeyboardInterrupt), console.follow(state()):
         pytest.fail("the first drawing was not interrupted")
     assert Screen(100, 30).feed(stream.getvalue()).cursor_shown
-    assert len(render_all) == 2
+    assert len(drawn) == 2
 
 
 def test_no_thread_draws_and_what_others_print_goes_above(follow, monkeypatch):
@@ -384,7 +384,7 @@ def test_no_thread_draws_and_what_others_print_goes_above(follow, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     console = Console(stream)
     threads = threading.active_count()
-    with console.follow(board()):
+    with console.follow(state()):
         assert threading.active_count() == threads
         print("a warning", file=sys.stderr)
         # Results that go to a file are none of the terminal's business.
@@ -409,7 +409,7 @@ def test_a_terminal_that_is_resized_gets_what_fits():
 
         resize(120, 40)
         console = Console(stream, clock=lambda: now[0])
-        with console.follow(board([f"organisation/a-model-{n}" for n in range(20)], measured=10)):
+        with console.follow(state([f"organisation/a-model-{n}" for n in range(20)], measured=10)):
             assert len(last_drawn()) == 24
             for columns, lines in ((50, 12), (40, 30), (200, 50)):
                 resize(columns, lines)
@@ -423,7 +423,7 @@ def test_a_terminal_that_is_resized_gets_what_fits():
 
 
 def test_a_ranking_is_taken_over():
-    found = board()
+    found = state()
     scores = Scores(
         method="averaged",
         names=("alpha", "beta", "gamma"),
@@ -433,10 +433,10 @@ def test_a_ranking_is_taken_over():
         used=np.ones((3, 5), bool),
         best_probability=np.array([0.2, 0.8, 0.0]),
     )
-    found.rank(scores)
-    assert found.places == {"beta": RankedCandidate(1, 1.1, 0.8), "alpha": RankedCandidate(2, 2.1, 0.2)}
-    found.rank(None)
-    assert found.places == {}
+    found.update_ranking(scores)
+    assert found.ranking == {"beta": RankedCandidate(1, 1.1, 0.8), "alpha": RankedCandidate(2, 2.1, 0.2)}
+    found.update_ranking(None)
+    assert found.ranking == {}
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from lensjax._display import escaped
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.report.figures.export import write_figures
-from lensjax.report.figures.svg import Scale, compact, escaped, shortened
+from lensjax.report.figures.scale import Scale, compact, shortened
 from lensjax.report.html import render_html
-from lensjax.report.predicted_curves import paths
+from lensjax.report.predicted_curves import predicted_curves
 from lensjax.selectors import SELECTORS
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -185,7 +186,7 @@ def test_points_lie_where_the_losses_are(make, tmp_path):
 @pytest.mark.parametrize("method", ["averaged", "lens", "rectified", "power", "ats"])
 def test_drawn_curves_end_at_the_predictions(make, method):
     selection = make(method, complete=True)
-    found = paths(selection, selection.main)
+    found = predicted_curves(selection, selection.main)
     assert found.sizes[-1] == selection.target
     assert found.sizes[0] == 200
     np.testing.assert_allclose(found.losses[:, -1], selection.main.predicted_loss, rtol=1e-9)
@@ -201,7 +202,7 @@ def test_drawn_curves_end_at_the_predictions(make, method):
 def test_a_curve_that_misses_the_prediction_is_not_drawn(make):
     selection = make("averaged")
     moved = dataclasses.replace(selection.main, predicted_loss=selection.main.predicted_loss + np.array([0, 0.1, 0]))
-    found = paths(selection, moved)
+    found = predicted_curves(selection, moved)
     assert np.isnan(found.losses[1]).all()
     assert np.isnan(found.interval[1]).all()
     assert np.isfinite(found.losses[[0, 2]]).all()
@@ -329,7 +330,7 @@ def test_spectra_and_traces_are_drawn_and_what_is_missing_is_said(rich):
     assert "Nothing was computed." in page.text
 
 
-def test_what_was_saved_counts_the_winners_own_fine_tuning(make):
+def test_what_was_saved_counts_fine_tuning_the_best_candidate(make):
     selection = make("averaged")
     full = selection.full_flops.sum()
     kept = selection.spent(selection.main) + selection.full_flops[selection.main.order[0]]

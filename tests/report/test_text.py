@@ -67,7 +67,7 @@ def test_the_document_is_json_without_nan():
     back = json.loads(document)
     assert back["methods"]["lens"]["ranking"][2]["score"] is None
     assert back["failures"] == {"delta": "MemoryError: no room"}
-    assert back["schema"] == 1
+    assert back["schema"] == 2
 
 
 def test_failures_are_listed():

@@ -341,7 +341,8 @@ def test_bad_input_is_refused_in_one_line(refused, arguments, tiny_models, selec
 )
 def test_a_damaged_selection_is_refused(refused, arguments, tmp_path, entry, specification):
     method, facts = {"ranking": [{"name": "tiny-8", **entry}]}, {"specification": specification}
-    document = {"method": "m", "methods": {"m": method}, "target": 20, "loss_unit": "nats per token", "facts": facts}
+    document = {"schema": 2, "method": "m", "methods": {"m": method}, "target": 20, "facts": facts}
+    document["loss_unit"] = "nats per token"
     (tmp_path / "selection.json").write_text(json.dumps(document))
     message = refused(*arguments, "--selection", tmp_path)
     assert message.startswith(f"--selection {tmp_path}: holds no selection.json of a finished selection (")
@@ -358,7 +359,8 @@ def test_losses_per_byte_are_held_against_an_expectation_per_byte(
 ):
     entry = {"name": "tiny-8", "predicted_loss": 0.0, "interval": [0.0, 0.0]}
     method = {"ranking": [entry], "certainty": 0.9}
-    document = {"method": "m", "methods": {"m": method}, "target": 20, "loss_unit": "nats per byte", "facts": {}}
+    document = {"schema": 2, "method": "m", "methods": {"m": method}, "target": 20, "facts": {}}
+    document["loss_unit"] = "nats per byte"
     (tmp_path / "selection.json").write_text(json.dumps(document))
     scripted([6.0])
     status, text, _ = tune_command(*arguments, "--selection", tmp_path)

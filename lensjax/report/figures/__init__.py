@@ -1,1 +1,1 @@
-"""TODO"""
+"""The figures of a selection, as SVG and as PNG."""

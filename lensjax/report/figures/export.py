@@ -1,17 +1,15 @@
-"""TODO"""
+"""Writing the figures of a selection to files, in the formats that can be made here."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lensjax._files import write_atomically
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
-from lensjax.report.figures.data import file_stems, tangents_by_row
-from lensjax.report.figures.svg_figures import cost, curve, frame, ranking, spectrum, traces
-from lensjax.report.predicted_curves import paths
+from lensjax.report.figures import svg_figures
 from lensjax.selection import Selection
 
 FORMATS = ("svg", "png")
@@ -64,28 +62,16 @@ def write_figures(selection: Selection, directory: Path, formats: Sequence[str] 
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name in dict.fromkeys(formats):
-        for stem, content in (_svg(selection) if name == "svg" else _png(selection)).items():
+        for stem, content in _render(selection, name).items():
             write_atomically(directory / f"{stem}.{name}", content)
             written.append(directory / f"{stem}.{name}")
     return written
 
 
-def _png(selection: Selection) -> dict[str, bytes]:
-    from lensjax.report.figures.png_figures import render_all
+def _render(selection: Selection, name: str) -> Mapping[str, str | bytes]:
+    if name == "svg":
+        return svg_figures.render_all(selection)
+    # matplotlib is optional, and takes half a second to import.
+    from lensjax.report.figures import png_figures
 
-    return render_all(selection)
-
-
-def _svg(selection: Selection) -> dict[str, str]:
-    found = paths(selection, selection.main)
-    axes = frame(selection, found)
-    files = {"ranking": ranking(selection, name="ranking"), "cost": cost(selection, name="cost", alone=True)}
-    ends = file_stems(selection)
-    for row, end in ends.items():
-        files[f"curve-{end}"] = curve(selection, row, found, axes, name=f"curve-{row + 1}", alone=True)
-    for row, seen in tangents_by_row(selection).items():
-        values, by_layer = seen.get("kernel_spectrum"), seen.get("trace_by_layer") or {}
-        of = selection.curves.names[row]
-        files[f"spectrum-{ends[row]}"] = spectrum(values, name=f"spectrum-{row + 1}", of=of)
-        files[f"traces-{ends[row]}"] = traces(by_layer, name=f"traces-{row + 1}", of=of)
-    return {stem: f"{content}\n" for stem, content in files.items() if content}
+    return png_figures.render_all(selection)

@@ -1,6 +1,6 @@
-"""The figures of a selection as PNG, render_all by matplotlib from the same data as the SVG ones.
+"""The figures of a selection as PNG, drawn by matplotlib from the same data as the SVG ones.
 
-Figures are made by themselves, without pyplot, whose state and settings are the user's.
+Figures are made without pyplot, whose state and settings are the user's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lensjax._display import flops, percent, samples
-from lensjax.report.figures import data, svg_figures
-from lensjax.report.figures.svg import Scale, compact, shortened
-from lensjax.report.predicted_curves import PredictedCurves, paths
-from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY
+from lensjax.report.figures import data
+from lensjax.report.figures.scale import Scale, compact, padded, shortened
+from lensjax.report.predicted_curves import PredictedCurves, predicted_curves
+from lensjax.selection import CERTAINTY_PERCENT, Selection, transition_of
 
 DPI = 200
 INK, SOFT, GRID, LINE, MARK, TRUTH = "#1c2430", "#596579", "#e3e7ee", "#0b62b8", "#b1450c", "#12703c"
@@ -45,7 +44,7 @@ def render_all(selection: Selection) -> dict[str, bytes]:
     """
     # In matplotlib's own style, whatever the user's is, and back to that afterwards.
     with matplotlib.style.context(["default", SETTINGS]):
-        return {stem: png(figure) for stem, figure in made(selection)}
+        return {stem: png(figure) for stem, figure in figures(selection)}
 
 
 def png(figure: Figure) -> bytes:
@@ -55,35 +54,35 @@ def png(figure: Figure) -> bytes:
     return written.getvalue()
 
 
-def made(selection: Selection) -> Iterator[tuple[str, Figure]]:
+def figures(selection: Selection) -> Iterator[tuple[str, Figure]]:
     """Yield the figures and the names of their files, as `lensjax.report.figures.export.write_figures` lists them."""
-    found = paths(selection, selection.main)
-    axes = svg_figures.frame(selection, found)
+    predicted = predicted_curves(selection, selection.main)
+    axes = data.shared_axes(selection, predicted)
     yield "ranking", ranking(selection)
-    if data.costs(selection):
+    if data.cost_bars(selection):
         yield "cost", cost(selection)
-    ends = data.file_stems(selection)
-    for row, end in ends.items():
-        yield f"curve-{end}", curve(selection, row, found, axes)
-    for row, seen in data.tangents_by_row(selection).items():
+    stems = data.file_stems(selection)
+    for row, stem in stems.items():
+        yield f"curve-{stem}", curve(selection, row, predicted, axes)
+    for row, tangents in data.tangents_by_row(selection).items():
         name = selection.curves.names[row]
-        kept, dropped = data.eigenvalues(seen.get("kernel_spectrum"))
+        kept, dropped = data.eigenvalues(tangents.get("kernel_spectrum"))
         if len(kept):
-            yield f"spectrum-{ends[row]}", spectrum(kept, dropped, name)
-        by_layer = data.layers(seen.get("trace_by_layer") or {})
+            yield f"spectrum-{stems[row]}", spectrum(kept, dropped, name)
+        by_layer = data.layers(tangents.get("trace_by_layer") or {})
         if by_layer:
-            yield f"traces-{ends[row]}", traces(by_layer, name)
+            yield f"traces-{stems[row]}", traces(by_layer, name)
 
 
 @functools.cache
-def _known() -> frozenset[int]:
+def _known_characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FAMILY)).get_charmap())
 
 
 def literal(text: str, length: int = 60) -> str:
     """Return a text cut in its middle, with a mark for each character that the font lacks or that moves others."""
-    plain = "".join(c if ord(c) in _known() and c.isprintable() else REPLACEMENT for c in text)
-    return shortened(plain, length)
+    shown = "".join(c if ord(c) in _known_characters() and c.isprintable() else REPLACEMENT for c in text)
+    return shortened(shown, length)
 
 
 def _new(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -96,7 +95,7 @@ def _new(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def _logarithmic(axes: Axes, side: str, scale: Scale, also: Mapping[float, str] | None = None) -> None:
-    """Give an axis the limits and the round ticks of a scale; some ticks may have names of their own."""
+    """Give an axis the limits and the round ticks of a scale; `also` adds ticks with labels of their own."""
     ticks = {tick: compact(tick) for tick in scale.ticks(6)} | dict(also or {})
     if side == "x":
         axes.set_xscale("log")
@@ -110,27 +109,27 @@ def _logarithmic(axes: Axes, side: str, scale: Scale, also: Mapping[float, str] 
     axis.set_ticklabels(list(ticks.values()))
 
 
-def curve(selection: Selection, row: int, found: PredictedCurves, frame: svg_figures.Frame) -> Figure:
-    """Draw one candidate: what was measured, the curve through it, what is expected at the target."""
+def curve(selection: Selection, row: int, predicted: PredictedCurves, shared: data.Axes) -> Figure:
+    """Draw one candidate: the losses measured, the curve through them, the loss expected at the target."""
     curves, scores = selection.curves, selection.main
     figure, axes = _new(6.4, 4.4, literal(curves.names[row]))
-    share = ZERO_SHOT / (1 - ZERO_SHOT) * np.log(frame.x.high / frame.x.low)
-    zero = frame.x.low * np.exp(-share / 2)
-    also = {frame.target: compact(frame.target)}
-    near = np.log(frame.x.high / frame.x.low) / 12
-    scale = frame.x
-    ticks = [t for t in scale.ticks(6) if abs(np.log(t / frame.target)) > near]
-    if frame.zero is not None:
+    scale = shared.sizes
+    share = ZERO_SHOT / (1 - ZERO_SHOT) * scale.log_range
+    zero = scale.low * np.exp(-share / 2)
+    also = {shared.target: compact(shared.target)}
+    near = scale.log_range / 12
+    ticks = [t for t in scale.ticks(6) if abs(np.log(t) - np.log(shared.target)) > near]
+    if shared.zero_shot:
         also = {zero: "0", **also}
-        scale = Scale(frame.x.low * np.exp(-share), frame.x.high, 0, 1)
+        scale = Scale(scale.low * np.exp(-share), scale.high)
     _logarithmic(axes, "x", scale)
     shown = {**{t: compact(t) for t in ticks}, **also}
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.xaxis.set_ticklabels(list(shown.values()))
-    _logarithmic(axes, "y", frame.y)
+    _logarithmic(axes, "y", shared.losses)
     axes.set_xlabel("training samples")
-    axes.set_ylabel(f"test loss ({frame.unit})")
-    _expected(axes, selection, row, found)
+    axes.set_ylabel(f"test loss ({shared.unit})")
+    _expected(axes, selection, row, predicted)
     at = np.where(curves.sizes > 0, curves.sizes, zero)
     known = np.isfinite(curves.losses[row])
     for used, label, face, edge in ((True, "measured", LINE, "white"), (False, "measured, not used", "white", SOFT)):
@@ -138,27 +137,28 @@ def curve(selection: Selection, row: int, found: PredictedCurves, frame: svg_fig
         if which.any():
             style: dict[str, Any] = {"mfc": face, "mec": edge, "ms": 6, "ls": "", "marker": "o", "zorder": 4}
             axes.plot(at[which], curves.losses[row][which], label=label, **style)
-    _prediction(axes, selection, row, frame)
-    figure.legend(loc="outside lower center", ncols=4)
+    _prediction(axes, selection, row, shared)
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
-def _expected(axes: Axes, selection: Selection, row: int, found: PredictedCurves) -> None:
+def _expected(axes: Axes, selection: Selection, row: int, predicted: PredictedCurves) -> None:
     """Draw the band, the fit up to the largest size used, the forecast from there on, the phase transition."""
-    if len(found.sizes) > 1:
-        if found.interval is not None and np.isfinite(found.interval[row]).all():
-            low, high = found.interval[row].T
-            label = f"{percent(CERTAINTY, 0)} % interval"
-            axes.fill_between(found.sizes, low, high, color=LINE, alpha=0.16, lw=0, label=label)
-        if np.isfinite(found.losses[row]).all():
-            split = data.fitted(selection, row, found)
+    if len(predicted.sizes) > 1:
+        if predicted.interval is not None and np.isfinite(predicted.interval[row]).all():
+            low, high = predicted.interval[row].T
+            label = f"{CERTAINTY_PERCENT} % interval"
+            axes.fill_between(predicted.sizes, low, high, color=LINE, alpha=0.16, lw=0, label=label)
+        if np.isfinite(predicted.losses[row]).all():
+            split = data.fitted_points(selection, row, predicted)
             if split > 1:
-                axes.plot(found.sizes[:split], found.losses[row][:split], color=LINE, lw=1.8, label="fit")
-            if split < len(found.sizes):
+                axes.plot(predicted.sizes[:split], predicted.losses[row][:split], color=LINE, lw=1.8, label="fit")
+            if split < len(predicted.sizes):
                 rest = slice(max(split - 1, 0), None)
                 dashes: dict[str, Any] = {"ls": (0, (3, 2)), "label": "forecast"}
-                axes.plot(found.sizes[rest], found.losses[row][rest], color=LINE, lw=1.8, **dashes)
-    transition = data.transition_of(selection.main, row)
+                axes.plot(predicted.sizes[rest], predicted.losses[row][rest], color=LINE, lw=1.8, **dashes)
+    transition = transition_of(selection.main, row)
     if np.isfinite(transition) and axes.get_xlim()[0] <= transition <= axes.get_xlim()[1]:
         axes.axvline(transition, color=MARK, lw=1.2, ls=(0, (1, 2)))
         left = axes.transAxes.inverted().transform(axes.transData.transform((transition, 1)))[0] > 0.5
@@ -174,14 +174,15 @@ def _expected(axes: Axes, selection: Selection, row: int, found: PredictedCurves
         )
 
 
-def _prediction(axes: Axes, selection: Selection, row: int, frame: svg_figures.Frame) -> None:
+def _prediction(axes: Axes, selection: Selection, row: int, shared: data.Axes) -> None:
     scores, target = selection.main, selection.target
     if scores.interval is not None and np.isfinite(scores.interval[row]).all():
-        axes.vlines(target, *np.clip(scores.interval[row], frame.y.low, frame.y.high), color=LINE, lw=1.8, zorder=3)
-    if np.isfinite(scores.predicted_loss[row]):
+        low, high = map(shared.losses.clip, scores.interval[row])
+        axes.vlines(target, low, high, color=LINE, lw=1.8, zorder=3)
+    if data.has_position(scores.predicted_loss[row]):
         style: dict[str, Any] = {"mfc": "white", "mec": LINE, "mew": 1.8, "ms": 7, "ls": "", "marker": "o", "zorder": 5}
         axes.plot([target], [scores.predicted_loss[row]], label=f"expected at {samples(target)}", **style)
-    if selection.truth is not None and np.isfinite(selection.truth[row]):
+    if selection.truth is not None and data.has_position(selection.truth[row]):
         label = f"measured at {samples(target)}"
         axes.plot([target], [selection.truth[row]], "D", mfc=TRUTH, mec="white", ms=7, zorder=6, label=label)
 
@@ -189,9 +190,9 @@ def _prediction(axes: Axes, selection: Selection, row: int, frame: svg_figures.F
 def ranking(selection: Selection) -> Figure:
     """Draw the predicted losses of all candidates with their intervals, best first."""
     scores, curves = selection.main, selection.curves
-    rows = [int(r) for r in scores.order if np.isfinite(scores.predicted_loss[r])]
+    rows = [int(r) for r in scores.order if data.has_position(scores.predicted_loss[r])]
     figure, axes = _new(8.0, 1.4 + 0.26 * max(len(rows), 1), f"Ranking, method {scores.method}")
-    scale = svg_figures.interval_scale(selection, 0, 1)
+    scale = data.ranking_scale(selection)
     _logarithmic(axes, "x", scale)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -201,7 +202,7 @@ def ranking(selection: Selection) -> Figure:
     places, losses = np.arange(len(rows)), scores.predicted_loss[rows]
     if scores.interval is not None and rows:
         low, high = np.clip(scores.interval[rows], scale.low, scale.high).T
-        axes.hlines(places, low, high, color=LINE, lw=1.8, label=f"{percent(CERTAINTY, 0)} % interval")
+        axes.hlines(places, low, high, color=LINE, lw=1.8, label=f"{CERTAINTY_PERCENT} % interval")
     axes.plot(losses, places, "o", mfc="white", mec=LINE, mew=1.8, ms=6, label="expected")
     if selection.truth is not None and np.isfinite(selection.truth[rows]).any():
         axes.plot(selection.truth[rows], places, "D", mfc=TRUTH, mec="white", ms=6, label="measured")
@@ -215,21 +216,21 @@ def ranking(selection: Selection) -> Figure:
 
 
 def cost(selection: Selection) -> Figure:
-    """Draw what was spent, and what fine-tuning the winner will cost, beside fine-tuning everything."""
-    bars = data.costs(selection)
-    full = bars[-1][1][0][1]
+    """Draw the cost of the choice, and of fine-tuning the best candidate, beside that of fine-tuning all of them."""
+    bars = data.cost_bars(selection)
+    full = bars[-1].total
     figure, axes = _new(6.4, 1.9, "Cost")
     axes.grid(axis="y", visible=False)
-    for place, (_, parts) in enumerate(bars):
+    for place, bar in enumerate(bars):
         start = 0.0
-        for kind, value in parts:
-            axes.barh(place, value, left=start, height=0.6, color=MARK if "mark" in kind else LINE)
+        for part, value in bar.parts:
+            axes.barh(place, value, left=start, height=0.6, color=MARK if part == "choice" else LINE)
             start += value
         axes.annotate(f"{percent(start / full)} %", (start, place), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(bars)))
-    axes.set_yticklabels([label for label, _ in bars], color=INK)
+    axes.set_yticklabels([bar.label for bar in bars], color=INK)
     axes.set_ylim(len(bars) - 0.5, -0.5)
-    ends = [sum(value for _, value in parts) for _, parts in bars]
+    ends = [bar.total for bar in bars]
     axes.set_xlim(0, max(ends) * 1.12)
     ticks = np.linspace(0, max(ends), 3)
     axes.set_xticks(ticks)
@@ -240,8 +241,8 @@ def cost(selection: Selection) -> Figure:
 def spectrum(kept: np.ndarray, dropped: int, name: str) -> Figure:
     """Draw the eigenvalues of a candidate's kernel by rank, both axes logarithmic."""
     figure, axes = _new(6.4, 4.0, f"{literal(name)}: kernel spectrum")
-    _logarithmic(axes, "x", Scale(*svg_figures.spread([1.0, max(float(len(kept)), 2.0)], 0.03), 0, 1))
-    _logarithmic(axes, "y", Scale(*svg_figures.spread([float(kept[-1]), float(kept[0])]), 0, 1))
+    _logarithmic(axes, "x", padded([1.0, max(float(len(kept)), 2.0)], 0.03))
+    _logarithmic(axes, "y", padded([float(kept[-1]), float(kept[0])]))
     axes.plot(np.arange(1, len(kept) + 1), kept, "o-", color=LINE, lw=1.5, ms=4, mec="white")
     left_out = f" ({dropped} not above 0 left out)" if dropped else ""
     axes.set_xlabel(f"rank of the eigenvalue{left_out}")

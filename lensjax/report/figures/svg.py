@@ -1,15 +1,10 @@
-"""The little of SVG that the figures need: escaped text, scales with ticks, one document with a title."""
+"""SVG primitives: the colours of all figures, paths, a document with a title and a description."""
 
 from __future__ import annotations
 
-import dataclasses
-import html
-import math
-import re
 from collections.abc import Sequence
 
-# What XML 1.0 allows; anything else in a name would make the document malformed.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from lensjax._display import escaped
 
 PALETTE = """
 .fig{--ink:#1c2430;--soft:#596579;--grid:#e3e7ee;--line:#0b62b8;--band:#0b62b8;--paid:#0b62b8;--mark:#b1450c;
@@ -28,75 +23,6 @@ PALETTE = """
 .fig .truth{fill:var(--truth);stroke:var(--ground);stroke-width:1}
 .fig .bar{fill:var(--line)}.fig .bar.rest{fill:var(--grid)}.fig .bar.mark{fill:var(--mark)}
 """
-
-
-def escaped(text: object) -> str:
-    """Return text that is safe inside of HTML and XML, attributes included."""
-    return html.escape(_FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(text)), quote=True)
-
-
-def shortened(text: str, length: int) -> str:
-    """Cut a text in its middle: the ends of model names tell them apart."""
-    if len(text) <= length:
-        return text
-    head = (length - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
-
-
-def compact(value: float) -> str:
-    """Format a number in a few characters: 200, 1.6k, 3M, 2e12."""
-    if value == 0:
-        return "0"
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if unit <= abs(value) < 1000 * unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """A logarithmic scale: values from `low` to `high` lie between pixels `start` and `stop`."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def __call__(self, value: float) -> float:
-        """Return the pixel of a value above 0."""
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.start + share * (self.stop - self.start)
-
-    def inside(self, value: float) -> bool:
-        """Whether a value lies on the scale."""
-        return self.low <= value <= self.high
-
-    def ticks(self, most: int) -> list[float]:
-        """Return up to `most` round values on the scale, more than one where there is room for them."""
-        decades = math.log10(self.high / self.low)
-        if decades >= 1.5:
-            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            between = [m * 10.0**e for e in exponents for m in (1, 2, 5) if self.inside(m * 10.0**e)]
-            if len(between) <= most:
-                return between
-            step = max(1, math.ceil(decades / most))
-            first = math.ceil(math.log10(self.low) - 1e-9)
-            return [10.0**e for e in range(first, math.floor(math.log10(self.high) + 1e-9) + 1, step)][:most]
-        best: list[float] = []
-        base = math.floor(math.log10(self.high - self.low))
-        for step_size in (m * 10.0**e for e in (base - 1, base) for m in (1.0, 2.0, 5.0)):
-            first = math.ceil(self.low / step_size - 1e-9)
-            found = [round(i * step_size, 12) for i in range(first, math.floor(self.high / step_size + 1e-9) + 1)]
-            if len(best) < len(found) <= most:
-                best = found
-        return best
-
-
-def spread(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
-    """Return limits of a logarithmic scale that holds all values (above 0), with a margin in shares of its length."""
-    low, high = min(values), max(values)
-    pad = max((high / low) ** margin, 1.01)
-    return low / pad, high * pad
 
 
 def line(points: Sequence[tuple[float, float]]) -> str:

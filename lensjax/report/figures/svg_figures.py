@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lensjax._display import flops, number, percent, samples
-from lensjax.report.figures.data import costs, describe, eigenvalues, fitted, layers, transition_of
-from lensjax.report.figures.svg import Scale, compact, document, escaped, line, shortened, spread
-from lensjax.report.predicted_curves import PredictedCurves
-from lensjax.selection import Selection
+from lensjax._display import escaped, flops, number, percent, samples
+from lensjax.report.figures import data
+from lensjax.report.figures.scale import Scale, compact, padded, shortened
+from lensjax.report.figures.svg import document, line
+from lensjax.report.predicted_curves import PredictedCurves, predicted_curves
+from lensjax.selection import Selection, transition_of
 
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 40
 HEADING = 22  # pixels for the name over a figure that stands alone
 ZERO_SHOT = 30  # pixels for the point at 0 samples, which a logarithmic axis has no place for
 CLOSE = 26  # pixels between two labels below which the target's stands alone
-CLIP = 3.0  # an interval that ends further above the highest loss than this factor is cut off
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
-    """The axes that the curves of all candidates share, so that they can be compared at a glance."""
+class _Frame:
+    """`data.Axes` in pixels; `zero` is where losses before fine-tuning lie."""
 
     x: Scale
     y: Scale
@@ -37,35 +37,49 @@ class Frame:
     target: float
 
 
-def frame(selection: Selection, found: PredictedCurves) -> Frame:
-    """Choose axes that hold all losses and predictions."""
-    curves, scores = selection.curves, selection.main
-    tuned = curves.sizes[curves.sizes > 0]
-    left = LEFT + (ZERO_SHOT if 0 in curves.sizes else 0)
-    x = Scale(*spread([*tuned, selection.target, found.sizes[0]], 0.03), left, WIDTH - RIGHT)
-    losses = [curves.losses, scores.predicted_loss, found.losses]
-    losses += [] if selection.truth is None else [selection.truth]
-    known = np.concatenate([np.ravel(v) for v in losses])
-    known = known[np.isfinite(known) & (known > 0)]
-    if not len(known):
-        known = np.ones(1)
-    if scores.interval is not None:
-        ends = scores.interval[np.isfinite(scores.interval) & (scores.interval > 0)]
-        known = np.concatenate([known, np.clip(ends, known.min() / CLIP, known.max() * CLIP)])
-    y = Scale(*spread([float(known.min()), float(known.max())]), HEIGHT - BOTTOM, TOP)
-    return Frame(
-        x, y, LEFT + ZERO_SHOT / 2 if 0 in curves.sizes else None, f"nats per {selection.loss_unit}", selection.target
-    )
+def _frame(axes: data.Axes) -> _Frame:
+    left = LEFT + (ZERO_SHOT if axes.zero_shot else 0)
+    x = axes.sizes.between(left, WIDTH - RIGHT)
+    y = axes.losses.between(HEIGHT - BOTTOM, TOP)
+    return _Frame(x, y, LEFT + ZERO_SHOT / 2 if axes.zero_shot else None, axes.unit, axes.target)
+
+
+def render_all(selection: Selection) -> dict[str, str]:
+    """Draw all figures.
+
+    Returns
+    -------
+    dict
+        Name of the file without its ending -> SVG, as `lensjax.report.figures.export.write_figures` lists them.
+    """
+    predicted = predicted_curves(selection, selection.main)
+    axes = data.shared_axes(selection, predicted)
+    files = {"ranking": ranking(selection, name="ranking"), "cost": cost(selection, name="cost", alone=True)}
+    stems = data.file_stems(selection)
+    for row, stem in stems.items():
+        files[f"curve-{stem}"] = curve(selection, row, predicted, axes, name=f"curve-{row + 1}", alone=True)
+    for row, tangents in data.tangents_by_row(selection).items():
+        values, by_layer = tangents.get("kernel_spectrum"), tangents.get("trace_by_layer") or {}
+        candidate = selection.curves.names[row]
+        files[f"spectrum-{stems[row]}"] = spectrum(values, name=f"spectrum-{row + 1}", candidate=candidate)
+        files[f"traces-{stems[row]}"] = traces(by_layer, name=f"traces-{row + 1}", candidate=candidate)
+    return {stem: f"{content}\n" for stem, content in files.items() if content}
 
 
 def curve(
-    selection: Selection, row: int, found: PredictedCurves, axes: Frame, *, name: str, alone: bool = False
+    selection: Selection,
+    row: int,
+    predicted: PredictedCurves,
+    shared: data.Axes,
+    *,
+    name: str,
+    alone: bool = False,
 ) -> str:
-    """Draw one candidate: what was measured, the curve through it, what is expected at the target."""
-    scores, curves = selection.main, selection.curves
+    """Draw one candidate: the losses measured, the curve through them, the loss expected at the target."""
+    scores, curves, axes = selection.main, selection.curves, _frame(shared)
     body = [*_axes(axes), f'<clipPath id="{name}-c"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" ']
     body[-1] += f'height="{HEIGHT - TOP - BOTTOM}"/></clipPath>'
-    body += [f'<g clip-path="url(#{name}-c)">', *_expected(selection, row, found, axes), "</g>"]
+    body += [f'<g clip-path="url(#{name}-c)">', *_expected(selection, row, predicted, axes), "</g>"]
     for size, loss, used, cost in zip(
         curves.sizes, curves.losses[row], scores.used[row], selection.flops[row], strict=True
     ):
@@ -82,7 +96,7 @@ def curve(
     body += _prediction(selection, row, axes)
     title = f"Loss curve of {curves.names[row]}"
     height, body = _headed(body, curves.names[row]) if alone else (HEIGHT, body)
-    return document(WIDTH, height, title, describe(selection, row), body, name=name, alone=alone)
+    return document(WIDTH, height, title, data.describe(selection, row), body, name=name, alone=alone)
 
 
 def _headed(body: list[str], heading: str, height: int = HEIGHT) -> tuple[int, list[str]]:
@@ -91,7 +105,7 @@ def _headed(body: list[str], heading: str, height: int = HEIGHT) -> tuple[int, l
     return height + HEADING, [text, f'<g transform="translate(0 {HEADING})">', *body, "</g>"]
 
 
-def _axes(axes: Frame) -> list[str]:
+def _axes(axes: _Frame) -> list[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     body = []
     for tick in axes.y.ticks(6):
@@ -121,17 +135,17 @@ def _axes(axes: Frame) -> list[str]:
     return body
 
 
-def _expected(selection: Selection, row: int, found: PredictedCurves, axes: Frame) -> list[str]:
+def _expected(selection: Selection, row: int, predicted: PredictedCurves, axes: _Frame) -> list[str]:
     """Draw the band, the fit up to the largest size used, the forecast from there on, the phase transition."""
     body = []
-    if found.interval is not None and np.isfinite(found.interval[row]).all() and len(found.sizes) > 1:
-        low, high = found.interval[row].T
-        edge = [(axes.x(s), axes.y(v)) for s, v in zip(found.sizes, high, strict=True)]
-        edge += [(axes.x(s), axes.y(v)) for s, v in zip(found.sizes[::-1], low[::-1], strict=True)]
+    if predicted.interval is not None and np.isfinite(predicted.interval[row]).all() and len(predicted.sizes) > 1:
+        low, high = predicted.interval[row].T
+        edge = [(axes.x(s), axes.y(v)) for s, v in zip(predicted.sizes, high, strict=True)]
+        edge += [(axes.x(s), axes.y(v)) for s, v in zip(predicted.sizes[::-1], low[::-1], strict=True)]
         body.append(f'<path class="band" d="{line(edge)}Z"/>')
-    if np.isfinite(found.losses[row]).all() and len(found.sizes) > 1:
-        points = [(axes.x(s), axes.y(v)) for s, v in zip(found.sizes, found.losses[row], strict=True)]
-        split = fitted(selection, row, found)
+    if np.isfinite(predicted.losses[row]).all() and len(predicted.sizes) > 1:
+        points = [(axes.x(s), axes.y(v)) for s, v in zip(predicted.sizes, predicted.losses[row], strict=True)]
+        split = data.fitted_points(selection, row, predicted)
         if split > 1:
             body.append(f'<path class="fit" d="{line(points[:split])}"/>')
         if split < len(points):
@@ -148,17 +162,17 @@ def _expected(selection: Selection, row: int, found: PredictedCurves, axes: Fram
     return body
 
 
-def _prediction(selection: Selection, row: int, axes: Frame) -> list[str]:
+def _prediction(selection: Selection, row: int, axes: _Frame) -> list[str]:
     scores, body = selection.main, []
     x = axes.x(selection.target)
     if scores.interval is not None and np.isfinite(scores.interval[row]).all():
-        low, high = (min(max(v, axes.y.low), axes.y.high) for v in scores.interval[row])
+        low, high = map(axes.y.clip, scores.interval[row])
         body.append(f'<path class="range" d="M{x:.1f} {axes.y(low):.1f}V{axes.y(high):.1f}"/>')
-    if np.isfinite(scores.predicted_loss[row]):
+    if data.has_position(scores.predicted_loss[row]):
         loss = float(scores.predicted_loss[row])
         body.append(f'<circle class="guess" cx="{x:.1f}" cy="{axes.y(loss):.1f}" r="4.5">')
         body[-1] += f"<title>expected at {samples(selection.target)} samples: {number(loss, 4)}</title></circle>"
-    if selection.truth is not None and np.isfinite(selection.truth[row]):
+    if selection.truth is not None and data.has_position(selection.truth[row]):
         loss = float(selection.truth[row])
         y = axes.y(loss)
         body.append(f'<path class="truth" d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6Z">')
@@ -171,11 +185,11 @@ def interval_bar(selection: Selection, row: int, scale: Scale) -> str:
     scores, height = selection.main, 16
     body = [f'<path class="grid" d="M{scale.start} 8H{scale.stop}"/>']
     if scores.interval is not None and np.isfinite(scores.interval[row]).all():
-        low, high = (min(max(v, scale.low), scale.high) for v in scores.interval[row])
+        low, high = map(scale.clip, scores.interval[row])
         body.append(f'<path class="range" d="M{scale(low):.1f} 8H{scale(high):.1f}"/>')
-    if np.isfinite(scores.predicted_loss[row]):
+    if data.has_position(scores.predicted_loss[row]):
         body.append(f'<circle class="guess" cx="{scale(scores.predicted_loss[row]):.1f}" cy="8" r="4"/>')
-    if selection.truth is not None and np.isfinite(selection.truth[row]):
+    if selection.truth is not None and data.has_position(selection.truth[row]):
         body.append(f'<path class="truth" d="M{scale(selection.truth[row]):.1f} 3l5 5l-5 5l-5 -5Z"/>')
     width = int(scale.stop + scale.start)
     return (
@@ -184,25 +198,12 @@ def interval_bar(selection: Selection, row: int, scale: Scale) -> str:
     )
 
 
-def interval_scale(selection: Selection, start: float, stop: float) -> Scale:
-    """Return the scale on which predictions and intervals of all candidates lie."""
-    scores = selection.main
-    known = scores.predicted_loss if selection.truth is None else np.append(scores.predicted_loss, selection.truth)
-    known = known[np.isfinite(known) & (known > 0)]
-    if not len(known):
-        return Scale(1.0, 2.0, start, stop)
-    if scores.interval is not None:
-        ends = scores.interval[np.isfinite(scores.interval) & (scores.interval > 0)]
-        known = np.append(known, np.clip(ends, known.min() / CLIP, known.max() * CLIP))
-    return Scale(*spread([float(known.min()), float(known.max())]), start, stop)
-
-
 def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
     """Draw the predicted losses of all candidates with their intervals, best first."""
     scores, curves = selection.main, selection.curves
-    rows = [int(r) for r in scores.order if np.isfinite(scores.predicted_loss[r])]
+    rows = [int(r) for r in scores.order if data.has_position(scores.predicted_loss[r])]
     width, step, left, right = 720, 24, 220, 90
-    scale = interval_scale(selection, left, width - right)
+    scale = data.ranking_scale(selection).between(left, width - right)
     height = 34 + step * len(rows) + 40
     body = []
     for tick in scale.ticks(8) if rows else []:
@@ -219,10 +220,10 @@ def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
         body.append(f'<text class="strong" x="{left - 12}" y="{y + 4}" text-anchor="end">')
         body[-1] += f"{escaped(shortened(curves.names[row], 32))}</text>"
         if scores.interval is not None and np.isfinite(scores.interval[row]).all():
-            low, high = (min(max(v, scale.low), scale.high) for v in scores.interval[row])
+            low, high = map(scale.clip, scores.interval[row])
             body.append(f'<path class="range" d="M{scale(low):.1f} {y}H{scale(high):.1f}"/>')
         body.append(f'<circle class="guess" cx="{scale(loss):.1f}" cy="{y}" r="4.5"/>')
-        if selection.truth is not None and np.isfinite(selection.truth[row]):
+        if selection.truth is not None and data.has_position(selection.truth[row]):
             body.append(f'<path class="truth" d="M{scale(selection.truth[row]):.1f} {y - 5}l5 5l-5 5l-5 -5Z"/>')
         if scores.best_probability is not None:
             chance = percent(float(scores.best_probability[row]), 0)
@@ -232,38 +233,38 @@ def ranking(selection: Selection, *, name: str, alone: bool = True) -> str:
 
 
 def cost(selection: Selection, *, name: str, alone: bool = False) -> str:
-    """Draw what was spent, and what fine-tuning the winner will cost, beside fine-tuning everything; "" if unknown."""
-    rows = costs(selection)
-    if not rows:
+    """Draw the cost of the choice, and of fine-tuning the best candidate, beside fine-tuning all; "" if unknown."""
+    bars = data.cost_bars(selection)
+    if not bars:
         return ""
     width, height, left, right = WIDTH, 92, 104, 62
-    full = rows[-1][1][0][1]
-    longest = max(sum(value for _, value in parts) for _, parts in rows)
+    full = bars[-1].total
+    longest = max(bar.total for bar in bars)
     body, words = [], []
-    for place, (label, parts) in enumerate(rows):
+    for place, bar in enumerate(bars):
         y, x = 6 + 30 * place, float(left)
-        body.append(f'<text class="strong" x="{left - 10}" y="{y + 14}" text-anchor="end">{label}</text>')
-        for css, value in parts:
+        body.append(f'<text class="strong" x="{left - 10}" y="{y + 14}" text-anchor="end">{bar.label}</text>')
+        for part, value in bar.parts:
+            css = "bar mark" if part == "choice" else "bar"
             length = max(value / longest * (width - left - right), 1.5 if value else 0.0)
             body.append(f'<rect class="{css}" x="{x:.1f}" y="{y}" width="{length:.1f}" height="20"/>')
             x += length
-        total = sum(value for _, value in parts)
-        body.append(f'<text x="{x + 8:.1f}" y="{y + 14}">{percent(total / full)} %</text>')
-        words.append(f"{label}: {flops(total)} FLOPs, {percent(total / full)} %")
+        body.append(f'<text x="{x + 8:.1f}" y="{y + 14}">{percent(bar.total / full)} %</text>')
+        words.append(f"{bar.label}: {flops(bar.total)} FLOPs, {percent(bar.total / full)} %")
     return document(width, height, "Cost", "; ".join(words) + ".", body, name=name, alone=alone)
 
 
-def spectrum(values: ArrayLike | None, *, name: str, of: str = "") -> str:
+def spectrum(values: ArrayLike | None, *, name: str, candidate: str = "") -> str:
     """Draw the eigenvalues of a kernel by rank, both axes logarithmic; "" if none is above 0.
 
-    With the name `of` a candidate the figure stands alone.
+    With the name of a `candidate` the figure stands alone.
     """
-    kept, dropped = eigenvalues(values)
+    kept, dropped = data.eigenvalues(values)
     if not len(kept):
         return ""
     left, bottom = LEFT + 8, HEIGHT - BOTTOM
-    x = Scale(*spread([1.0, max(float(len(kept)), 2.0)], 0.03), left, WIDTH - RIGHT)
-    y = Scale(*spread([float(kept[-1]), float(kept[0])]), bottom, TOP)
+    x = padded([1.0, max(float(len(kept)), 2.0)], 0.03).between(left, WIDTH - RIGHT)
+    y = padded([float(kept[-1]), float(kept[0])]).between(bottom, TOP)
     body = []
     for tick in y.ticks(6):
         body.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
@@ -277,28 +278,28 @@ def spectrum(values: ArrayLike | None, *, name: str, of: str = "") -> str:
     body.append(f'<text x="{(left + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">rank of the eigenvalue</text>')
     words = f"{len(kept)} eigenvalues from {kept[0]:.3g} down to {kept[-1]:.3g}"
     words += f"; {dropped} that are not above 0 are left out." if dropped else "."
-    title = f"Kernel spectrum of {of}" if of else "Kernel spectrum"
-    height, body = _headed(body, f"{of}: kernel spectrum") if of else (HEIGHT, body)
-    return document(WIDTH, height, title, words, body, name=name, alone=bool(of))
+    title = f"Kernel spectrum of {candidate}" if candidate else "Kernel spectrum"
+    height, body = _headed(body, f"{candidate}: kernel spectrum") if candidate else (HEIGHT, body)
+    return document(WIDTH, height, title, words, body, name=name, alone=bool(candidate))
 
 
-def traces(by_layer: Mapping[str, Any], *, name: str, of: str = "") -> str:
-    """Draw the trace of each layer as a bar; "" if there is none. `of`: see `spectrum`."""
-    found = layers(by_layer)
-    if not found:
+def traces(by_layer: Mapping[str, Any], *, name: str, candidate: str = "") -> str:
+    """Draw the trace of each layer as a bar; "" if there is none. `candidate`: see `spectrum`."""
+    values = data.layers(by_layer)
+    if not values:
         return ""
     step, left = 18, 150
-    height = 10 + step * len(found)
-    largest = max(map(abs, found.values())) or 1.0
+    height = 10 + step * len(values)
+    largest = max(map(abs, values.values())) or 1.0
     body = []
-    for place, (layer, value) in enumerate(found.items()):
+    for place, (layer, value) in enumerate(values.items()):
         y = 5 + step * place
         length = abs(value) / largest * (WIDTH - left - 70)
         body.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escaped(shortened(layer, 22))}</text>')
         css = "bar" if value >= 0 else "bar mark"
         body.append(f'<rect class="{css}" x="{left}" y="{y + 2}" width="{max(length, 1):.1f}" height="{step - 5}"/>')
         body.append(f'<text x="{left + max(length, 1) + 6:.1f}" y="{y + 12}">{value:.3g}</text>')
-    words = "; ".join(f"{layer} {value:.3g}" for layer, value in found.items())
-    title = f"Hessian trace of {of} by layer" if of else "Trace by layer"
-    height, body = _headed(body, f"{of}: Hessian trace by layer", height) if of else (height, body)
-    return document(WIDTH, height, title, words, body, name=name, alone=bool(of))
+    words = "; ".join(f"{layer} {value:.3g}" for layer, value in values.items())
+    title = f"Hessian trace of {candidate} by layer" if candidate else "Trace by layer"
+    height, body = _headed(body, f"{candidate}: Hessian trace by layer", height) if candidate else (height, body)
+    return document(WIDTH, height, title, words, body, name=name, alone=bool(candidate))

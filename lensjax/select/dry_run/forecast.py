@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lensjax._display import samples
+from lensjax._display import printable, samples
 
 SCHEMA = 1
 WIDTH = 96  # of the text, in characters
@@ -287,7 +287,7 @@ class DryRun:
     def _places(self) -> str:
         rows = [[p.what, amount(p.needed), amount(p.free)] for p in self.places]
         lines = table(["what", "needed", "free"], rows).splitlines()
-        paths = ["where", *(p.path for p in self.places)]
+        paths = ["where", *(printable(p.path) for p in self.places)]
         fits = max(map(len, paths)) + len(lines[0]) + 2 <= WIDTH
         gap = "  " if fits else "\n    "
         return "\n".join(f"{line}{gap}{path}" for line, path in zip(lines, paths, strict=True))
@@ -295,6 +295,7 @@ class DryRun:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
     """Lay out cells in columns that end on the right; the one numbered `left`, and the first, begin on the left."""
+    header, rows = list(map(printable, header)), [list(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -355,7 +356,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 def _wrapped(text: str, indent: str = "", hang: str | None = None) -> str:
     return textwrap.fill(
-        text,
+        " ".join(map(printable, text.splitlines())),
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent if hang is None else hang,

@@ -14,15 +14,15 @@ from matplotlib.text import Text
 from lensjax.errors import InputError
 from lensjax.report.figures import data, png_figures, svg_figures
 from lensjax.report.figures.export import check_formats, write_figures
-from lensjax.report.predicted_curves import paths
+from lensjax.report.predicted_curves import predicted_curves
 
-LOOK = {"kernel_spectrum": [9.0, 0.5, 0.01, -1e-9], "trace_by_layer": {"tokens": 2.0, "layers.0.mlp": -0.5}}
+TANGENTS = {"kernel_spectrum": [9.0, 0.5, 0.01, -1e-9], "trace_by_layer": {"tokens": 2.0, "layers.0.mlp": -0.5}}
 
 
 @pytest.fixture
 def rich(make):
     """A selection with everything in it."""
-    return make("averaged", truth=np.array([1.2, 1.6, 1.1]), facts={"tangents": {"beta": LOOK}})
+    return make("averaged", truth=np.array([1.2, 1.6, 1.1]), facts={"tangents": {"beta": TANGENTS}})
 
 
 def texts(figure):
@@ -34,8 +34,8 @@ def texts(figure):
 
 
 def curve_of(selection, row):
-    found = paths(selection, selection.main)
-    return png_figures.curve(selection, row, found, svg_figures.frame(selection, found))
+    predicted = predicted_curves(selection, selection.main)
+    return png_figures.curve(selection, row, predicted, data.shared_axes(selection, predicted))
 
 
 def test_there_is_a_png_for_each_svg(rich, tmp_path):
@@ -48,7 +48,7 @@ def test_there_is_a_png_for_each_svg(rich, tmp_path):
     for name in names:
         image = imread(tmp_path / f"{name}.png")
         assert image.ndim == 3
-        assert image.std() > 0.02  # something is render_all
+        assert image.std() > 0.02  # something is drawn
         assert (image[:3] > 0.99).mean() > 0.9  # and not beyond the edge
         widths[name] = image.shape[1]
     assert widths.pop("ranking") == 8 * png_figures.DPI
@@ -73,7 +73,7 @@ def test_a_curve_shows_what_was_measured_fitted_and_expected(rich):
     assert spare[1] == rich.curves.losses[row, 0]
     np.testing.assert_array_equal(lines["expected at 12,800"], [[12800, rich.main.predicted_loss[row]]])
     np.testing.assert_array_equal(lines["measured at 12,800"], [[12800, 1.2]])
-    found = paths(rich, rich.main)
+    found = predicted_curves(rich, rich.main)
     both = np.concatenate([lines["fit"], lines["forecast"][1:]])
     np.testing.assert_array_equal(both, np.c_[found.sizes, found.losses[row]])
     assert lines["fit"][-1, 0] == rich.curves.sizes[used][-1]
@@ -121,28 +121,28 @@ def test_the_cost_is_that_of_the_svg(rich):
     figure = png_figures.cost(rich)
     (axes,) = figure.axes
     widths = [bar.get_width() for bar in axes.patches]
-    spent, winner = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
-    assert widths == [spent, spent, winner, rich.full_flops.sum()]
+    spent, best = rich.spent(rich.main), rich.full_flops[rich.main.order[0]]
+    assert widths == [spent, spent, best, rich.full_flops.sum()]
     shown = [text for text in texts(figure) if text.endswith(" %")]
-    render_all = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
-    assert shown == [t.text for t in render_all.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
+    drawn = ET.fromstring(svg_figures.cost(rich, name="cost", alone=True))
+    assert shown == [t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.text.endswith(" %")]
 
 
 def test_kernels_and_traces():
-    kept, dropped = data.eigenvalues(LOOK["kernel_spectrum"])
+    kept, dropped = data.eigenvalues(TANGENTS["kernel_spectrum"])
     figure = png_figures.spectrum(kept, dropped, "beta")
     (line,) = figure.axes[0].lines
     np.testing.assert_array_equal(line.get_xydata(), [[1, 9.0], [2, 0.5], [3, 0.01]])
     assert "rank of the eigenvalue (1 not above 0 left out)" in texts(figure)
     assert "beta: kernel spectrum" in texts(figure)
-    figure = png_figures.traces(data.layers(LOOK["trace_by_layer"]), "beta")
+    figure = png_figures.traces(data.layers(TANGENTS["trace_by_layer"]), "beta")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, -0.5]
     assert {"beta: Hessian trace by layer", "tokens", "layers.0.mlp", "2", "-0.5"} <= set(texts(figure))
 
 
 def test_hostile_names_are_shown_as_they_are(make, hostile):
     names = ("$\\frac{1}{0}$ and $", *hostile, "\N{CJK UNIFIED IDEOGRAPH-4E2D}\n_^%#&")
-    selection = make("averaged", names=names, facts={"tangents": {names[0]: LOOK}})
+    selection = make("averaged", names=names, facts={"tangents": {names[0]: TANGENTS}})
     written = png_figures.render_all(selection)
     assert len(written) == 2 + 6 + 2
     assert all(content.startswith(b"\x89PNG") for content in written.values())
