@@ -1,16 +1,21 @@
 """Loss curves from what other tools leave behind: Hugging Face Trainer, Weights & Biases, MLflow, our own journal.
 
 Each run of such a tool is one point of a curve: a model fine-tuned on a number of samples. Which model and how many
-samples, the run's configuration says, or its name, by a pattern such as ``{model}-{samples}``.
+samples, the run's configuration says, or its name, by a pattern such as ``{model}-{samples}``. A number at the end of a
+name that may as well be a run counter, a seed or a date is never taken for one of samples, see
+`lensjax.losses.names`; which of a run's losses counts, `lensjax.losses.evaluations` says, for all sources.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lensjax.errors import InputError
+from lensjax.interchange.stores import is_database
 from lensjax.losses.curves import Curves
 from lensjax.losses.huggingface_trainer import TRAINER_STATE, read_trainer_states
 from lensjax.losses.run_directory import JOURNAL, read_journal
@@ -27,35 +32,54 @@ def read(source: str | os.PathLike[str], **options: Any) -> Curves:
     ----------
     source : str or path
         What `lensjax.losses.table.read_losses` takes; a directory with a journal (``runs.jsonl``) or the file itself;
-        one with ``trainer_state.json`` files; an MLflow store; a CSV export of Weights & Biases or MLflow.
+        one with ``trainer_state.json`` files; an MLflow store or database; a CSV export of Weights & Biases or MLflow.
     **options
-        Of the reader that this comes to: `read_trainer_states`, `read_wandb`, `read_mlflow`, `read_journal`.
+        Of the reader that this comes to: `read_trainer_states`, `read_wandb`, `read_mlflow`, `read_journal`; of a table
+        of losses, `repeats`.
 
     Raises
     ------
     InputError
-        See the readers.
+        See the readers; an option that the reader does not have.
 
     Examples
     --------
-    A chart exported from Weights & Biases, the runs named MODEL-SAMPLES:
+    A chart exported from Weights & Biases, the runs named MODEL-nSAMPLES:
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "chart.csv"
-    >>> _ = path.write_text("Step,gpt2-200 - eval/loss,opt-200 - eval/loss\n50,3.5,3.3\n100,3.1,3.2\n")
+    >>> _ = path.write_text("Step,gpt2-n200 - eval/loss,opt-n200 - eval/loss\n50,3.5,3.3\n100,3.1,3.2\n")
     >>> curves = read(path)
     >>> curves.names, curves.at(200)
     (('gpt2', 'opt'), array([3.1, 3.2]))
     """
+    reader = _reader(source)
+    known = inspect.signature(reader).parameters
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise InputError(f"{os.fspath(source)}: {unknown} does not apply to {KINDS[reader]}; remove it.")
+    return reader(source, **options)
+
+
+KINDS: dict[Callable[..., Curves], str] = {
+    read_losses: "a table of losses",
+    read_journal: "runs of lensjax",
+    read_trainer_states: "runs of a Trainer",
+    read_wandb: "an export of Weights & Biases",
+    read_mlflow: "runs of MLflow",
+}
+
+
+def _reader(source: str | os.PathLike[str]) -> Callable[..., Curves]:
     text = os.fspath(source)
     path = Path(text)
     if path.is_dir():
         if (path / JOURNAL).is_file():
-            return read_journal(path, **options)
+            return read_journal
         if any(path.rglob(TRAINER_STATE)):
-            return read_trainer_states(path, **options)
-        if any(path.rglob("meta.yaml")):
-            return read_mlflow(path, **options)
+            return read_trainer_states
+        if is_database(path) or any(path.rglob("meta.yaml")):
+            return read_mlflow
         raise InputError(
             f"{text}: a directory without {JOURNAL}, {TRAINER_STATE} files or an MLflow store. Name one with those, or "
             "a CSV file of losses."
@@ -65,15 +89,17 @@ def read(source: str | os.PathLike[str], **options: Any) -> Curves:
             f"{text}: one run makes no curve. Name the directory that holds the runs of all models, laid out as "
             "MODEL/SAMPLES/trainer_state.json."
         )
+    if is_database(path):
+        return read_mlflow
     if path.suffix == ".jsonl" and path.is_file():
-        return read_journal(path, **options)
+        return read_journal
     if path.suffix == ".csv" and path.is_file():
         header = _header(path)
         if any(c.startswith("metrics.") for c in header) or "run id" in header:
-            return read_mlflow(path, **options)
+            return read_mlflow
         if is_chart(header) or {"name", "state"} <= set(header):
-            return read_wandb(path, **options)
-    return read_losses(source)
+            return read_wandb
+    return read_losses
 
 
 def _header(path: Path) -> list[str]:

@@ -31,6 +31,8 @@ class Curves:
         Other numbers known of each candidate, such as those in `FACT_COLUMNS`; NaN where unknown.
     source : str
         Where the losses come from, for messages.
+    notes : tuple of str
+        What a reader of the losses should know of how they were read: runs left out, numbers taken from names.
 
     Examples
     --------
@@ -46,6 +48,7 @@ class Curves:
     families: tuple[str, ...] | None = None
     source: str = "curves"
     facts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.interchange.evaluations import Evaluations, curves_of_runs, evaluation
 from lensjax.losses.curves import Curves
-from lensjax.losses.points import Point, Repeats, Which, chosen_of, curves_of, loss_of, named, number_of, short
+from lensjax.losses.points import Repeats, SameStep, Which, check_metric, named, number_of, short
 
 TRAINER_STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def read_trainer_states(
@@ -26,63 +29,164 @@ def read_trainer_states(
     which: Which = "lowest",
     parameters: Mapping[str, float] | None = None,
     repeats: Repeats = "refuse",
+    same_step: SameStep = "refuse",
 ) -> Curves:
     """Read the evaluations that a Hugging Face Trainer keeps in ``trainer_state.json``.
 
     Parameters
     ----------
     root : path
-        Directory with one directory for each run; of a run's checkpoints the one furthest on counts.
+        Directory with one directory for each run. What the run itself left in it (``Trainer.save_state``) counts before
+        what is in its checkpoints, of which else the one furthest on counts.
     pattern : str, optional
-        How a run's directory, relative to `root`, names its model and number of samples. Default: the first of
-        `PATTERNS` that fits all runs.
+        How a run's directory, relative to `root`, names its model and number of samples; ``*`` is what to leave out.
+        Default: see `lensjax.losses.points.named`.
     metric : str
-        Key of `log_history`. An evaluation at step 0 (``eval_on_start``) is the loss before fine-tuning.
+        Key of `log_history`; with several data sets the Trainer calls it ``eval_NAME_loss``.
     which : {"lowest", "last"}
         Of the evaluations after step 0.
     parameters : mapping of model to number of weights, optional
     repeats : {"refuse", "mean", "lowest"}
         What to do with several runs of one model on equally many samples.
+    same_step : {"refuse", "first", "last"}
+        What to do with losses that differ at one step, see `lensjax.losses.evaluations`.
 
     Raises
     ------
     InputError
-        No such files; a file that is no trainer state or never evaluated; a directory that does not fit the pattern.
+        No such files; a file that is no trainer state or never evaluated; a directory that does not fit the pattern;
+        checkpoints of two runs in one directory; several losses at one step.
+
+    Notes
+    -----
+    Of a run that left only checkpoints, the last of which lies before the last step, nothing counts: it was killed or
+    is running, unless it was stopped early.
     """
     base = Path(root)
-    runs: dict[Path, tuple[float, Path, list[Any]]] = {}
+    check_metric(metric, str(base))
+    runs: dict[Path, list[State]] = {}
     for path in sorted(base.rglob(TRAINER_STATE)):
-        step, history = _trainer_state(path)
-        run = path.parent.parent if re.fullmatch(r"checkpoint-\d+", path.parent.name) else path.parent
-        if run not in runs or step > runs[run][0]:
-            runs[run] = (step, path, history)
+        state = _trainer_state(path, metric)
+        runs.setdefault(path.parent.parent if state.checkpoint else path.parent, []).append(state)
     if not runs:
         raise InputError(f"{base}: no {TRAINER_STATE} in it. Name the directory that the Trainer's outputs are in.")
-    names = named({run.relative_to(base).as_posix(): str(run) for run in runs}, pattern)
-    points: list[Point] = []
-    before: dict[str, list[Point]] = {}
-    for run, (_, path, history) in runs.items():
+    notes: list[str] = []
+    names = named({run.relative_to(base).as_posix(): str(run) for run in runs}, pattern, notes=notes)
+    found = []
+    for run, states in runs.items():
         model, samples = names[run.relative_to(base).as_posix()]
-        found = [(e.get("step", 0), e[metric]) for e in history if isinstance(e, dict) and metric in e]
-        if not found:
+        state = _counting(run, states, metric, notes)
+        if not state.found:
             raise InputError(
-                f"{path}: log_history has no {metric!r}. Evaluate while training (eval_strategy), or say which metric "
-                f"to take; there are: {', '.join(_metrics(history)) or 'none'}."
+                f"{state.path}: log_history has no {metric!r}. Evaluate while training (eval_strategy), or say which "
+                f"metric to take; there are: {', '.join(_metrics(state.history)) or 'none'}."
             )
-        losses = [(number_of(step, f"{path}: step"), loss_of(loss, f"{path}: {metric}")) for step, loss in found]
-        trained = [loss for step, loss in losses if step > 0]
+        losses = [evaluation(step, loss, str(state.path), metric) for step, loss in state.found]
         known = float((parameters or {}).get(model, np.nan))
-        if trained:
-            points.append(Point(model, samples, chosen_of(trained, which), known, str(path)))
-        for step, loss in losses:
-            if step == 0:
-                before.setdefault(model, []).append(Point(model, 0.0, loss, known, str(path)))
-    # Every run of a model starts from the same weights: its losses before training are one.
-    points += [same[0] for same in before.values()]
-    return curves_of(points, str(base), repeats)
+        found.append(Evaluations(model, samples, losses, str(state.path), _status(state), parameters=known))
+    return curves_of_runs(found, str(base), which=which, repeats=repeats, same_step=same_step, notes=notes)
 
 
-def _trainer_state(path: Path) -> tuple[float, list[Any]]:
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What one ``trainer_state.json`` says; `found` are steps and values of the metric, as they stand there."""
+
+    path: Path
+    step: float
+    last: float
+    history: list[Any]
+    found: list[tuple[Any, Any]]
+    content: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether it is in a checkpoint, not in the run's own directory."""
+        return CHECKPOINT.fullmatch(self.path.parent.name) is not None
+
+
+def _counting(run: Path, states: list[State], metric: str, notes: list[str]) -> State:
+    """Return the state that says what the run did, and make sure that the others are of the same run."""
+    own = [state for state in states if not state.checkpoint]
+    counting = own[0] if own else max(states, key=lambda state: state.step)
+    strangers = []
+    for state in states:
+        differs = _contradiction(counting, state, metric)
+        if differs is None and own and state.step > counting.step:
+            differs = f"it goes on to step {state.step:g}, after {counting.step:g}"
+        if differs is not None and not own:
+            raise InputError(
+                f"{run}: {state.path.parent.name} and {counting.path.parent.name} are of two runs: {metric} is "
+                f"{differs}. Remove those of one run."
+            )
+        if differs is not None:
+            strangers.append((state.path.parent.name, differs))
+    if strangers:
+        shown = ", ".join(name for name, _ in strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        notes.append(
+            f"{counting.path} counts, and what other runs left beside it does not: {shown} ({strangers[0][1]}). If "
+            "those are meant, move that file away"
+        )
+    return counting
+
+
+def _contradiction(counting: State, state: State, metric: str) -> str | None:
+    """Return what two states of one directory disagree on: one run has one loss at one step."""
+    one, other = _values(counting, metric), _values(state, metric)
+    for step in one.keys() & other.keys():
+        # A later evaluation at the same step may be missing in the earlier file.
+        if not any(np.isclose(a, b, rtol=1e-6, atol=0, equal_nan=True) for a in one[step] for b in other[step]):
+            return f"{other[step][0]:g} at step {step:g} there and {one[step][0]:g} here"
+    return None
+
+
+def _values(state: State, metric: str) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for step, loss in state.found:
+        if loss is not None:
+            at = number_of(step, f"{state.path}: step")
+            found.setdefault(at, []).append(number_of(loss, f"{state.path}: {metric}"))
+    return found
+
+
+def _status(state: State) -> str:
+    """Return "" for a run that came to its end, else what it is.
+
+    Only a run that has come to its end leaves a state of its own, or logs its run time. Trainers of old leave no
+    checkpoint at the last step unless it is a multiple of `save_steps`.
+    """
+    ended = any(isinstance(entry, dict) and "train_runtime" in entry for entry in state.history)
+    if not state.checkpoint or ended or state.last <= 0 or state.step >= state.last or _stopped_early(state.content):
+        return ""
+    every = state.content.get("save_steps")
+    if isinstance(every, int | float) and every >= 1 and state.step % every == 0 and state.step + every > state.last:
+        return ""
+    return (
+        f"killed or running (step {state.step:g} of {state.last:g}); if it did finish, put this file into the "
+        "directory above"
+    )
+
+
+def _stopped_early(content: Mapping[str, Any]) -> bool:
+    """Whether the Trainer had been told to stop: by its own note of that, or by the patience of early stopping."""
+    callbacks = content.get("stateful_callbacks")
+    known = callbacks if isinstance(callbacks, dict) else {}
+    control, stopping = known.get("TrainerControl"), known.get("EarlyStoppingCallback")
+    told = control.get("args") if isinstance(control, dict) else None
+    if isinstance(told, dict) and told.get("should_training_stop") is True:
+        return True
+    if not isinstance(stopping, dict):
+        return False
+    limit, counted = (
+        part.get(name) if isinstance(part, dict) else None
+        for part, name in (
+            (stopping.get("args"), "early_stopping_patience"),
+            (stopping.get("attributes"), "early_stopping_patience_counter"),
+        )
+    )
+    return isinstance(limit, int) and isinstance(counted, int) and counted >= limit > 0
+
+
+def _trainer_state(path: Path, metric: str) -> State:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -91,7 +195,17 @@ def _trainer_state(path: Path) -> tuple[float, list[Any]]:
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
         raise InputError(f"{path}: no list 'log_history', so not a Trainer's state. Leave this file out.")
-    return number_of(state.get("global_step", 0), f"{path}: global_step"), state["log_history"]
+    step = number_of(state.get("global_step", 0), f"{path}: global_step")
+    last = state.get("max_steps")
+    history = state["log_history"]
+    return State(
+        path,
+        step,
+        number_of(last, f"{path}: max_steps") if last is not None else 0.0,
+        history,
+        [(e.get("step", 0), e[metric]) for e in history if isinstance(e, dict) and metric in e],
+        state,
+    )
 
 
 def _metrics(history: list[Any]) -> list[str]:

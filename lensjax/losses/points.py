@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,12 +12,32 @@ import numpy as np
 
 from lensjax._messages import ungrouped
 from lensjax.errors import InputError
+from lensjax.interchange.names import PATTERNS, REMEDY, doubt, expression_of, worded
 from lensjax.losses.curves import Curves
 
 Repeats = Literal["refuse", "mean", "lowest"]
 Which = Literal["lowest", "last"]
+SameStep = Literal["refuse", "first", "last"]
 
-PATTERNS = ("{model}/{samples}", "{model}-{samples}", "{model}_{samples}")
+SCORES = (
+    *(
+        "acc",
+        "f1",
+        "auc",
+        "auroc",
+        "mcc",
+        "matthews",
+        "pearson",
+        "spearman",
+        "meteor",
+        "chrf",
+        "bertscore",
+        "map",
+        "ndcg",
+    ),
+    *("score", "reward", "em", "exact", "wins", "winrate", "r2"),
+)
+"""Words in the names of metrics of which more is better."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +64,80 @@ class Point:
     where: str
 
 
-def named(runs: Mapping[str, str], pattern: str | None) -> dict[str, tuple[str, float]]:
-    """Return model and samples of each run's name -> where it stands, by one pattern for all."""
+def named(
+    runs: Mapping[str, str],
+    pattern: str | None,
+    *,
+    models: Mapping[str, str] | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, tuple[str, float]]:
+    """Return model and samples of each run's name -> where it stands, by one pattern for all.
+
+    Parameters
+    ----------
+    runs : mapping of name to where it stands
+    pattern : str, optional
+        With ``{model}`` and ``{samples}``, and ``*`` for what is to be left out. Default: a word beside the number must
+        say that it is one of samples, or the first of `PATTERNS` that fits all if the numbers are the same growing
+        sizes for each model, see `lensjax.losses.names`.
+    models : mapping of name to model, optional
+        Where models are known from elsewhere.
+    notes : list, optional
+        Gets a sentence if numbers were taken for samples without a word that says so.
+
+    Raises
+    ------
+    InputError
+        A name that does not fit; numbers that may be something else.
+    """
+    if pattern is not None:
+        expression = expression_of(pattern)
+        fits = {name: expression.fullmatch(name) for name in runs}
+        if all(fits.values()):
+            return _read_names({n: (m["model"], m["samples"]) for n, m in fits.items() if m is not None}, runs)
+    else:
+        said = worded(runs)
+        if said is not None:
+            return _read_names(said, runs)
+        for one in PATTERNS:
+            expression = expression_of(one)
+            fits = {name: expression.fullmatch(name) for name in runs}
+            if all(fits.values()):
+                return _bare(fits, runs, models or {}, notes)
+    wrong = next(n for n, m in fits.items() if m is None)
     tried = PATTERNS if pattern is None else (pattern,)
-    for one in tried:
-        expression = _expression(one)
-        found = {name: expression.fullmatch(name) for name in runs}
-        if all(found.values()):
-            return {n: (m["model"].strip(), size_of(m["samples"], runs[n])) for n, m in found.items() if m is not None}
-    wrong = next(n for n, m in found.items() if m is None)
     raise InputError(
         f"{runs[wrong]}: the name {wrong!r} does not say model and number of samples as {' or '.join(tried)} does. "
-        "Rename the run, or say how names are made: pattern='{model}-n{samples}', say."
+        "Rename the run, or say how names are made: pattern='{model}-n{samples}', say (--pattern; * for what is to be "
+        "left out)."
     )
 
 
-def _expression(pattern: str) -> re.Pattern[str]:
-    if pattern.count("{model}") != 1 or pattern.count("{samples}") != 1:
-        raise InputError(f"pattern {pattern!r} must hold {{model}} and {{samples}} once each.")
-    text = re.escape(pattern).replace(re.escape("{model}"), "(?P<model>.+)")
-    return re.compile(text.replace(re.escape("{samples}"), r"(?P<samples>\d[\d_]*(?:\.\d+)?[kM]?)"))
+def _bare(
+    fits: Mapping[str, re.Match[str] | None],
+    runs: Mapping[str, str],
+    models: Mapping[str, str],
+    notes: list[str] | None,
+) -> dict[str, tuple[str, float]]:
+    """Read names that end in a number and nothing else, if it can only be one of samples."""
+    found = {name: (match["model"], match["samples"]) for name, match in fits.items() if match is not None}
+    read = _read_names(found, runs)
+    reason = doubt(found, [(models.get(name, model), samples) for name, (model, samples) in read.items()])
+    if reason:
+        name = next(iter(runs))
+        raise InputError(
+            f"{runs[name]}: the number at the end of {name!r} may count runs, or be a seed, a step or a date "
+            f"({reason}). {REMEDY}"
+        )
+    sizes = sorted({samples for _, samples in read.values()})
+    if notes is not None:
+        shown = ", ".join(f"{size:g}" for size in sizes)
+        notes.append(f"the numbers of samples ({shown}) are those at the ends of the runs' names")
+    return read
+
+
+def _read_names(found: Mapping[str, tuple[str, str]], runs: Mapping[str, str]) -> dict[str, tuple[str, float]]:
+    return {name: (model.strip(), size_of(samples, runs[name])) for name, (model, samples) in found.items()}
 
 
 def size_of(text: str, where: str) -> float:
@@ -81,9 +156,34 @@ def size_of(text: str, where: str) -> float:
 def number_of(value: Any, what: str) -> float:
     """Return a number."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
+    except OverflowError:
+        raise InputError(f"{what} is larger than any number can be. Mend it or leave the run out.") from None
     except (TypeError, ValueError):
         raise InputError(f"{what} is {str(value)[:40]!r}, not a number. Mend it or leave the run out.") from None
+
+
+def check_metric(metric: str, source: str) -> None:
+    """Refuse a metric that is by its name no loss, such as an accuracy: higher is better there, or it has no nats.
+
+    Raises
+    ------
+    InputError
+    """
+    words = [word for word in re.split(r"[^a-z0-9]+", metric.lower()) if word]
+    if any("loss" in word or word in ("nll", "entropy", "crossentropy") for word in words):
+        return
+    if any(word.startswith(("perplexit", "ppl")) for word in words):
+        raise InputError(
+            f"{source}: the metric {metric} is a perplexity by its name; give losses: its logarithm, nats per token."
+        )
+    if any(word in SCORES or word.startswith(("accura", "rouge", "bleu", "precision", "recall")) for word in words):
+        raise InputError(
+            f"{source}: the metric {metric} is by its name no loss: higher is better there. Give test losses: mean "
+            "cross-entropy, nats per token."
+        )
 
 
 def loss_of(value: Any, what: str) -> float:
@@ -91,7 +191,7 @@ def loss_of(value: Any, what: str) -> float:
     number = number_of(value, what)
     if number <= 0:
         raise InputError(f"{what} is {number:g}; losses are positive (nats per token). Is it the right metric?")
-    return number if np.isfinite(number) else float("nan")
+    return number if math.isfinite(number) else math.nan
 
 
 def chosen_of(values: Sequence[float], which: Which) -> float:
@@ -100,11 +200,11 @@ def chosen_of(values: Sequence[float], which: Which) -> float:
         raise InputError(f"which={which!r} is not known; choose 'lowest' or 'last'.")
     if which == "last":
         return values[-1]
-    finite = [v for v in values if np.isfinite(v)]
+    finite = [v for v in values if math.isfinite(v)]
     return min(finite) if finite else float("nan")
 
 
-def curves_of(points: Iterable[Point], source: str, repeats: Repeats) -> Curves:
+def curves_of(points: Iterable[Point], source: str, repeats: Repeats, notes: Iterable[str] = ()) -> Curves:
     """Arrange points as curves, models in the order in which they come."""
     if repeats not in ("refuse", "mean", "lowest"):
         raise InputError(f"repeats={repeats!r} is not known; choose 'refuse', 'mean' or 'lowest'.")
@@ -112,9 +212,9 @@ def curves_of(points: Iterable[Point], source: str, repeats: Repeats) -> Curves:
     weights: dict[str, float] = {}
     for point in points:
         cells.setdefault((point.model, point.samples), []).append(point)
-        if not (np.isnan(point.parameters) or (np.isfinite(point.parameters) and point.parameters > 0)):
+        if not (math.isnan(point.parameters) or (math.isfinite(point.parameters) and point.parameters > 0)):
             raise InputError(f"{point.where}: parameters of {point.model} are {point.parameters:g}; they are above 0.")
-        if np.isfinite(point.parameters):
+        if math.isfinite(point.parameters):
             weights[point.model] = point.parameters
         else:
             weights.setdefault(point.model, np.nan)
@@ -122,21 +222,25 @@ def curves_of(points: Iterable[Point], source: str, repeats: Repeats) -> Curves:
     if len(names) < 2:
         raise InputError(f"{source}: {len(names)} model(s); choosing needs at least two candidates.")
     sizes = sorted({samples for _, samples in cells})
+    # Looked up, not searched for: a journal may hold very many runs.
+    row_of = {name: row for row, name in enumerate(names)}
+    column_of = {size: column for column, size in enumerate(sizes)}
     losses = np.full((len(names), len(sizes)), np.nan)
     for (model, samples), same in cells.items():
-        found = [p for p in same if np.isfinite(p.loss)]
+        found = [p for p in same if math.isfinite(p.loss)]
         if len(found) > 1 and repeats == "refuse":
             raise InputError(
                 f"{found[1].where}: {model} at {samples:g} samples is also in {found[0].where}. Leave one out, or say "
-                "what to do: repeats='mean' or 'lowest'."
+                "what to do: repeats='mean' or 'lowest' (--repeats)."
             )
         if found:
             together = [p.loss for p in found]
-            losses[names.index(model), sizes.index(samples)] = (
-                min(together) if repeats == "lowest" else np.mean(together)
+            losses[row_of[model], column_of[samples]] = (
+                min(together) if repeats == "lowest" or len(together) == 1 else np.mean(together)
             )
     known = np.array([weights[n] for n in names])
-    return Curves(names, np.array(sizes), losses, known if np.isfinite(known).any() else None, source=source)
+    weighed = known if np.isfinite(known).any() else None
+    return Curves(names, np.array(sizes), losses, weighed, source=source, notes=tuple(notes))
 
 
 def listed(header: Sequence[str], most: int = 20) -> str:

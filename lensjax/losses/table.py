@@ -33,7 +33,7 @@ UNSUPPORTED_SUFFIXES = {
 SAMPLE_COLUMNS = ("samples", "n_samples", "train_samples", "d")
 
 
-def read_losses(source: str | os.PathLike[str]) -> Curves:
+def read_losses(source: str | os.PathLike[str], *, repeats: str = "refuse") -> Curves:
     """Read a table of test losses.
 
     Parameters
@@ -45,6 +45,8 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
         ends in ``.tsv``), either wide (one row per model, one column per number of samples) or long (one row per
         measurement, with the columns model, samples, loss). Optional columns: parameters (or ``size``, as in the
         published tables), family, and those in `FACT_COLUMNS`. An empty cell is a point that was not measured.
+    repeats : {"refuse", "mean", "lowest"}
+        What to do with several rows of a long table for one model and equally many samples, of other seeds say.
 
     Returns
     -------
@@ -63,18 +65,20 @@ def read_losses(source: str | os.PathLike[str]) -> Curves:
     >>> len(curves), curves.names[0], curves.sizes[-1]
     (30, 'MBZUAI/LaMini-GPT-124M', np.float64(1638400.0))
     """
+    if repeats not in ("refuse", "mean", "lowest"):
+        raise InputError(f"repeats={repeats!r} is not known; choose 'refuse', 'mean' or 'lowest'.")
     text = os.fspath(source)
     kind, colon, name = text.partition(":")
     if not colon or kind not in data.TABLES:
-        return _read_csv(Path(text), text)
+        return _read_csv(Path(text), text, repeats)
     names = data.TABLES[kind]
     if name not in names:
         known = ", ".join(f"{kind}:{n}" for n in names)
         raise InputError(f"{text}: no such {kind} table. There are: {known}.{packaged_like(name, data.TABLES)}")
-    return _read_csv(data.path(kind, f"{name}.csv"), text)
+    return _read_csv(data.path(kind, f"{name}.csv"), text, repeats)
 
 
-def _read_csv(path: Path, source: str) -> Curves:
+def _read_csv(path: Path, source: str, repeats: str) -> Curves:
     if path.is_dir():
         raise InputError(f"{source}: is a directory; name a CSV file of losses.")
     if not path.exists():
@@ -95,7 +99,7 @@ def _read_csv(path: Path, source: str) -> Curves:
             )
     lower = [c.lower() for c in header]
     if "loss" in lower and _sample_column(lower) is not None:
-        return _from_long(source, lower, rows)
+        return _from_long(source, lower, rows, repeats)
     return _from_wide(source, header, [row for _, row in rows])
 
 
@@ -240,7 +244,7 @@ def _from_wide(source: str, header: list[str], rows: list[list[str]]) -> Curves:
     )
 
 
-def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]) -> Curves:
+def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]], repeats: str) -> Curves:
     name_at = _column(header, NAME_COLUMNS)
     if name_at is None:
         raise InputError(f"{source}: no column with the models' names; add a column 'model'.")
@@ -250,7 +254,7 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
     parameters_at = None if parameters_at == sample_at else parameters_at
     facts_at = _fact_columns(header)
     others: dict[str, dict[str, float]] = {}
-    points: dict[str, dict[float, float]] = {}
+    points: dict[str, dict[float, list[float]]] = {}
     facts: dict[str, tuple[float, str]] = {}
     for number, row in rows:
         where = f"{source}, row {number}"
@@ -262,9 +266,12 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
             hint = number_hint(row[sample_at])
             raise InputError(f"{where}: samples is {row[sample_at]!r}, not a number of training samples.{hint}")
         curve = points.setdefault(name, {})
-        if _whole(size, f"{where}: samples") in curve:
-            raise InputError(f"{where}: {name} at {size:g} samples is there twice; keep one row (or their mean).")
-        curve[size] = _number(row[loss_at], f"{where}: loss of {name} at {size:g} samples", "nats per token")
+        if _whole(size, f"{where}: samples") in curve and repeats == "refuse":
+            raise InputError(
+                f"{where}: {name} at {size:g} samples is there twice; keep one row (or their mean: --repeats mean)."
+            )
+        loss = _number(row[loss_at], f"{where}: loss of {name} at {size:g} samples", "nats per token")
+        curve.setdefault(size, []).extend([] if np.isnan(loss) else [loss])
         parameters = np.nan
         if parameters_at is not None:
             parameters = _number(row[parameters_at], f"{where}: parameters of {name}", "number of weights")
@@ -278,11 +285,17 @@ def _from_long(source: str, header: list[str], rows: list[tuple[int, list[str]]]
             if not np.isnan(value) and own.setdefault(column, value) != value:
                 raise InputError(f"{where}: {column} of {name} is {value:g} here and {own[column]:g} above; use one.")
     names = _names(source, list(points))
+
+    def together(losses: list[float] | None) -> float:
+        if not losses:
+            return float("nan")
+        return min(losses) if repeats == "lowest" else float(np.mean(losses))
+
     sizes = sorted({s for curve in points.values() for s in curve})
     return Curves(
         names=names,
         sizes=np.array(sizes),
-        losses=np.array([[points[n].get(s, np.nan) for s in sizes] for n in names]).reshape(len(names), len(sizes)),
+        losses=np.array([[together(points[n].get(s)) for s in sizes] for n in names]).reshape(len(names), len(sizes)),
         parameters=None if parameters_at is None else np.array([facts[n][0] for n in names]),
         families=None if family_at is None else tuple(facts[n][1] for n in names),
         source=source,

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from lensjax._messages import nearby
 from lensjax._textfiles import decode
 from lensjax.errors import InputError
+from lensjax.interchange.evaluations import FINISHED, Evaluations, curves_of_runs, evaluation
+from lensjax.interchange.names import PATTERNS, expression_of, worded
+from lensjax.interchange.stores import Run, is_database, read_database, read_files
 from lensjax.losses.curves import Curves
-from lensjax.losses.points import (
-    Point,
-    Repeats,
-    Which,
-    chosen_of,
-    curves_of,
-    listed,
-    loss_of,
-    named,
-    number_of,
-    short,
-    size_of,
-)
+from lensjax.losses.points import Repeats, SameStep, Which, check_metric, listed, named, number_of, short, size_of
 
 MODELS = ("model", "model_name", "model_name_or_path", "_name_or_path", "base_model", "base_model_name_or_path")
 SAMPLES = ("samples", "train_samples", "max_train_samples", "num_train_samples", "n_samples", "n_train", "train_size")
@@ -34,8 +25,12 @@ LOSSES = ("test_loss", "test/loss", "eval_loss", "eval/loss", "final_eval_loss",
 PARAMETERS = ("parameters", "num_parameters", "model/num_parameters", "n_params", "params")
 RUN_NAMES = ("name", "run name", "run_name", "tags.mlflow.runname")
 STATES = ("state", "status")
-FINISHED = ("finished", "")
-STEPS = ("step", "_step", "relative time (wall)", "relative time (process)", "wall time", "epoch", "train/global_step")
+STEPS = ("train/global_step", "global_step")
+"""Columns of a runs table that say after how many steps its losses were measured."""
+COUNTERS = ("step", "_step", "relative time (wall)", "relative time (process)", "_runtime")
+"""Axes of charts that begin at 0 with the first thing that was logged, be that before or after training."""
+BLANK = ("", "null", "none")
+"""Cells in which nothing was written."""
 
 
 def read_wandb(
@@ -47,6 +42,7 @@ def read_wandb(
     pattern: str | None = None,
     which: Which = "lowest",
     repeats: Repeats = "refuse",
+    same_step: SameStep = "refuse",
 ) -> Curves:
     """Read a CSV file exported from Weights & Biases.
 
@@ -54,17 +50,20 @@ def read_wandb(
     ----------
     path : path
         The runs table (a row for each run: Name, State, configuration, summary) or a chart (a column for each run:
-        Step, "RUN - METRIC", with or without "RUN - METRIC__MIN" and "__MAX").
+        Step or another axis, "RUN - METRIC", with or without "RUN - METRIC__MIN" and "__MAX").
     metric : str, optional
         Column, or what stands behind "RUN - ". Default: the first of `LOSSES` there is; a chart's only metric.
     model, samples : str, optional
         Columns of the runs table. Default: the first of `MODELS`, of `SAMPLES`, or else the run's name by `pattern`.
     pattern : str, optional
-        How a run's name holds model and samples. Default: the first of `PATTERNS` that fits all runs.
+        How a run's name holds model and samples; ``*`` is what to leave out. Default: see
+        `lensjax.losses.points.named`.
     which : {"lowest", "last"}
         Of a chart's values.
     repeats : {"refuse", "mean", "lowest"}
         What to do with several runs of one model on equally many samples.
+    same_step : {"refuse", "first", "last"}
+        What to do with losses that differ at one step of a chart, see `lensjax.losses.evaluations`.
 
     Raises
     ------
@@ -76,9 +75,14 @@ def read_wandb(
     A run that did not finish (state crashed, failed, killed, running) counts as not measured.
     """
     header, rows = table_of(Path(path))
+    notes: list[str] = []
     if is_chart([c.lower() for c in header]):
-        return curves_of(_chart_points(str(path), header, rows, metric, pattern, which), str(path), repeats)
-    return curves_of(_run_points(str(path), header, rows, metric, model, samples, pattern), str(path), repeats)
+        runs = _chart_runs(str(path), header, rows, metric, pattern, notes)
+    else:
+        runs = _table_runs(
+            str(path), header, [Run(where, row) for where, row in rows], metric, model, samples, pattern, notes
+        )
+    return curves_of_runs(runs, str(path), which=which, repeats=repeats, same_step=same_step, notes=notes)
 
 
 def read_mlflow(
@@ -90,24 +94,29 @@ def read_mlflow(
     pattern: str | None = None,
     which: Which = "lowest",
     repeats: Repeats = "refuse",
+    same_step: SameStep = "refuse",
 ) -> Curves:
-    """Read the runs of MLflow: a file store (``mlruns``) or a CSV file of runs.
+    """Read the runs of MLflow: a database (``mlflow.db``), a file store (``mlruns``) or a CSV file of runs.
 
     Parameters
     ----------
     path : path
-        The store, an experiment in it, or a CSV file (``mlflow experiments csv``, ``mlflow.search_runs().to_csv``, the
-        page's download): the prefixes "metrics." and "params." may be left out in the names below.
+        The database of SQLite or a directory with ``mlflow.db``; the file store or an experiment in it; or a CSV file
+        (``mlflow experiments csv``, ``mlflow.search_runs().to_csv``, the page's download). The prefixes "metrics." and
+        "params." may be left out in the names below.
     metric : str, optional
         Default: the first of `LOSSES` there is.
     model, samples : str, optional
         Parameters of the runs. Default: the first of `MODELS`, of `SAMPLES`, or else the run's name by `pattern`.
     pattern : str, optional
-        How a run's name holds model and samples. Default: the first of `PATTERNS` that fits all runs.
+        How a run's name holds model and samples; ``*`` is what to leave out. Default: see
+        `lensjax.losses.points.named`.
     which : {"lowest", "last"}
         Of a store's values, which are kept for each step.
     repeats : {"refuse", "mean", "lowest"}
         What to do with several runs of one model on equally many samples.
+    same_step : {"refuse", "first", "last"}
+        What to do with losses that differ at one step of a store, see `lensjax.losses.evaluations`.
 
     Raises
     ------
@@ -115,47 +124,16 @@ def read_mlflow(
         Not such a store or file; nothing of that name; a value that is no number.
     """
     source = Path(path)
-    if source.is_dir():
-        header, rows = _store(source, which)
+    notes: list[str] = []
+    if is_database(source):
+        header, runs = read_database(source)
+    elif source.is_dir():
+        header, runs = read_files(source)
     else:
         header, rows = table_of(source)
-    return curves_of(_run_points(str(path), header, rows, metric, model, samples, pattern), str(path), repeats)
-
-
-def _store(root: Path, which: Which) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Read an MLflow file store as the table that ``search_runs`` would make of it."""
-    found: list[tuple[str, dict[str, str]]] = []
-    for meta in sorted(root.rglob("meta.yaml")):
-        run = meta.parent
-        text = meta.read_text(encoding="utf-8", errors="replace")
-        if not (run / "metrics").is_dir() or ".trash" in meta.parts or "lifecycle_stage: deleted" in text:
-            continue
-        cells = {}
-        for kind in ("params", "tags"):
-            for file in sorted(p for p in (run / kind).rglob("*") if p.is_file()):
-                name = file.relative_to(run / kind).as_posix()
-                cells[f"{kind}.{name}"] = file.read_text(encoding="utf-8", errors="replace").strip()
-        for file in sorted(p for p in (run / "metrics").rglob("*") if p.is_file()):
-            values = [_metric_line(file, n, line) for n, line in enumerate(file.read_text().splitlines(), 1) if line]
-            if values:
-                last = [value for _, value in sorted(values)]
-                cells[f"metrics.{file.relative_to(run / 'metrics').as_posix()}"] = repr(chosen_of(last, which))
-        found.append((str(run), cells))
-    if not found:
-        raise InputError(f"{root}: no runs of MLflow in it (meta.yaml beside metrics/). Name the directory mlruns.")
-    header = sorted({name for _, cells in found for name in cells})
-    return header, [(where, [cells.get(name, "") for name in header]) for where, cells in found]
-
-
-def _metric_line(file: Path, number: int, line: str) -> tuple[tuple[float, float], float]:
-    """Read "timestamp value step" as ((step, timestamp), value)."""
-    parts = line.split()
-    try:
-        return (float(parts[2]) if len(parts) > 2 else 0.0, float(parts[0])), float(parts[1])
-    except (ValueError, IndexError):
-        raise InputError(
-            f"{file}, line {number}: {line!r} is not 'timestamp value step'. Remove the line or leave the run out."
-        ) from None
+        runs = [Run(where, row) for where, row in rows]
+    found = _table_runs(str(path), header, runs, metric, model, samples, pattern, notes)
+    return curves_of_runs(found, str(path), which=which, repeats=repeats, same_step=same_step, notes=notes)
 
 
 def table_of(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -183,18 +161,18 @@ def table_of(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def is_chart(lower: Sequence[str]) -> bool:
-    """Whether a header, in lower case, is that of a chart of Weights & Biases: steps, then a column for each run."""
-    return bool(lower) and lower[0] in STEPS and all(" - " in c for c in lower[1:] if c)
+    """Whether a header, in lower case, is that of a chart of Weights & Biases: an axis, then a column for each run."""
+    return len(lower) > 1 and " - " not in lower[0] and any(lower[1:]) and all(" - " in c for c in lower[1:] if c)
 
 
-def _chart_points(
+def _chart_runs(
     source: str,
     header: list[str],
     rows: list[tuple[str, list[str]]],
     metric: str | None,
     pattern: str | None,
-    which: Which,
-) -> list[Point]:
+    notes: list[str],
+) -> list[Evaluations]:
     columns = {}
     for i, name in enumerate(header[1:], start=1):
         if " - " in name and not name.endswith(("__MIN", "__MAX")):
@@ -207,61 +185,134 @@ def _chart_points(
     if wanted not in metrics:
         raise InputError(
             f"{source}: {'it is not clear which metric is the loss' if wanted is None else f'no metric {wanted!r}'}; "
-            f"there are: {', '.join(metrics) or 'none'}. Name one: metric=..."
+            f"there are: {', '.join(metrics) or 'none'}. Name one: metric=... (--metric)."
         )
+    check_metric(wanted, source)
     kept = {i: run for i, (run, of) in columns.items() if of == wanted}
-    names = named({run: f"{source}: run {run!r}" for run in kept.values()}, pattern)
-    points = []
+    names = named({run: f"{source}: run {run!r}" for run in kept.values()}, pattern, notes=notes)
+    found = []
     for i, run in kept.items():
-        values = [loss_of(row[i], f"{where}: {header[i]}") for where, row in rows if row[i].strip()]
+        cells = [(row[0], row[i], where) for where, row in rows if not _blank(row[i])]
+        values = [evaluation(_place(at, where, header[0]), cell, where, header[i]) for at, cell, where in cells]
         model, samples = names[run]
-        loss = chosen_of(values, which) if values else np.nan
-        points.append(Point(model, samples, loss, np.nan, f"{source}: run {run!r}"))
-    return points
+        if header[0].lower() in COUNTERS and any(step == 0 for step, _ in values):
+            raise InputError(
+                f"{source}: run {run!r} has a loss at {header[0]} 0, where its log begins: that may be before training "
+                "or after. Export the chart over train/global_step, or the table of runs, or remove the row."
+            )
+        found.append(Evaluations(model, samples, values, f"{source}: run {run!r}"))
+    return found
 
 
-def _run_points(
+def _place(cell: str, where: str, axis: str) -> float:
+    """Return where a row of a chart stands on its axis: a number, or for dates the time."""
+    try:
+        return float(cell)
+    except ValueError:
+        pass
+    try:
+        return datetime.datetime.fromisoformat(cell.strip()).timestamp()
+    except ValueError:
+        raise InputError(
+            f"{where}: {axis} is {cell[:40]!r}, neither a number nor a date. Export the chart over a step."
+        ) from None
+
+
+def _blank(cell: str) -> bool:
+    return cell.strip().lower() in BLANK
+
+
+def _table_runs(
     source: str,
     header: list[str],
-    rows: list[tuple[str, list[str]]],
+    runs: list[Run],
     metric: str | None,
     model: str | None,
     samples: str | None,
     pattern: str | None,
-) -> list[Point]:
+    notes: list[str],
+) -> list[Evaluations]:
     """Read a table with a row for each run."""
     loss_at = _find(source, header, ("metrics.",), metric, LOSSES, "metric")
     if loss_at is None:
         raise InputError(
-            f"{source}: no column of losses ({', '.join(LOSSES)}). Name it: metric=...; there are: {listed(header)}."
+            f"{source}: no column of losses ({', '.join(LOSSES)}). Name it: metric=... (--metric); there are: "
+            f"{listed(header)}."
         )
+    check_metric(header[loss_at], source)
     model_at = _find(source, header, ("params.", "tags."), model, MODELS, "model")
     samples_at = _find(source, header, ("params.", "metrics.", "tags."), samples, SAMPLES, "samples")
+    if pattern is not None and samples is None:
+        samples_at = None  # who says how names are made, wants the samples from there
     parameters_at = _find(source, header, ("params.", "metrics."), None, PARAMETERS, "parameters")
     name_at = _find(source, header, ("tags.",), None, (*RUN_NAMES, "mlflow.runname"), "name")
     state_at = _find(source, header, (), None, STATES, "state")
+    step_at = _find(source, header, ("metrics.",), None, STEPS, "step")
     names: dict[str, tuple[str, float]] = {}
     if model_at is None or samples_at is None:
         if name_at is None:
             missing = "the model" if model_at is None else "the number of training samples"
             raise InputError(
-                f"{source}: no column says {missing}, and runs have no names. Name it: model=..., samples=...; there "
-                f"are: {listed(header)}."
+                f"{source}: no column says {missing}, and runs have no names. Name it: model=..., samples=... "
+                f"(--model-column, --samples-column); there are: {listed(header)}."
             )
-        names = named({row[name_at].strip(): where for where, row in rows}, pattern)
-    points = []
-    for where, row in rows:
+        standing = {run.cells[name_at].strip(): run.where for run in runs}
+        if samples_at is None:
+            at = name_at if model_at is None else model_at
+            models = {run.cells[name_at].strip(): run.cells[at].strip() for run in runs} if at != name_at else None
+            names = named(standing, pattern, models=models, notes=notes)
+        else:
+            names = _models(standing, pattern, {run.cells[name_at].strip(): run.cells[samples_at] for run in runs})
+    found = []
+    for run in runs:
+        where, row = run.where, run.cells
         by_name = names.get(row[name_at].strip()) if name_at is not None else None
         name = row[model_at].strip() if model_at is not None else by_name[0] if by_name else ""
-        size = size_of(row[samples_at], where) if samples_at is not None else by_name[1] if by_name else np.nan
+        said = by_name[1] if by_name else math.nan
+        size = said if samples_at is None else size_of(row[samples_at], where)
         if not name:
             raise InputError(f"{where}: the run has no model; fill {header[model_at or 0]!r} or remove the run.")
-        done = state_at is None or row[state_at].strip().lower() in FINISHED
-        loss = loss_of(row[loss_at], f"{where}: {header[loss_at]}") if row[loss_at].strip() and done else np.nan
-        known = row[parameters_at].strip() if parameters_at is not None else ""
-        weights = number_of(known, f"{where}: {header[parameters_at or 0]}") if known else np.nan
-        points.append(Point(name, size, loss, weights, where))
-    return points
+        state = row[state_at].strip().lower() if state_at is not None else ""
+        series = run.series.get(header[loss_at])
+        losses: list[tuple[float, float]] = []
+        if state in FINISHED and series is not None:
+            losses = [evaluation(step, loss, where, header[loss_at]) for step, loss in series]
+        elif state in FINISHED and not _blank(row[loss_at]):
+            step = row[step_at] if step_at is not None and not _blank(row[step_at]) else None
+            losses = [evaluation(0 if step is None else step, row[loss_at], where, header[loss_at])]
+        stepped = series is None and step_at is not None and not _blank(row[step_at])
+        known = "" if parameters_at is None or _blank(row[parameters_at]) else row[parameters_at].strip()
+        weights = number_of(known, f"{where}: {header[parameters_at or 0]}") if known else math.nan
+        found.append(Evaluations(name, size, losses, where, state, stepped, weights))
+    return found
+
+
+def _models(runs: Mapping[str, str], pattern: str | None, samples: Mapping[str, str]) -> dict[str, tuple[str, float]]:
+    """Return the models that runs' names say, where a column holds the samples: the two must agree.
+
+    Raises
+    ------
+    InputError
+        Names that do not hold the number of samples: what they end in may be part of the model's name, or none of it.
+    """
+    found = {}
+    for name, (model, size) in _ends(runs, pattern).items():
+        true = size_of(samples[name], runs[name])
+        if size != true:
+            raise InputError(
+                f"{runs[name]}: no column says the model, and the name {name!r} ends in {size:g}, not in the number of "
+                f"samples, {true:g}. Name the column of the model: model=... (--model-column)."
+            )
+        found[name] = (model, true)
+    return found
+
+
+def _ends(runs: Mapping[str, str], pattern: str | None) -> dict[str, tuple[str, float]]:
+    """Return models and samples as names have them, without doubting that the numbers are samples."""
+    if pattern is not None or worded(runs) is not None:
+        return named(runs, pattern)
+    fits = next((p for p in PATTERNS if all(expression_of(p).fullmatch(name) for name in runs)), None)
+    return named(runs, fits)
 
 
 def _find(

@@ -14,7 +14,7 @@ from lensjax._display import flops, number, percent, printable, printable_comman
 from lensjax.selection import CERTAINTY_PERCENT, Selection, format_interval
 from lensjax.selectors import Scores
 
-NAMES_SHOWN = 5  # all are in the JSON
+NAMES_SHOWN, NOTES_SHOWN = 5, 12  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
 
 
@@ -184,6 +184,15 @@ def next_step(selection: Selection) -> list[str]:
     ]
 
 
+def notes(selection: Selection) -> list[str]:
+    """Return the lines that say what to know of the losses: what was left out, or taken for something."""
+    if selection.facts.get("seconds") is not None:
+        return []  # losses that were measured here; their notes stand in the page
+    found = [f"  {note}." for note in selection.facts.get("notes", ())]
+    more = [f"  and {len(found) - NOTES_SHOWN} more, which --json has."] if len(found) > NOTES_SHOWN else []
+    return ["", "Mind, of these losses:", *found[:NOTES_SHOWN], *more] if found else []
+
+
 def render(selection: Selection) -> str:
     """Return the whole selection as text, the answer first."""
     sentences = [say(selection) for say in (answer, metric, certainty, cost, judgement)]
@@ -200,4 +209,5 @@ def render(selection: Selection) -> str:
     for title, reasons in lists.items():
         if reasons:
             parts += ["", title, *(printable(f"  {name}: {reason}") for name, reason in reasons.items())]
+    parts += [printable(line) for line in notes(selection)]
     return "\n".join(parts)

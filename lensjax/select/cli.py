@@ -18,7 +18,7 @@ from lensjax.commands.options import LORA_OPTIONS, TASK_OPTIONS, check_text, lor
 from lensjax.errors import InputError
 from lensjax.jobs.defaults import ADAPTED
 from lensjax.select.config_file import naming, print_config, read_config
-from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, SCRIPT, parser
+from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, READING, SCRIPT, parser
 
 if TYPE_CHECKING:
     from lensjax.select.request import Request
@@ -223,6 +223,8 @@ def _check_file(flag: str, file: Path) -> None:
 def _from_losses(given: argparse.Namespace) -> Selection:
     from lensjax.select.from_losses import select_from_losses
 
+    names = {"samples_column": "samples", "model_column": "model"}
+    reading = {names.get(n, n): getattr(given, n) for n in READING if getattr(given, n) is not None}
     return select_from_losses(
         given.losses,
         visible=given.visible,
@@ -232,6 +234,8 @@ def _from_losses(given: argparse.Namespace) -> Selection:
         tau=given.tau,
         metric=given.metric,
         tokens_per_sample=1.0 if given.tokens_per_sample is None else given.tokens_per_sample,
+        lower_is_better=bool(given.lower_is_better),
+        reading=reading,
     )
 
 

@@ -6,12 +6,14 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lensjax import losses
 from lensjax.data import TABLES
 from lensjax.errors import InputError
+from lensjax.interchange.stores import is_database
 from lensjax.losses.curves import Curves
 from lensjax.metrics import training_flops
 from lensjax.selection import Selection
@@ -22,7 +24,7 @@ DEFAULT_RATIO = 8  # target / largest visible size of the packaged tables, the p
 
 PER_BYTE = "test_loss_per_byte"  # of our own runs
 
-LARGEST_LOSS = 20.0  # nats that no loss of a language model reaches: not knowing which of 500,000 tokens follows is 13
+RISE = 1.15  # ratio of two losses, three standard errors of their difference, see `spread` of the default selector
 
 
 def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -> tuple[float, float]:
@@ -81,9 +83,10 @@ def resolve_sizes(curves: Curves, visible: float | None, target: float | None) -
 
 
 def check_falling(curves: Curves) -> None:
-    """Refuse curves that all rise with the number of samples and have the values of accuracies, 0.4 or 40 %.
+    """Refuse curves most of which rise with the number of samples, as accuracies do.
 
-    Losses of models that overfit may rise too; they lie between.
+    Losses rise too, of models that overfit or runs that diverged, but seldom of most candidates: who has such losses
+    says so (``--lower-is-better``).
 
     Raises
     ------
@@ -91,13 +94,36 @@ def check_falling(curves: Curves) -> None:
     """
     known = [row[np.isfinite(row)] for row in curves.losses]
     ends = [(row[0], row[-1]) for row in known if len(row) > 1]
-    largest = max((row.max() for row in known if len(row)), default=0.0)
-    if len(ends) > 1 and all(last > first for first, last in ends) and not 1 < largest <= LARGEST_LOSS:
+    rising = [(first, last) for first, last in ends if last > first]
+    if len(ends) > 1 and 2 * len(rising) > len(ends):
+        which = f"all {len(ends)} models" if len(rising) == len(ends) else f"{len(rising)} of {len(ends)} models"
         raise InputError(
-            f"{curves.source}: the losses of all {len(ends)} models rise with the number of samples (the first from "
-            f"{ends[0][0]:g} to {ends[0][1]:g}); are they accuracies? Give test losses: mean cross-entropy, nats per "
-            "token."
+            f"{curves.source}: the losses of {which} rise with the number of samples (the first from "
+            f"{rising[0][0]:g} to {rising[0][1]:g}); are they accuracies? Give test losses: mean cross-entropy, nats "
+            "per token. If they are losses, say so: --lower-is-better."
         )
+
+
+def rises(curves: Curves) -> list[str]:
+    """Return a sentence for each candidate of which a loss lies well above one at fewer samples.
+
+    That run may have diverged: losses of two runs that differ by their random numbers only differ by less than
+    `RISE`. The loss before training has no part in this.
+    """
+    found = []
+    for name, row in zip(curves.names, curves.losses, strict=True):
+        at = np.flatnonzero(np.isfinite(row) & (curves.sizes > 0))
+        if not len(at):
+            continue
+        lowest = np.minimum.accumulate(row[at])
+        high = at[np.argmax(row[at] / lowest)]
+        low = at[np.argmin(row[at[at <= high]])]
+        if row[high] > RISE * row[low]:
+            found.append(
+                f"the loss of {name} rises from {row[low]:g} at {curves.sizes[low]:g} samples to {row[high]:g} at "
+                f"{curves.sizes[high]:g}: if that run diverged, leave it out or make it again"
+            )
+    return found
 
 
 def _listed(sizes: np.ndarray) -> str:
@@ -186,30 +212,35 @@ def _without(selector: Selector, curves: Curves, target: float, reasons: Mapping
     )
 
 
-def read_metric(source: str, metric: str) -> Curves:
-    """Read one metric of runs as their losses.
+def read_metric(source: str, metric: str | None, **options: Any) -> Curves:
+    """Read one metric of runs as their losses, or runs with other options.
 
     Parameters
     ----------
     source : str
         A directory or journal, see `lensjax.losses.read`; or a CSV file with a row for each run, or a chart.
-    metric : str
+    metric : str, optional
         Its name there.
+    **options
+        Of the reader that this comes to: `pattern`, `model`, `samples`, `repeats`, `same_step`.
 
     Raises
     ------
     InputError
-        If no run has it; if the source is a table of losses, which has no others.
+        If no run has it; if the source is a table of losses, which has no others; an option that does not apply.
     """
     path = Path(source)
-    if path.suffix == ".csv" and path.is_file():
+    of_runs = metric is not None or any(name in options for name in ("pattern", "model", "samples"))
+    options |= {} if metric is None else {"metric": metric}
+    if of_runs and path.suffix == ".csv" and path.is_file():
         # What reads the runs of Weights & Biases reads any table with a row for each.
-        curves = losses.read_wandb(source, metric=metric)
+        curves = losses.read_wandb(source, **options)
+    elif metric is not None and not (path.is_dir() or path.suffix == ".jsonl" or is_database(path)):
+        losses.read(source)
+        raise InputError(f"--metric {metric}: {source} is a table of losses and nothing else; remove --metric.")
     else:
-        curves = losses.read(source, metric=metric)
-        if not path.is_dir() and path.suffix != ".jsonl":
-            raise InputError(f"--metric {metric}: {source} is a table of losses and nothing else; remove --metric.")
-    if not np.isfinite(curves.losses).any():
+        curves = losses.read(source, **options)
+    if metric is not None and not np.isfinite(curves.losses).any():
         raise InputError(f"--metric {metric}: no run in {source} has it. Name one that is recorded there.")
     return curves
 
@@ -224,6 +255,8 @@ def select_from_losses(
     tau: float = TAU,
     metric: str | None = None,
     tokens_per_sample: float = 1.0,
+    lower_is_better: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Rank candidates from losses that are measured already.
 
@@ -241,6 +274,10 @@ def select_from_losses(
         Which metric of the runs is the loss; default: see the readers in `lensjax.losses`.
     tokens_per_sample : float
         Tokens trained on per sample, epochs and trials included; 1 gives the paper's 6 N D.
+    lower_is_better : bool
+        The numbers are losses, even if most of them rise with the number of samples.
+    reading : mapping, optional
+        Options of the readers in `lensjax.losses`: `pattern`, `model`, `samples`, `repeats`, `same_step`.
 
     Raises
     ------
@@ -254,16 +291,18 @@ def select_from_losses(
     (True, 30)
     """
     if isinstance(source, Curves):
-        if metric is not None:
-            raise InputError(f"metric={metric!r} chooses among the metrics of runs, but curves hold one; leave it out.")
+        if metric is not None or reading:
+            raise InputError("metric and reading say how runs are read, but these losses are curves; leave them out.")
         curves = source
     else:
-        curves = losses.read(source) if metric is None else read_metric(os.fspath(source), metric)
+        curves = read_metric(os.fspath(source), metric, **(reading or {}))
     if not (np.isfinite(tokens_per_sample) and tokens_per_sample > 0):
         raise InputError(f"--tokens-per-sample is {tokens_per_sample:g}; it must be positive.")
     largest, target = resolve_sizes(curves, visible, target)
-    check_falling(curves)
+    if not lower_is_better:
+        check_falling(curves)
     seen = curves.visible(largest)
+    notes = [*curves.notes, *rises(seen)]
     truth = curves.at(target)
     scores, refused = score_all(seen, target, method, gamma=gamma, tau=tau)
     parameters = np.full(len(curves), np.nan) if curves.parameters is None else curves.parameters
@@ -277,6 +316,6 @@ def select_from_losses(
         full_flops=training_flops(parameters, tokens_per_sample * target),
         cost_note=f"6 N D with {tokens_per_sample:g} token(s) per sample",
         truth=truth if np.isfinite(truth).any() else None,
-        facts={} if metric is None else {"metric": metric},
+        facts=({} if metric is None else {"metric": metric}) | ({"notes": notes} if notes else {}),
         loss_unit="byte" if metric == PER_BYTE else "token",
     )

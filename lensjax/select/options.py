@@ -54,7 +54,8 @@ be used; 130 interrupted
 
 FIGURE_FORMATS = ("svg", "png")
 
-LOSSES_ONLY = ("metric", "tokens_per_sample")
+READING = ("pattern", "samples_column", "model_column", "repeats", "same_step")
+LOSSES_ONLY = ("metric", *READING, "lower_is_better", "tokens_per_sample")
 LIVE_ONLY = (
     *TASK_OPTIONS,
     *PLAN_OPTIONS,
@@ -82,8 +83,8 @@ def parser() -> Parser:
     table.add_argument(
         "--losses",
         metavar="TABLE",
-        help="CSV file; directory of Trainer runs or of ours; export of Weights & Biases or MLflow; or published:flan, "
-        "published:gigaword, published:wmt19, live:definitions, live:novels, live:packages",
+        help="CSV file; directory of Trainer runs or of ours; export of Weights & Biases; database, store or export of "
+        "MLflow; or published:flan, published:gigaword, published:wmt19, live:definitions, live:novels, live:packages",
     )
     table.add_argument(
         "--metric",
@@ -91,11 +92,44 @@ def parser() -> Parser:
         help="which metric of the runs is the loss, by its name there (default: eval_loss and the like; of ours, "
         "test_loss)",
     )
+    _add_reading(table)
     table.add_argument(
         "--tokens-per-sample", type=number, metavar="X", help="for the cost (default 1: the paper's 6 N D)"
     )
     _add_output(p.add_argument_group("output", "what is written, and where"))
     return p
+
+
+def _add_reading(group: Any) -> None:
+    """Add the options in `READING`, and what says that the numbers are losses."""
+    group.add_argument(
+        "--pattern",
+        metavar="TEXT",
+        help="how the runs' names say model and number of samples, such as '{model}-{samples}' or "
+        "'{model}/n{samples}-seed*', where * is left out (default: a number that ends a name counts if a word such as "
+        "n200 or 200samples says so, or if the numbers are the same growing sizes for each model)",
+    )
+    group.add_argument(
+        "--samples-column", metavar="NAME", help="column or parameter of the runs with the number of training samples"
+    )
+    group.add_argument("--model-column", metavar="NAME", help="column or parameter of the runs with the model's name")
+    group.add_argument(
+        "--repeats",
+        choices=("refuse", "mean", "lowest"),
+        help="what to do with several runs of one model on equally many samples, such as seeds (default refuse)",
+    )
+    group.add_argument(
+        "--same-step",
+        choices=("refuse", "first", "last"),
+        help="which of a run's losses counts where several at one step differ: the training loop's own comes first "
+        "(default refuse)",
+    )
+    group.add_argument(
+        "--lower-is-better",
+        action="store_true",
+        default=None,
+        help="the numbers are losses, although most rise with the number of samples (default: they are refused)",
+    )
 
 
 def _add_candidates(group: Any) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.selectors.baselines import ats
-from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
+from lensjax.selectors.certainty import CERTAINTY, best_probability, out_of_order, smallest_set
 from lensjax.selectors.scores import Scores
 
 FLOORS = np.array([0, 0.04, 0.08, 0.12, 0.18, 0.24, 0.3, 0.37, 0.44, 0.52, 0.6, 0.68, 0.76, 0.84, 0.92])
@@ -451,17 +451,24 @@ def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) ->
             "E": (found.weights * grid[:, 0] * np.exp(level)).sum(axis=1),
             "transition": np.exp(found.weights @ np.log(grid[:, 1])),
         },
-        remarks=tuple(_remark(int(n), bool(r)) for n, r in zip(used.sum(axis=1), raised, strict=True)),
+        remarks=tuple(
+            _remark(int(n), bool(r), why)
+            for n, r, why in zip(
+                used.sum(axis=1), raised, out_of_order(score, predicted, probability, found.largest), strict=True
+            )
+        ),
         interval=found.quantiles((margin, 1 - margin)),
         best_probability=probability,
         credible_set=smallest_set(probability, CERTAINTY),
     )
 
 
-def _remark(points: int, raised: bool) -> str:
+def _remark(points: int, raised: bool, why: str) -> str:
     remarks = ["one size only: a guess"] if points == 1 else []
     if raised:
         remarks.append("chosen before lower predictions that owe more to extrapolation")
+    elif why:
+        remarks.append(why)
     return "; ".join(remarks)
 
 

@@ -1,4 +1,4 @@
-"""How sure a choice is: probability of being the best, and the candidates that cannot be ruled out."""
+"""How sure a choice is: probability of being the best, candidates that cannot be ruled out, and why they stand so."""
 
 from __future__ import annotations
 
@@ -44,3 +44,33 @@ def smallest_set(probability: np.ndarray, certainty: float = CERTAINTY) -> np.nd
     inside = np.zeros(len(probability), bool)
     inside[order] = before < certainty - 1e-12
     return inside
+
+
+def out_of_order(score: np.ndarray, predicted: np.ndarray, probability: np.ndarray, largest: np.ndarray) -> list[str]:
+    """Say of each candidate why it stands before one whose loss is expected to be lower or that is likelier the best.
+
+    Said of all candidates where they were measured up to different sizes, else of the first only. Differences that a
+    report does not show have none.
+
+    Parameters
+    ----------
+    score, predicted, probability, largest : float64 arrays (M,)
+
+    Returns
+    -------
+    list of str
+        M of them, "" where nothing is to be explained.
+    """
+    order = np.argsort(score, kind="stable")
+    shown, percent = np.round(predicted, 4), np.round(100 * probability)
+    found = [""] * len(score)
+    for place, row in enumerate(order if np.ptp(largest) > 0 else order[:1]):
+        behind = order[place + 1 :]
+        reasons = []
+        if (shown[behind] < shown[row]).any():
+            reasons.append("a lower expected loss")
+        if (percent[behind] > percent[row]).any():
+            reasons.append("a higher P(best)")
+        if reasons:
+            found[row] = f"placed before {' and '.join(reasons)}: the order is by expected loss with a share of AtS"
+    return found

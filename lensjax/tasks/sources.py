@@ -147,6 +147,22 @@ def _inside(place: Path) -> str:
     return f" such as {files[0]}" if files else ""
 
 
+def _words(place: Path, config: str | None) -> dict[str, bool]:
+    """Return what makes `datasets` take "null", "NA" and the like in a directory's CSV files for the words they are.
+
+    So they are read where one such file is given by its name. Files of other kinds have no such setting.
+    """
+    import datasets
+
+    if not place.is_dir():
+        return {}
+    try:
+        settings = datasets.load_dataset_builder(str(place), config).config
+    except Exception:  # of many types; whoever loads the directory meets it again, and tells
+        return {}
+    return {"keep_default_na": False} if hasattr(settings, "keep_default_na") else {}
+
+
 def dataset_rows(
     name: str, config: str | None, split: str, revision: str | None, *, limit: int | None = None, seed: int = 0
 ) -> Iterator[Row]:
@@ -174,7 +190,7 @@ def dataset_rows(
     if place.is_dir() and not any(place.iterdir()):
         raise InputError(f"--task {name}: the directory is empty. --task takes {KINDS}.")
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision)
+        found = datasets.load_dataset(name, config, split=split, revision=revision, **_words(place, config))
     except Exception as error:
         # What the library raises has many types: by the hub's answer, by the file's format, by the network.
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -73,15 +73,15 @@ def test_trainer_states_by_name(tmp_path):
 
 
 def test_training_that_did_harm_is_no_zero_shot_loss(tmp_path):
-    trainer_state(tmp_path / "a-200", [(0, 1.0), (10, 2.0)])
-    trainer_state(tmp_path / "b-200", [(0, 3.0), (10, 2.5)])
+    trainer_state(tmp_path / "a-n200", [(0, 1.0), (10, 2.0)])
+    trainer_state(tmp_path / "b-n200", [(0, 3.0), (10, 2.5)])
     np.testing.assert_array_equal(read(tmp_path).losses, [[1.0, 2.0], [3.0, 2.5]])
 
 
 def test_runs_that_diverged_are_not_measured(tmp_path):
-    trainer_state(tmp_path / "a-200", [(10, float("nan"))])
-    trainer_state(tmp_path / "a-400", [(10, 2.0), (20, float("inf"))])
-    trainer_state(tmp_path / "b-400", [(10, 2.5)])
+    trainer_state(tmp_path / "a-n200", [(10, float("nan"))])
+    trainer_state(tmp_path / "a-n400", [(10, 2.0), (20, float("inf"))])
+    trainer_state(tmp_path / "b-n400", [(10, 2.5)])
     curves = read(tmp_path)
     np.testing.assert_array_equal(curves.losses, [[np.nan, 2.0], [np.nan, 2.5]])
     np.testing.assert_array_equal(read(tmp_path, which="last").losses, [[np.nan, np.nan], [np.nan, 2.5]])
@@ -90,30 +90,30 @@ def test_runs_that_diverged_are_not_measured(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "a-200/trainer_state.json: not readable as JSON (Expecting property name"),
-        ("[" * 100_000, "a-200/trainer_state.json: not readable as JSON (maximum recursion depth"),
-        ("[]", "a-200/trainer_state.json: no list 'log_history', so not a Trainer's state. Leave this file out."),
+        ("{", "a-n200/trainer_state.json: not readable as JSON (Expecting property name"),
+        ("[" * 100_000, "a-n200/trainer_state.json: not readable as JSON (maximum recursion depth"),
+        ("[]", "a-n200/trainer_state.json: no list 'log_history', so not a Trainer's state. Leave this file out."),
         (
             '{"log_history": [{"loss": 2.0, "step": 10}], "global_step": 10}',
-            "a-200/trainer_state.json: log_history has no 'eval_loss'. Evaluate while training (eval_strategy), or say "
-            "which metric to take; there are: loss.",
+            "a-n200/trainer_state.json: log_history has no 'eval_loss'. Evaluate while training (eval_strategy), or "
+            "say which metric to take; there are: loss.",
         ),
         (
             '{"log_history": [{"eval_loss": "low", "step": 10}]}',
-            "a-200/trainer_state.json: eval_loss is 'low', not a number. Mend it or leave the run out.",
+            "a-n200/trainer_state.json: eval_loss is 'low', not a number. Mend it or leave the run out.",
         ),
         (
             '{"log_history": [{"eval_loss": -1.5, "step": 10}]}',
-            "a-200/trainer_state.json: eval_loss is -1.5; losses are positive (nats per token). Is it the right",
+            "a-n200/trainer_state.json: eval_loss is -1.5; losses are positive (nats per token). Is it the right",
         ),
-        ('{"log_history": [{"eval_loss": 1.5, "step": null}]}', "a-200/trainer_state.json: step is 'None', not a num"),
-        ('{"log_history": [], "global_step": {}}', "a-200/trainer_state.json: global_step is '{}', not a number"),
+        ('{"log_history": [{"eval_loss": 1.5, "step": null}]}', "a-n200/trainer_state.json: step is 'None', not a num"),
+        ('{"log_history": [], "global_step": {}}', "a-n200/trainer_state.json: global_step is '{}', not a number"),
     ],
 )
 def test_malformed_trainer_states(tmp_path, content, message):
-    trainer_state(tmp_path / "b-200", [(10, 2.0)])
-    (tmp_path / "a-200").mkdir()
-    (tmp_path / "a-200" / "trainer_state.json").write_text(content)
+    trainer_state(tmp_path / "b-n200", [(10, 2.0)])
+    (tmp_path / "a-n200").mkdir()
+    (tmp_path / "a-n200" / "trainer_state.json").write_text(content)
     with pytest.raises(InputError) as error:
         read_trainer_states(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/{message}")
@@ -134,9 +134,9 @@ def test_names_that_say_nothing(tmp_path):
 
 
 def test_the_same_run_twice(tmp_path):
-    trainer_state(tmp_path / "x" / "a-200", [(10, 2.0)])
-    trainer_state(tmp_path / "y" / "a-200", [(10, 3.0)])
-    trainer_state(tmp_path / "y" / "b-200", [(10, 2.2)])
+    trainer_state(tmp_path / "x" / "a-n200", [(10, 2.0)])
+    trainer_state(tmp_path / "y" / "a-n200", [(10, 3.0)])
+    trainer_state(tmp_path / "y" / "b-n200", [(10, 2.2)])
     options = {"pattern": "x/{model}-{samples}"}
     with pytest.raises(InputError, match="does not say"):
         read_trainer_states(tmp_path, **options)
@@ -174,8 +174,8 @@ def test_a_runs_table_of_wandb(tmp_path):
 
 
 CHART = """\
-"Step","gpt2-200 - eval/loss","gpt2-200 - eval/loss__MIN","gpt2-200 - eval/loss__MAX","opt-1.3b-200 - eval/loss",\
-"opt-1.3b-200 - eval/loss__MIN","opt-1.3b-200 - eval/loss__MAX"
+"Step","gpt2-n200 - eval/loss","gpt2-n200 - eval/loss__MIN","gpt2-n200 - eval/loss__MAX","opt-1.3b-n200 - eval/loss",\
+"opt-1.3b-n200 - eval/loss__MIN","opt-1.3b-n200 - eval/loss__MAX"
 "50","3.5","3.5","3.5","","",""
 "60","","","","3.3","3.3","3.3"
 "100","3.2","3.2","3.2","3.1","3.1","3.1"

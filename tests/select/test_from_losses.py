@@ -266,7 +266,7 @@ def test_the_metric_that_is_the_loss_can_be_named(command, tmp_path):
 def test_losses_per_byte_of_our_own_runs_have_their_unit(command, tmp_path):
     lines = []
     for number, (name, size) in enumerate((n, s) for n in "ab" for s in (200, 400)):
-        facts = {"test_loss_per_byte": 1 + number / 10}
+        facts = {"test_loss_per_byte": (1.1, 1.0, 1.3, 1.2)[number]}
         line = {"key": str(number), "candidate": name, "size": size, "test_loss": 4 - number / 10}
         lines.append({**line, "facts": facts})
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -293,3 +293,72 @@ def test_metrics_that_are_not_there(refused, tmp_path):
     message = f"--metric eval_nll: no run in {tmp_path} has it. Name one that is recorded there."
     assert refused("--losses", tmp_path, *metric) == message
     assert refused(*metric) == "--metric needs --losses; remove --metric."
+
+
+@pytest.mark.parametrize(
+    ("rows", "which", "ends"),
+    [
+        ("a,3,5,8,11\nb,4,6,9,12\n", "all 2 models", "3 to 11"),
+        ("a,.6,.62,.61,.64\nb,.5,.55,.6,.61\nc,.7,.72,.73,.69\n", "2 of 3 models", "0.6 to 0.64"),
+        ("a,0.1,0.1,0.2,0.3\nb,1.1,1.15,1.3,1.5\n", "all 2 models", "0.1 to 0.3"),
+    ],
+)
+def test_curves_most_of_which_rise_are_not_taken_for_losses(refused, command, tmp_path, rows, which, ends):
+    path = tmp_path / "accuracies.csv"
+    path.write_text("model,200,400,800,1600\n" + rows)
+    assert refused("--losses", path, "--target", 1e4) == (
+        f"{path}: the losses of {which} rise with the number of samples (the first from {ends}); are they accuracies? "
+        "Give test losses: mean cross-entropy, nats per token. If they are losses, say so: --lower-is-better."
+    )
+    assert command("--losses", path, "--target", 1e4, "--lower-is-better")[0] == 0
+
+
+def test_what_to_know_of_the_losses_is_said(command, tmp_path):
+    path, document, page = tmp_path / "runs.csv", tmp_path / "j.json", tmp_path / "p.html"
+    rows = [("a", 200, 4.2), ("a", 400, 3.97), ("a", 800, 9.87), ("b", 200, 4.1), ("b", 400, 4.0), ("b", 800, 3.9)]
+    lines = [f"{model}-{size},finished,{loss}" for model, size, loss in rows]
+    path.write_text("\n".join(["Name,State,eval_loss", *lines, "b-1600,crashed,1.0"]) + "\n")
+    _, text = command("--losses", path, "--target", 1e4, "--json", document, "--html", page)
+    notes = [
+        "the numbers of samples (200, 400, 800, 1600) are those at the ends of the runs' names",
+        f"{path}, row 8: b at 1600 samples is not counted: crashed",
+        "the loss of a rises from 3.97 at 400 samples to 9.87 at 800: if that run diverged, leave it out or make it "
+        "again",
+    ]
+    assert text.endswith("\n\nMind, of these losses:\n" + "".join(f"  {note}.\n" for note in notes))
+    found = json.loads(document.read_text())
+    assert (found["facts"]["notes"], problems(found)) == (notes, [])
+    assert "if that run diverged, leave it out or make it again</li>" in page.read_text()
+
+
+def test_the_loss_of_a_model_before_training_is_no_run_that_diverged(command, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("model,0,200,400\na,1.5,2.5,2.4\nb,3,2.6,2.3\n")
+    assert "Mind" not in command("--losses", path, "--target", 1e4)[1]
+
+
+def test_options_say_how_runs_are_read(command, refused, tmp_path):
+    path, target = tmp_path / "runs.csv", ("--target", 1e4)
+    lines = [
+        f"word-{i},finished,{model},{size},{10 - i / 10},{10 + i / 10}"
+        for i, (model, size) in enumerate((m, s) for m in "ab" for s in (200, 200, 400))
+    ]
+    path.write_text("\n".join(["Name,State,net,rows,eval_loss,own", *lines]) + "\n")
+    assert "the number at the end of 'word-0' may count runs" in refused("--losses", path, *target)
+    columns = ("--samples-column", "rows", "--model-column", "net")
+    message = "a at 200 samples is also in"
+    assert message in refused("--losses", path, *target, *columns)
+    document = tmp_path / "j.json"
+    for repeats, first in (("mean", 9.95), ("lowest", 9.9)):
+        command("--losses", path, *target, *columns, "--repeats", repeats, "--json", document)
+        found = json.loads(document.read_text())
+        assert found["candidates"][0]["losses"] == pytest.approx([first, 9.8])
+    status, text = command("--losses", path, *target, "--pattern", "{model}-{samples}", "--model-column", "net")
+    assert status == 0
+    assert text.startswith("Fine-tune b")
+    table_of = table(tmp_path)
+    assert "no column of losses (test_loss" in refused("--losses", table_of, *target, "--samples-column", "rows")
+    for option in (("--pattern", "x"), ("--samples-column", "x"), ("--repeats", "mean"), ("--same-step", "first")):
+        assert refused(*target, *option) == f"{option[0]} needs --losses; remove {option[0]}."
+    message = "same_step does not apply to a table of losses; remove it."
+    assert refused("--losses", table_of, *target, "--same-step", "first") == f"{table_of}: {message}"

@@ -79,7 +79,8 @@ def test_cells_that_are_no_losses(table, cell, message):
 def test_accuracies_instead_of_losses(table, rows, ends):
     assert table(HEADER + rows) == (
         f"my.csv: the losses of all 2 models rise with the number of samples (the first from {ends}); are they "
-        "accuracies? Give test losses: mean cross-entropy, nats per token."
+        "accuracies? Give test losses: mean cross-entropy, nats per token. If they are losses, say so: "
+        "--lower-is-better."
     )
 
 
@@ -87,7 +88,7 @@ def test_accuracies_instead_of_losses(table, rows, ends):
 def test_losses_of_models_that_overfit_are_no_mistake(tmp_path, command, rows):
     file = tmp_path / "overfit.csv"
     file.write_text(HEADER + rows)
-    status, text = command("--losses", file, "--target", 10000)
+    status, text = command("--losses", file, "--target", 10000, "--lower-is-better")
     assert status == 0
     assert text.startswith("Fine-tune b")
 
@@ -165,7 +166,7 @@ def test_columns(table, header, message):
         ),
         (
             "model,samples,loss\na,200,3\na,200,4\nb,200,3\n",
-            ", row 3: a at 200 samples is there twice; keep one row (or their mean).",
+            ", row 3: a at 200 samples is there twice; keep one row (or their mean: --repeats mean).",
         ),
         ("model,samples,accuracy\na,200,.3\nb,200,.4\n", f": {NO_SIZES} model, samples, accuracy."),
     ],
@@ -280,24 +281,25 @@ EVALUATED = [{"step": 9, "eval_loss": 2.0}]
         (
             {"first": EVALUATED, "second": EVALUATED},
             "runs_of_mine/first: the name 'first' does not say model and number of samples "
-            f"{NAMES} Rename the run, or say how names are made: pattern='{{model}}-n{{samples}}', say.",
+            f"{NAMES} Rename the run, or say how names are made: pattern='{{model}}-n{{samples}}', say (--pattern; * "
+            "for what is to be left out).",
         ),
         (
-            {"a-200": [{"step": 9, "loss": 2.0}], "b-200": EVALUATED},
-            "runs_of_mine/a-200/trainer_state.json: log_history has no 'eval_loss'. Evaluate while training "
+            {"a-n200": [{"step": 9, "loss": 2.0}], "b-n200": EVALUATED},
+            "runs_of_mine/a-n200/trainer_state.json: log_history has no 'eval_loss'. Evaluate while training "
             "(eval_strategy), or say which metric to take; there are: loss.",
         ),
         (
-            {"a-200": [{"step": 9, "eval_loss": -2.0}], "b-200": EVALUATED},
-            "runs_of_mine/a-200/trainer_state.json: eval_loss is -2; losses are positive (nats per token). Is it the "
+            {"a-n200": [{"step": 9, "eval_loss": -2.0}], "b-n200": EVALUATED},
+            "runs_of_mine/a-n200/trainer_state.json: eval_loss is -2; losses are positive (nats per token). Is it the "
             "right metric?",
         ),
         (
-            {"a-200": "{", "b-200": EVALUATED},
-            "runs_of_mine/a-200/trainer_state.json: not readable as JSON (Expecting property name enclosed in double "
+            {"a-n200": "{", "b-n200": EVALUATED},
+            "runs_of_mine/a-n200/trainer_state.json: not readable as JSON (Expecting property name enclosed in double "
             "quotes: line 1 column 2 (char 1)). Leave this run out or make it again.",
         ),
-        ({"a-200": EVALUATED}, "runs_of_mine: 1 model(s); choosing needs at least two candidates."),
+        ({"a-n200": EVALUATED}, "runs_of_mine: 1 model(s); choosing needs at least two candidates."),
     ],
 )
 def test_runs_of_a_trainer(runs, histories, message):
@@ -305,8 +307,8 @@ def test_runs_of_a_trainer(runs, histories, message):
 
 
 def test_one_run_of_a_trainer(runs):
-    file = "runs_of_mine/a-200/trainer_state.json"
-    assert runs({"a-200": EVALUATED}, file) == (
+    file = "runs_of_mine/a-n200/trainer_state.json"
+    assert runs({"a-n200": EVALUATED}, file) == (
         f"{file}: one run makes no curve. Name the directory that holds the runs of all models, laid out as "
         "MODEL/SAMPLES/trainer_state.json."
     )
@@ -321,10 +323,11 @@ def test_other_directories_and_files(mistake):
     kinds = "a directory without runs.jsonl, trainer_state.json files or an MLflow store."
     assert message("d/notes.txt", "") == f"d: {kinds} Name one with those, or a CSV file of losses."
     assert message("d/runs.jsonl", "{\n{}\n") == "d/runs.jsonl, line 1: not a run record. Remove that line."
-    assert message("chart.csv", "Step,a-200 - eval/loss,a-200 - train/loss\n1,2,3\n") == (
-        "chart.csv: it is not clear which metric is the loss; there are: eval/loss, train/loss. Name one: metric=..."
+    assert message("chart.csv", "Step,a-n200 - eval/loss,a-n200 - train/loss\n1,2,3\n") == (
+        "chart.csv: it is not clear which metric is the loss; there are: eval/loss, train/loss. Name one: metric=... "
+        "(--metric)."
     )
     assert message("runs.csv", "Name,State,eval_loss\nfirst,finished,2\nsecond,finished,3\n") == (
         f"runs.csv, row 2: the name 'first' does not say model and number of samples {NAMES} Rename the run, or say "
-        "how names are made: pattern='{model}-n{samples}', say."
+        "how names are made: pattern='{model}-n{samples}', say (--pattern; * for what is to be left out)."
     )

@@ -284,6 +284,22 @@ def test_intervals_hold_on_curves_drawn_from_the_prior():
     assert 0.85 <= np.mean(inside) <= 0.99
 
 
+def test_an_order_that_the_numbers_beside_it_contradict_is_explained():
+    """Measured up to different sizes: AtS decides, and its part is not in the expected loss."""
+    sizes = 200.0 * 2 ** np.arange(5)
+    losses = np.array([[3.124, 2.959, 2.817, np.nan, np.nan], [3.398, 3.167, 2.949, 2.736, 2.63]])
+    scores = averaged(Curves(("a", "b"), sizes, losses), 1e5)
+    assert scores.best == "b"
+    assert scores.predicted_loss[1] > scores.predicted_loss[0]
+    assert scores.best_probability[1] < scores.best_probability[0]
+    why = "placed before a lower expected loss and a higher P(best): the order is by expected loss with a share of AtS"
+    assert scores.remarks == ("", why)
+    # Where the numbers say the same, there is nothing to explain.
+    plain = averaged(Curves(("a", "b"), sizes, np.where(np.isnan(losses), np.nan, [[2.0], [1.0]] * losses)), 1e5)
+    assert plain.best == "b"
+    assert plain.remarks == ("", "")
+
+
 def test_one_point_is_a_guess_and_none_is_refused():
     table = curves(missing=False).visible(100)
     scores = averaged(table, 1e4)

@@ -385,3 +385,15 @@ def test_a_damaged_archive_is_named(tmp_path):
 def test_no_sample_is_dropped_for_want_of_a_padded_length():
     with pytest.raises(InputError, match="a sample needs 9 tokens, but the longest of the padded lengths is 8"):
         next(batches(encoded([3, 9]), batch_size=2, buckets=(8,), pad_id=0))
+
+
+@pytest.mark.parametrize("word", ["null", "NA", "None", "nan", "N/A"])
+def test_words_that_spreadsheets_read_as_nothing_are_words_in_a_directory_of_csv_files(tmp_path, word):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    lines = [f"question {number},{word if number % 2 else f'answer {number}'}" for number in range(30)]
+    for file in (directory / "train.csv", tmp_path / "one.csv"):
+        file.write_text("\n".join(["q,a", *lines]) + "\n")
+    whole, single = load(directory), load(tmp_path / "one.csv")
+    assert whole.train == single.train
+    assert {example.target.strip() for example in whole.train} >= {word}
