@@ -52,7 +52,7 @@ class KernelDynamics:
     Attributes
     ----------
     eigenvalues : float array (K,), ascending
-        Of the kernel, after clipping.
+        Of the kernel, after clipping; 0 where they are not `resolved`.
     vectors : float array (K, K)
         Their eigenvectors, in columns.
     projections : float array (K,)
@@ -60,6 +60,8 @@ class KernelDynamics:
     shape : tuple of int
         Of the outputs, (N,) or (N, C); K = N C.
     negative : Negative
+    resolved : bool array (K,)
+        Whether an eigenvalue is larger than the rounding of the kernel's entries, see `kernel_dynamics`.
 
     Notes
     -----
@@ -75,6 +77,7 @@ class KernelDynamics:
     projections: jax.Array
     shape: tuple[int, ...]
     negative: Negative
+    resolved: jax.Array
 
     def __repr__(self) -> str:
         known = concrete(self.eigenvalues)
@@ -117,8 +120,9 @@ class KernelDynamics:
         ----------
         t, learning_rate, discrete : as in `residual_norm`
         cross_kernel : float array (M, N), or (M, C, N, C)
-            Kernel between the other examples and the training examples. No inverse is taken: a direction with
-            eigenvalue 0 gives eta t, its limit.
+            Kernel between the other examples and the training examples. No inverse is taken. Directions whose
+            eigenvalue is not resolved move nothing: gradients that cancel on the training examples have no inner
+            product with any other gradient, and what the cross kernel has there is rounding, which eta t multiplies.
 
         Returns
         -------
@@ -127,7 +131,7 @@ class KernelDynamics:
         Raises
         ------
         InputError
-            If the cross kernel does not fit the training examples.
+            If the cross kernel does not fit the training examples, or is not zero where their kernel is.
         """
         cross = jnp.asarray(cross_kernel)
         half = cross.ndim // 2
@@ -135,6 +139,12 @@ class KernelDynamics:
             raise InputError(
                 f"cross_kernel has shape {cross.shape}, but must be (M, ..., {', '.join(map(str, self.shape))}): other "
                 "examples first, training examples last."
+            )
+        known, resolved = concrete(cross), concrete(self.resolved)
+        if known is not None and resolved is not None and known.any() and not resolved.any():
+            raise InputError(
+                "cross_kernel is not zero, but the training examples' kernel is: such gradients have no inner product "
+                "with any other; give both kernels of the same function and parameters."
             )
         rows = cross.reshape(-1, len(self.eigenvalues)) @ self.vectors
         moved = -(self._gain(t, learning_rate, discrete) * self.projections) @ rows.T
@@ -173,15 +183,16 @@ class KernelDynamics:
 
     def _decay(self, t: Time, rate: Any, discrete: bool) -> jax.Array:
         """exp(-eta lam t), or (1 - eta lam)^t."""
-        t = jnp.asarray(t)[..., None]
+        t, lam = jnp.asarray(t)[..., None], jnp.asarray(rate) * self.eigenvalues
+        t = jnp.where(lam == 0, 0, t)  # not 0 times infinity
         if not discrete:
-            return jnp.exp(-jnp.asarray(rate) * self.eigenvalues * t)
-        size, sign = _whole_power(jnp.asarray(rate) * self.eigenvalues, t)
+            return jnp.exp(-lam * t)
+        size, sign = _whole_power(lam, t)
         return sign * jnp.exp(size)
 
     def _gain(self, t: Time, rate: Any, discrete: bool) -> jax.Array:
-        """(1 - decay) / lam, eta t where lam is 0."""
-        t, rate = jnp.asarray(t)[..., None], jnp.asarray(rate)
+        """(1 - decay) / lam, 0 where lam is not resolved."""
+        t, rate = jnp.where(self.resolved, jnp.asarray(t)[..., None], 0), jnp.asarray(rate)
         lam = self.eigenvalues
         # Where lam is tiny, 1 - decay is rounding and its quotient noise: two terms of the series are exact there.
         small = jnp.abs(rate * lam * t) < jnp.sqrt(jnp.finfo(lam.dtype).eps)
@@ -230,12 +241,17 @@ def kernel_dynamics(
     Raises
     ------
     InputError
-        If the kernel is a dict of layers, shapes do not fit, something is not finite, the kernel is not symmetric, or
-        is indefinite with "refuse".
+        If the kernel is a dict of layers or traced, shapes do not fit, something is not finite, the kernel is not
+        symmetric, or is indefinite with "refuse".
 
     Notes
     -----
     The decomposition is made in float64 whatever the caller's precision; the result has the default float dtype.
+
+    An eigenvalue counts as 0 where its size is at most ``2 sqrt(K) eps max |Theta|``, what independent rounding errors
+    of the kernel's entries come to (eps that of the kernel's dtype: give it as it was computed, not cast), or
+    ``K eps lam_max`` of float64, what the decomposition itself does. Repeated examples give such directions. Their
+    residuals stay, and predictions do not move along them.
 
     Examples
     --------
@@ -251,6 +267,11 @@ def kernel_dynamics(
         raise InputError(
             f"kernel is a dict of {len(kernel)} layers, as from ntk(by_layer=...): add them up, "
             "sum(kernel.values()), or choose one."
+        )
+    if any(concrete(a) is None for a in (kernel, outputs, targets)):
+        raise InputError(
+            "kernel_dynamics decomposes numbers, and cannot be compiled or differentiated itself; call it outside of "
+            "jax.jit and jax.grad (what it returns can be differentiated by time and learning rate)."
         )
     theta, start = np.asarray(kernel, np.float64), np.asarray(outputs, np.float64)
     shape = theta.shape[: theta.ndim // 2]
@@ -273,6 +294,11 @@ def kernel_dynamics(
             "different input sets goes to `predict`."
         )
     eigenvalues, vectors = np.linalg.eigh((theta + theta.T) / 2)
+    given = jnp.result_type(kernel)
+    eps = float(jnp.finfo(given).eps) if jnp.issubdtype(given, jnp.floating) else 0.0
+    exact = float(np.finfo(np.float64).eps)
+    resolution = max(2 * np.sqrt(size) * eps * scale, size * exact * np.abs(eigenvalues).max())
+    resolved = np.abs(eigenvalues) > resolution
     projections = vectors.T @ residual.ravel()
     below = eigenvalues < 0
     largest, square = np.abs(eigenvalues).max(), np.sum(projections**2)
@@ -289,8 +315,7 @@ def kernel_dynamics(
             "largest); clip or keep them, or compute the kernel in float64."
         )
     if negative == "clip":
-        eigenvalues = np.maximum(eigenvalues, 0.0)
-    dtype = jnp.result_type(float)
-    return KernelDynamics(
-        jnp.asarray(eigenvalues, dtype), jnp.asarray(vectors, dtype), jnp.asarray(projections, dtype), shape, found
-    )
+        resolved &= eigenvalues > 0
+    eigenvalues = np.where(resolved, eigenvalues, 0.0)
+    values, columns, parts = (jnp.asarray(a, jnp.result_type(float)) for a in (eigenvalues, vectors, projections))
+    return KernelDynamics(values, columns, parts, shape, found, jnp.asarray(resolved))

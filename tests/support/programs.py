@@ -360,7 +360,7 @@ def experts_by_lookup(p, x):
     return total(out * gates.max(-1, keepdims=True))
 
 
-@program({"w": (3, 4, 2)}, w=LIFTED)
+@program({"w": (3, 4, 2)}, w=SHARE)
 def convolution(p, x):
     out = jax.lax.conv_general_dilated(x[None], p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
     return total(jnp.tanh(out))

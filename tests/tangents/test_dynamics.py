@@ -74,8 +74,46 @@ def test_singular_kernels_keep_what_they_cannot_learn():
         solved = elsewhere - cross @ np.linalg.pinv(kernel, rcond=1e-10) @ residual
         np.testing.assert_allclose(dynamics.predict(1e6, cross, elsewhere), solved, rtol=1e-6, atol=1e-6)
         nothing = kernel_dynamics(np.zeros((6, 6)), outputs, targets)
-        np.testing.assert_allclose(nothing.predict(3.0, cross, elsewhere, 0.5), elsewhere - 1.5 * cross @ residual)
+        np.testing.assert_allclose(nothing.predict(3.0, np.zeros_like(cross), elsewhere, 0.5), elsewhere)
+        with pytest.raises(InputError, match="cross_kernel is not zero, but"):
+            nothing.predict(3.0, cross, elsewhere, 0.5)
         assert nothing.largest_stable_rate() == np.inf
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-6])  # added to the weights of the network: repeats that nearly are
+def test_repeated_examples_with_other_labels_in_float32(rate):
+    """Gradient flow in the space of the weights by a singular value decomposition of float64 Jacobians."""
+    rng = np.random.default_rng(0)
+    distinct, other = rng.normal(size=(12, 3)), rng.normal(size=(5, 3))
+    x = np.concatenate([distinct, distinct[:4] * (1 + rate)])
+    w = {"a": rng.normal(size=(3, 64)), "b": rng.normal(size=64) / 8}
+
+    def f(w, one):
+        return jnp.tanh(one @ w["a"]) @ w["b"]
+
+    def jacobian(x):
+        hidden = np.tanh(x @ w["a"])
+        return np.concatenate([np.einsum("ni,nj->nij", x, (1 - hidden**2) * w["b"]).reshape(len(x), -1), hidden], 1)
+
+    narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), w)
+    train, test = jnp.asarray(x, jnp.float32), jnp.asarray(other, jnp.float32)
+    start, elsewhere = np.tanh(x @ w["a"]) @ w["b"], np.tanh(other @ w["a"]) @ w["b"]
+    y = np.sin(x.sum(1))
+    y[12:] = y[:4] + np.array([0.3, -0.2, 0.1, 0.4])
+    left, values, right = np.linalg.svd(jacobian(x), full_matrices=False)
+    kept = values > 1e-4 * values[0]
+    cross = ntk(f, narrow, test, train)
+    dynamics = kernel_dynamics(ntk(f, narrow, train), start, y)
+    assert int(dynamics.resolved.sum()) == 12
+    for t in (1e2, 1e4, 1e7, 1e10, np.inf):
+        gone = -np.expm1(np.where(kept, -0.01 * values**2, 0.0) * (1e300 if t == np.inf else t))
+        moved = (jacobian(other) @ right.T) @ (np.where(kept, gone / values, 0) * (left.T @ (start - y)))
+        np.testing.assert_allclose(dynamics.predict(t, cross, elsewhere, 0.01), elsewhere - moved, atol=1e-4)
+        left_over = start - y - left @ (gone * (left.T @ (start - y)))
+        np.testing.assert_allclose(dynamics.residual(t, 0.01), left_over, atol=1e-4)
+        discrete = dynamics.predict(t, cross, elsewhere, 1e-4, discrete=True)
+        if t > 1e9:
+            np.testing.assert_allclose(discrete, elsewhere - moved, atol=1e-4)
 
 
 def test_a_large_kernel_in_float32():

@@ -17,6 +17,7 @@ from lensjax.errors import InputError
 from lensjax.tangents.curvature.losses import Composed, ModelLoss, opened_loss, with_frozen, without_frozen
 from lensjax.tangents.curvature.quadratic_forms import dot, gauss_newton_forms, hessian_forms
 from lensjax.tangents.language_models import is_model
+from lensjax.tangents.modes import hessian_product, sandwich
 from lensjax.tangents.parameters import ByLayer, Select, abstract, layer_name, leaf_names, selection
 from lensjax.tangents.program.compile_cache import compiled
 
@@ -62,7 +63,7 @@ def hvp(f: Any, params: Any, v: Any = None, *batch: Any) -> Any:
     _check_params(leaf_names(params), jax.tree.leaves(params))
     _check_like(params, v)
     _check_scalar(lambda p: f(p, *batch), params)
-    return jax.jvp(jax.grad(lambda p: f(p, *batch)), (params,), (v,))[1]
+    return hessian_product(lambda p: f(p, *batch), params, v)
 
 
 def gauss_newton_product(
@@ -100,18 +101,9 @@ def gauss_newton_product(
     _check_params(leaf_names(params), jax.tree.leaves(params))
     _check_like(params, v)
     _check_scalar(lambda p: loss(outputs(p, *batch), *batch), params)
-    return _sandwich(lambda p: outputs(p, *batch), lambda z, dz: _jvp_grad(lambda y: loss(y, *batch), z, dz), params)(v)
-
-
-def _jvp_grad(f: Callable[[Any], Any], x: Any, dx: Any) -> Any:
-    return jax.jvp(jax.grad(f), (x,), (dx,))[1]
-
-
-def _sandwich(outputs: Callable[[Any], Any], middle: Callable[[Any, Any], Any], x: Any) -> Callable[[Any], Any]:
-    """Return v -> J^T middle(z, J v), with J the Jacobian and z the value of `outputs` at x."""
-    z, push = jax.linearize(outputs, x)
-    pull = jax.linear_transpose(push, x)
-    return lambda v: pull(middle(z, push(v)))[0]
+    return sandwich(
+        lambda p: outputs(p, *batch), lambda z, dz: hessian_product(lambda y: loss(y, *batch), z, dz), params
+    )(v)
 
 
 def _check_params(names: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -204,9 +196,9 @@ class Facts:
         chosen = self.chosen(params)
         if self.matrix == "hessian":
             loss, weight = self._loss(f, params, batch)
-            return (lambda v: jax.jvp(jax.grad(loss), (chosen,), (v,))[1]), weight
+            return (lambda v: hessian_product(loss, chosen, v)), weight
         outputs, middle, scale, weight = self._parts(f, params, batch)
-        product = _sandwich(outputs, middle, chosen)
+        product = sandwich(outputs, middle, chosen)
         return (lambda v: [(scale * w).astype(w.dtype) for w in product(v)]), weight
 
     def prepare_forms(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], jax.Array], jax.Array]:
@@ -256,7 +248,7 @@ class Facts:
         def middle(z: Any, dz: Any) -> Any:
             if isinstance(f, ModelLoss):
                 return f.head_gauss_newton(batch, z, dz)
-            return _jvp_grad(lambda y: f.loss(y, batch), z, dz)
+            return hessian_product(lambda y: f.loss(y, batch), z, dz)
 
         return outputs, middle, scale, weight
 

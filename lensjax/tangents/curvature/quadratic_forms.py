@@ -168,7 +168,7 @@ class _Walk:
 
     def still(self, x: Any) -> Any:
         """Return an array for a moving parameter, which is differentiated as any other value from then on."""
-        return _moved(self.second)(x.step, x.value, x.direction) if isinstance(x, _Moving) else x
+        return _moved(self.second)(x.step, x.value, x.direction, x.direction) if isinstance(x, _Moving) else x
 
     def _operation(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:
         if operation.kind == "remat":
@@ -230,7 +230,12 @@ class _Walk:
             # What fills up in place of rows that are not there stays where it is.
             filled = dataclasses.replace(operation, params={**operation.params, "fill_value": 0})
             rows, moving = operation.bind(w.value, *operands[1:])[0], filled.bind(w.direction, *operands[1:])[0]
-            return [self.still(_Moving(rows, moving, w.step))]
+            if operation.params["mode"] != jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+                return [self.still(_Moving(rows, moving, w.step))]
+            # Beyond the table JAX takes the nearest row forwards, but nothing goes back to it.
+            dropped = {**filled.params, "mode": jax.lax.GatherScatterMode.FILL_OR_DROP}
+            back = dataclasses.replace(operation, params=dropped).bind(w.direction, *operands[1:])[0]
+            return [_moved(self.second)(w.step, rows, moving, back)]
         return None
 
     def _remat(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:
@@ -266,24 +271,27 @@ def _shares(v: jax.Array, ct: jax.Array, step: jax.Array) -> jax.Array:
     return (jax.vmap(dot)(v, ct) if step.ndim else dot(v, ct)).astype(step.dtype)
 
 
-def _moved(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Return the function (step, w, v) -> w + step * v at step 0, whose tangent is v."""
+def _moved(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Return the function (step, w, v, back) -> w + step * v at step 0: its tangent is v, and `back` v on the way back.
+
+    The two differ where JAX's own rules do.
+    """
 
     @jax.custom_vjp
-    def pair(step: jax.Array, w: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pair(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> tuple[jax.Array, jax.Array]:
         return w, v
 
-    def forward(step: jax.Array, w: jax.Array, v: jax.Array) -> Any:
-        return (w, v), (step, v)
+    def forward(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> Any:
+        return (w, v), (step, back)
 
     def backward(residual: Any, cts: Any) -> Any:
-        step, v = residual
-        return _shares(v, cts[0], step), None, None
+        step, back = residual
+        return _shares(back, cts[0], step), None, None, None
 
     pair.defvjp(forward, backward)
 
     @jax.custom_jvp
-    def moved(step: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+    def moved(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> jax.Array:
         return w
 
     moved.defjvp(lambda primals, tangents: pair(*primals))

@@ -126,7 +126,8 @@ def hessian_trace(
     trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms come
     from one pass each way without the product H v, which costs a third more, and memory is that of the signs, as large
     as the parameters, and of two to three times a gradient's activations. For a function with a backward rule of its
-    own only (`jax.custom_vjp`) the Hessian is multiplied with instead; it has no Gauss-Newton matrix here.
+    own only (`jax.custom_vjp`) the Hessian is multiplied with instead, by two passes backwards where that rule cannot
+    be differentiated forwards (its forward part calls the function itself); so is the Gauss-Newton matrix.
     "hutch++": a third of the products finds the range Q of H applied to random vectors, a third takes the trace on it
     exactly, the rest is spent on random probes of what is left, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
     eigenvalues, fewer than a third of the probes, hold most of the Frobenius norm; on a flat spectrum its error is

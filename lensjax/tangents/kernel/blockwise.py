@@ -74,7 +74,8 @@ def ntk_blocks(
     ------
     InputError
         If `memory` is too small for two examples on a side or the function has no reverse mode, which it needs, both
-        `block` and `memory` are given, or `file` holds another computation's blocks; else as `ntk`.
+        `block` and `memory` are given, it is called under `jax.jit` or `jax.grad`, or `file` holds another
+        computation's blocks; else as `ntk`.
 
     Notes
     -----
@@ -85,7 +86,7 @@ def ntk_blocks(
     model = f
     f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, False, outputs=outputs)
-    method, reason = choose(problem, "auto", params, x1, bounded=memory is not None)
+    method, reason = choose(problem, "auto", params, x1, x2, bounded=memory is not None)
     if block is not None and memory is not None:
         raise InputError(f"block={block} and memory={memory} are two ways to say the same; give one of them.")
     longest = max(problem.rows, problem.columns or 0)
@@ -100,9 +101,15 @@ def ntk_blocks(
     if block < 1:
         raise InputError(f"block={block} must be at least 1 example.")
     reason = f"{reason}; {how}"
-    kernel, report = by_blocks(
-        problem, method, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=block, file=file
-    )
+    try:
+        kernel, report = by_blocks(
+            problem, method, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=block, file=file
+        )
+    except jax.errors.TracerArrayConversionError:
+        raise InputError(
+            "ntk_blocks collects its blocks in NumPy, so that it cannot be compiled or differentiated; under jax.grad, "
+            "jax.jvp or jax.jit call ntk, on as many examples at once as fit."
+        ) from None
     return (kernel, report()) if return_report else kernel
 
 

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents.kernel import reference
+from lensjax.tangents.kernel.ntk import why_not_transformed
 from lensjax.tangents.kernel.problem import Problem, make_problem
 from lensjax.tangents.kernel.transformed import without_function
+from lensjax.tangents.modes import NO_REVERSE_MODE, no_forward_mode
 from lensjax.tangents.parameters import ByLayer, Function, Select, abstract, one_example
 from lensjax.tangents.program.compile_cache import compiled
+from lensjax.tangents.program.reductions import Pairs, Reducer
 
 Method = Literal["auto", "transform", "jacobian", "ntvp"]
 Outputs = Literal["full", "trace", "diagonal"]
@@ -28,12 +31,21 @@ def reverse_mode(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "Reverse-mode differentiation does not work" not in str(error):
+        if not NO_REVERSE_MODE.search(str(error)):
             raise
         raise InputError(
             f"f has a while_loop (or a fori_loop of unknown length), which cannot be differentiated backwards as "
             f"{what} needs it; {remedy}, or use a scan in f."
         ) from None
+    except TypeError as error:
+        if not no_forward_mode(error):
+            raise
+        raise InputError(
+            "f has a backward rule of its own (jax.custom_vjp) which cannot be differentiated forwards, as a "
+            "derivative of its kernel by jax.jvp needs it; differentiate the kernel by jax.grad or jax.jacrev."
+        ) from None
+    except NotImplementedError as error:
+        raise InputError(f"f has an operation that JAX cannot map over examples ({error}); {remedy}.") from error
 
 
 def checked(
@@ -50,13 +62,30 @@ def checked(
     return make_problem(f, params, x1, x2, parameters, by_layer)
 
 
-def choose(problem: Problem, method: Method, params: Any, x1: Any, *, bounded: bool = False) -> tuple[str, str]:
-    """Return the method and why it is the one; with a memory limit that which is bounded, if it works."""
+def choose(
+    problem: Problem,
+    method: Method,
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    bounded: bool = False,
+    reducer: Reducer | None = None,
+) -> tuple[str, str]:
+    """Return the method and why it is the one; with a memory limit that which is bounded, if it works.
+
+    Parameters
+    ----------
+    problem, method, params, x1, x2 : of the computation
+    bounded : whether there is a memory limit
+    reducer : what will be computed, if that is known: its program is then traced for both purposes
+    """
     if method != "auto":
         return method, "asked for"
     shapes = jax.tree.leaves((abstract(params), one_example(x1)))
     key = ("choice", without_function(problem), bounded, *shapes)
-    return compiled(problem.function, key, lambda get: _automatic(problem, params, x1, bounded))
+    reducer = reducer or Pairs(problem.rows, problem.columns, problem.outputs > 1)
+    return compiled(problem.function, key, lambda get: _automatic(problem, params, x1, x2, bounded, reducer))
 
 
 def check_bounded(memory: int, method: str, reason: str, remedy: str) -> None:
@@ -65,27 +94,32 @@ def check_bounded(memory: int, method: str, reason: str, remedy: str) -> None:
         raise InputError(f"memory={memory} bounds method='transform', but here it is {method!r} ({reason}); {remedy}.")
 
 
-def _automatic(problem: Problem, params: Any, x1: Any, bounded: bool) -> tuple[str, str]:
+def _automatic(problem: Problem, params: Any, x1: Any, x2: Any, bounded: bool, reducer: Reducer) -> tuple[str, str]:
     count = sum(leaf.size for leaf in problem.chosen(params))
     if count < problem.outputs and not bounded:
         return "jacobian", f"{count} parameters are fewer than {problem.outputs} outputs of an example"
     if not reference.has_reverse_mode(problem, params, x1):
         return "jacobian", "a while_loop has no reverse mode; forward mode, one pass for each parameter"
+    if why := why_not_transformed(problem, reducer, params, x1, x2):
+        return "jacobian", f"f cannot be transformed, {why}"
     return "transform", "exact in one backward pass"
 
 
-def _by_oracle(problem: Problem, method: str, crossed: bool, params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+def _by_oracle(
+    problem: Problem, method: str, reducer: Reducer, params: Any, x1: Any, x2: Any, key: Any = None
+) -> dict[int, jax.Array]:
     static = without_function(problem)
 
     def make(get: Callable[[], Function]) -> Any:
-        def run(params: Any, x1: Any, x2: Any) -> dict[int, jax.Array]:
+        def run(params: Any, x1: Any, x2: Any, key: Any) -> dict[int, jax.Array]:
             own = dataclasses.replace(static, function=get())
-            contract = reference.by_jacobian if method == "jacobian" else reference.by_products
-            return contract(own, params, x1, x2, crossed)
+            if method == "jacobian":
+                return reference.by_jacobian(own, params, x1, x2, reducer, key)
+            return reference.by_products(own, params, x1, x2, reducer.crossed)
 
         return jax.jit(run)
 
-    return compiled(problem.function, (static, method, crossed), make)(params, x1, x2)
+    return compiled(problem.function, (static, method, reducer), make)(params, x1, x2, key)
 
 
 def _shaped(blocks: dict[int, jax.Array], layer: int, problem: Problem, outputs: str, crossed: bool) -> jax.Array:

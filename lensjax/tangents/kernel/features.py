@@ -11,8 +11,7 @@ import numpy as np
 
 from lensjax.errors import InputError
 from lensjax.tangents.kernel.compute import checked, reverse_mode
-from lensjax.tangents.kernel.ntk import ntk
-from lensjax.tangents.kernel.transformed import transformed
+from lensjax.tangents.kernel.ntk import ntk, reduced
 from lensjax.tangents.language_models import opened
 from lensjax.tangents.parameters import Select
 from lensjax.tangents.program.reductions import Features
@@ -95,7 +94,7 @@ def ntk_features(
         places = np.minimum(np.arange(start, start + size), problem.rows - 1)
         own = jax.tree.map(lambda a, places=places: a[places], x)
         with reverse_mode("ntk_features", "take blocks of ntk(f, ..., method='jacobian')"):
-            features = transformed(part, reducer, params, own, None, key).get(0)
+            features = reduced(part, reducer, params, own, key).get(0)
         if features is None:
             features = jnp.zeros(reducer.shape(problem.outputs))
         pieces.append(jnp.swapaxes(features, 0, 1)[: problem.rows - start])

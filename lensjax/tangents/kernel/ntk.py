@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,14 @@ from lensjax.tangents.kernel.compute import (
     reverse_mode,
 )
 from lensjax.tangents.kernel.memory_limit import is_crossed, within
+from lensjax.tangents.kernel.problem import Problem
 from lensjax.tangents.kernel.report import NtkReport, report_of
-from lensjax.tangents.kernel.transformed import transformed
+from lensjax.tangents.kernel.transformed import program, transformed, without_function
 from lensjax.tangents.language_models import opened
-from lensjax.tangents.parameters import ByLayer, Select
-from lensjax.tangents.program.reductions import Norms, Pairs
+from lensjax.tangents.modes import NO_REVERSE_MODE
+from lensjax.tangents.parameters import ByLayer, Function, Select, abstract
+from lensjax.tangents.program.compile_cache import compiled
+from lensjax.tangents.program.reductions import Norms, Pairs, Reducer
 
 
 def ntk(
@@ -59,8 +63,8 @@ def ntk(
     method : {"auto", "transform", "jacobian", "ntvp"}
         "transform": one backward pass by program transformation, see Notes. "jacobian": per-example gradients of all
         parameters exist at once. "ntvp": kernel-vector products, N * C of them. "auto" takes the first that works,
-        and the second where an example has more outputs than there are parameters, but not with `memory`, or where
-        reverse mode does not exist (`while_loop`); the report says which and why.
+        and the second where an example has more outputs than there are parameters, but not with `memory`, where
+        reverse mode does not exist (`while_loop`), or where f cannot be transformed; the report says which and why.
     parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
         Which parameters count; default all floating-point ones. The others are constants. Each pattern must match.
     by_layer : bool, "parameter", or callable path -> layer name
@@ -93,9 +97,11 @@ def ntk(
 
     Notes
     -----
-    The kernel is exact. Weights that are applied once have their share taken in passing; weights with several uses
-    keep their inputs and cotangents; whatever else is done to a parameter has its per-example gradients made, for
-    that parameter only. The report names those.
+    The kernel is exact, and can be differentiated with respect to parameters and examples by `jax.grad` and `jax.jvp`
+    whatever the method, as far as f itself has second derivatives. Indices beyond a table count as in JAX's gradient of
+    the lookup; "ntvp" multiplies by JAX's derivative forwards, too, which is another one there. Weights that are
+    applied once have their share taken in passing; weights with several uses keep their inputs and cotangents; whatever
+    else is done to a parameter has its per-example gradients made, for that parameter only. The report names those.
 
     Compiled once for each `f` object and shapes. As with `jax.jit`, what `f` holds beside its arguments is read then:
     what changes between calls belongs to `params` or the examples. A bound method counts as the same object as long as
@@ -116,8 +122,9 @@ def ntk(
     model = f
     f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
-    chosen, reason = choose(problem, method, params, x1, bounded=memory is not None)
     crossed = is_crossed(problem, outputs)
+    reducer = Pairs(problem.rows, problem.columns, crossed)
+    chosen, reason = choose(problem, method, params, x1, x2, bounded=memory is not None, reducer=reducer)
     if memory is not None:
         check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
         with reverse_mode(f"memory={memory}", "leave it out, and choose method='auto' or 'jacobian'"):
@@ -139,9 +146,9 @@ def ntk(
             return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
     with reverse_mode(f"method={method!r}", "choose method='auto' or 'jacobian'"):
         if chosen == "transform":
-            blocks = transformed(problem, Pairs(problem.rows, problem.columns, crossed), params, x1, x2)
+            blocks = transformed(problem, reducer, params, x1, x2)
         else:
-            blocks = _by_oracle(problem, chosen, crossed, params, x1, x2)
+            blocks = _by_oracle(problem, chosen, reducer, params, x1, x2)
     result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
     kernel = result if by_layer else result[""]
     if not return_report:
@@ -176,7 +183,7 @@ def explain(
     """
     f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, False, method=method)
-    return report_of(problem, *choose(problem, method, params, x1), params, x1)
+    return report_of(problem, *choose(problem, method, params, x1, x2), params, x1)
 
 
 def gradient_norms(
@@ -200,9 +207,37 @@ def gradient_norms(
     f, params, x = opened(f, output, params, x)
     problem = checked(f, params, x, None, parameters, by_layer)
     with reverse_mode("gradient_norms", "take the root of the diagonal of ntk(f, ..., method='jacobian')"):
-        squares = transformed(problem, Norms(problem.rows), params, x, None)
+        squares = reduced(problem, Norms(problem.rows), params, x)
     result = {}
     for layer, name in enumerate(problem.layer_names):
         norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T
         result[name] = norms[:, 0] if problem.scalar else norms
     return result if by_layer else result[""]
+
+
+def reduced(problem: Problem, reducer: Reducer, params: Any, x: Any, key: Any = None) -> dict[int, jax.Array]:
+    """Return what a reducer makes of each layer, by program transformation where that works, else from Jacobians."""
+    if why_not_transformed(problem, reducer, params, x, None, key):
+        return _by_oracle(problem, "jacobian", reducer, params, x, None, key)
+    return transformed(problem, reducer, params, x, None, key)
+
+
+def why_not_transformed(
+    problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any = None, key: Any = None
+) -> str:
+    """Return why a function's program cannot be transformed, "" if it can; raises only where it has no reverse mode.
+
+    The trace that shows it is the one that is compiled afterwards.
+    """
+    given = abstract((params, x1, x2, key))
+
+    def check(get: Callable[[], Function]) -> str:
+        try:
+            program(problem, reducer).eval_shape(*given)
+        except Exception as error:  # whatever it is: there is another way, which says more if f itself is at fault
+            if isinstance(error, ValueError) and NO_REVERSE_MODE.search(str(error)):
+                raise
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return ""
+
+    return compiled(problem.function, ("why not", without_function(problem), reducer, *jax.tree.leaves(given)), check)

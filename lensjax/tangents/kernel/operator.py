@@ -12,7 +12,26 @@ from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents.kernel.problem import Problem, make_problem
 from lensjax.tangents.language_models import opened
+from lensjax.tangents.modes import pushed
 from lensjax.tangents.parameters import Select, abstract, one_example
+
+
+def _jacobians(problem: Problem, params: Any, x: Any, reverse: bool) -> list[jax.Array]:
+    """Return the Jacobian (B, C, ...) of each parameter that counts."""
+    chosen = problem.chosen(params)
+    differentiate = jax.jacrev if reverse else jax.jacfwd
+
+    def of_one(example: Any) -> list[jax.Array]:
+        return differentiate(lambda chosen: problem.flat(params, chosen, example))(chosen)
+
+    def one_by_one(example: Any) -> list[jax.Array]:
+        y, pull = jax.vjp(lambda chosen: problem.flat(params, chosen, example), chosen)
+        return jax.lax.map(lambda seed: pull(seed)[0], jnp.eye(problem.outputs, dtype=y.dtype))
+
+    try:
+        return jax.vmap(of_one)(x)
+    except NotImplementedError:  # some operations of JAX have no rule for a further axis (`ragged_dot`)
+        return jax.lax.map(one_by_one, x)
 
 
 class NtkOperator:
@@ -85,8 +104,8 @@ class NtkOperator:
             (own,) = pull(batch[1].reshape(y.shape).astype(y.dtype))
             return [a + b.astype(a.dtype) for a, b in zip(total, own, strict=True)], None
 
-        def pushed(places: jax.Array) -> jax.Array:
-            return jax.jvp(over(jax.tree.map(lambda a: a[places], x1)), (chosen,), (direction,))[1]
+        def pushed_part(places: jax.Array) -> jax.Array:
+            return pushed(over(jax.tree.map(lambda a: a[places], x1)), chosen, direction)
 
         columns = self._batches(len(v))
         # The last batch is filled up with copies of the last example, which count nothing.
@@ -97,7 +116,7 @@ class NtkOperator:
         if self._layer is not None:
             direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
         count = self.shape[len(self.shape) // 2] if transposed else self.shape[0]
-        out = jax.lax.map(pushed, self._batches(count))
+        out = jax.lax.map(pushed_part, self._batches(count))
         out = out.reshape(-1, out.shape[-1])[:count]
         return out[:, 0] if problem.scalar else out
 

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lensjax.tangents.kernel.operator import NtkOperator
+from lensjax.tangents.kernel.operator import NtkOperator, _jacobians
 from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.modes import NO_REVERSE_MODE
 from lensjax.tangents.parameters import abstract, one_example
-from lensjax.tangents.program.reductions import Pairs
+from lensjax.tangents.program.contributions import of_lift
+from lensjax.tangents.program.reductions import Reducer
 
 
 def has_reverse_mode(problem: Problem, params: Any, x1: Any) -> bool:
@@ -23,25 +25,24 @@ def has_reverse_mode(problem: Problem, params: Any, x1: Any) -> bool:
     try:
         jax.eval_shape(pull, abstract(params), one_example(x1))
     except ValueError as error:
-        if "Reverse-mode differentiation does not work" not in str(error):
+        if not NO_REVERSE_MODE.search(str(error)):
             raise
         return False
     return True
 
 
-def by_jacobian(problem: Problem, params: Any, x1: Any, x2: Any, crossed: bool) -> dict[int, jax.Array]:
-    """Return each layer's kernel from per-example Jacobians of all its parameters."""
-    reducer = Pairs(problem.rows, problem.columns, crossed)
+def by_jacobian(
+    problem: Problem, params: Any, x1: Any, x2: Any, reducer: Reducer, key: jax.Array | None = None
+) -> dict[int, jax.Array]:
+    """Return what a reducer makes of each layer, from per-example Jacobians of all its parameters."""
     x = x1 if x2 is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x1, x2)
-
-    def of_chosen(chosen: list[jax.Array], example: Any) -> jax.Array:
-        return problem.flat(params, chosen, example)
-
-    differentiate = jax.jacrev if has_reverse_mode(problem, params, x1) else jax.jacfwd
-    jacobians = jax.vmap(differentiate(of_chosen), in_axes=(None, 0))(problem.chosen(params), x)
     result: dict[int, jax.Array] = {}
-    for layer, jacobian in zip((n for n in problem.layers if n is not None), jacobians, strict=True):
-        share = reducer(jacobian.reshape(reducer.examples, problem.outputs, -1))
+    jacobians = _jacobians(problem, params, x, has_reverse_mode(problem, params, x1))
+    for place, (layer, jacobian) in enumerate(
+        zip((n for n in problem.layers if n is not None), jacobians, strict=True)
+    ):
+        own = None if key is None else jax.random.fold_in(key, place)
+        share = of_lift(jacobian.reshape(reducer.examples, problem.outputs, -1), reducer, own)
         result[layer] = result[layer] + share if layer in result else share
     return result
 

@@ -39,6 +39,9 @@ OUTER_BYTES = 2**25
 """Memory for the rows that looked-up cotangents are added to at once, for the factors of products there, and for
 factors spread over features."""
 
+PATCH_BYTES = 2**28
+"""Memory for the patches of a convolution's inputs at once; beyond it, gradients are made some examples at a time."""
+
 SCATTERED, MULTIPLIED, TRANSFORMED = 0.7, 0.01, 2.5
 """What sketches take, in nanoseconds: to add an entry, to multiply for a token of one, and for a token's feature to be
 Fourier transformed (CPU)."""
@@ -82,6 +85,25 @@ def of_dot(
     zero = jnp.zeros(reducer.shape(right.shape[1]), accumulator(left, right))
     heads = (jnp.moveaxis(left, 1, 0), jnp.moveaxis(right, 2, 0), jnp.arange(left.shape[1]))
     return jax.lax.scan(step, zero, heads)[0]
+
+
+def of_conv(
+    canonical: Canonical, x: jax.Array, cotangents: jax.Array, reducer: Reducer, key: jax.Array | None
+) -> jax.Array:
+    """Return the share of a convolution's kernel; `x` (B, ...) its input, `cotangents` (B, C, ...)."""
+    groups = canonical.use.operation.params["feature_group_count"]
+    left = jax.eval_shape(canonical.inputs, x)
+    if groups == 1 and (isinstance(reducer, Features) or left.size * left.dtype.itemsize <= PATCH_BYTES):
+        right = jax.vmap(canonical.cotangents, 1, 1)(cotangents)
+        return of_factors(canonical.inputs(x)[:, 0], right[:, :, 0], canonical.inputs_first, reducer, key)
+
+    def gradient(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own, ct = canonical.inputs(one[0][None])[0], canonical.cotangents(one[1])
+        dtype = accumulator(own, ct)
+        return jnp.einsum("gtd,cgte->cgde", own, ct, precision=EXACT, preferred_element_type=dtype)
+
+    together = max(1, PATCH_BYTES * len(x) // (left.size * left.dtype.itemsize))
+    return of_lift(jax.lax.map(gradient, (x, cotangents), batch_size=min(together, len(x))), reducer, key)
 
 
 def of_factors(

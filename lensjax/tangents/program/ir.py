@@ -80,6 +80,8 @@ class Operation:
 
     def bind(self, *args: Any) -> list[Any]:
         """Apply the equation to values for all its inputs."""
+        # A rule for derivatives may index its operands by tracers, which a closed-over NumPy array does not take.
+        args = tuple(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in args)
         if self.kind == "head":
             return list(jaxpr_as_fun(self.params["jaxpr"])(*args))
         # For primitives with functions among their parameters (custom derivatives), these come first.

@@ -1,7 +1,8 @@
 """The operations in which a parameter meets the examples and whose factors give its per-example gradients.
 
-For a product, example b's gradient is `left[b].T @ right[b]`: inputs times cotangents over the tokens. For a row
-lookup the left factor is a one-hot, for the fused head softmax minus one-hot; neither is ever made whole.
+For a product, and a convolution as one with patches of its input, example b's gradient is `left[b].T @ right[b]`:
+inputs times cotangents over the tokens. For a row lookup the left factor is a one-hot, for the fused head softmax minus
+one-hot; neither is ever made whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.extend.core import primitives as jp
 from lensjax_kernels.cross_entropy_gram import head_losses
 from lensjax_kernels.gram import accumulator
 
+from lensjax.tangents import convolutions
 from lensjax.tangents.program import ir
 
 KEPT_LOGITS = 2**27
@@ -31,7 +33,7 @@ class Use:
     ----------
     operation : ir.Operation
     which : index of the operand that is the parameter
-    kind : {"dot", "rows", "head"}
+    kind : {"dot", "conv", "rows", "head"}
     """
 
     operation: ir.Operation
@@ -46,6 +48,8 @@ class Use:
     def tokens(self) -> int:
         """Return how many vectors of one example the parameter is applied to."""
         out, shape = self.operation.outputs[0].aval.shape, self.shape
+        if self.kind == "conv":
+            return convolutions.tokens(self.operation.params, out)
         if self.kind == "dot":
             contracting, batch = self.operation.params["dimension_numbers"]
             used = (*contracting[self.which], *batch[self.which])
@@ -65,7 +69,7 @@ class Use:
         return self.apply(w, x), (x,)
 
     def apply(self, w: jax.Array, x: jax.Array) -> jax.Array:
-        """Apply a "dot" or a "rows" to operands (B, ...)."""
+        """Apply any other than a "head" to operands (B, ...)."""
 
         def one(x: jax.Array) -> jax.Array:
             args = (x, w) if self.which == 1 else (w, x)
@@ -83,7 +87,7 @@ class Canonical:
     use : Use
     inputs_first : bool
         Whether the inputs are the factor of the gradient's rows and the cotangents that of its columns.
-    contracted, free : for "dot", positions among the parameter's contracted and free axes, in the node's order
+    contracted, free : for "dot" and "conv", positions among the parameter's contracted and free axes, as the node's are
     """
 
     use: Use
@@ -92,7 +96,12 @@ class Canonical:
     free: tuple[int, ...] = ()
 
     def inputs(self, x: jax.Array) -> jax.Array:
-        """Return the input factor (B, H, T, d) of a "dot" for its other operand (B, ...); H: batch axes."""
+        """Return the input factor (B, H, T, d) of a "dot" or "conv" for its other operand (B, ...); H: batch axes."""
+        if self.use.kind == "conv":
+            operation = self.use.operation
+            x = convolutions.patches(operation.params, x, self.use.shape, operation.outputs[0].aval.shape)
+            x = jnp.transpose(x, (0, 1, 2, *(3 + i for i in self.contracted)))
+            return x.reshape(*x.shape[:3], math.prod(x.shape[3:]))
         contracting, batch = self._dimensions(1 - self.use.which)
         free = [i for i in range(x.ndim - 1) if i not in contracting and i not in batch]
         order = [*batch, *free, *(contracting[i] for i in self.contracted)]
@@ -101,9 +110,11 @@ class Canonical:
         return x.reshape(x.shape[0], math.prod(sizes[:nb]), math.prod(sizes[nb : nb + nf]), math.prod(sizes[nb + nf :]))
 
     def cotangents(self, ct: jax.Array) -> jax.Array:
-        """Return the cotangent factor (B, H, T, e) of a "dot", (B, T, e) of a "rows", (B, T) of a "head"."""
+        """Return the cotangent factor (B, H, T, e) of a "dot" or "conv", (B, T, e) of a "rows", (B, T) of a "head"."""
         if self.use.kind == "head":
             return ct
+        if self.use.kind == "conv":
+            return convolutions.places_last(self.use.operation.params, ct)
         if self.use.kind == "rows":
             offset = self.use.operation.params["dimension_numbers"].offset_dims
             tokens = [i for i in range(ct.ndim - 1) if i not in offset]
@@ -121,17 +132,23 @@ class Canonical:
         )
 
     def ids(self, indices: jax.Array) -> jax.Array:
-        """Return which row (B, T) each token of a "rows" looked up; -1 where it looked up none."""
-        height, ids = self.use.shape[0], indices[..., 0].reshape(indices.shape[0], -1)
-        if self.use.operation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-            return jnp.where((ids >= 0) & (ids < height), ids, -1)
-        return jnp.clip(ids, 0, height - 1)
+        """Return to which row (B, T) the gradient of each token of a "rows" goes; -1 where it goes to none.
+
+        Indices beyond the table: forwards JAX takes the nearest row, but for some modes of a lookup nothing goes back.
+        """
+        height, places = self.use.shape[0], indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+        ids = places[..., 0].reshape(indices.shape[0], -1)
+        if self.use.operation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            return jnp.clip(ids, 0, height - 1)
+        # Along other axes, of which the slice takes all, every index but 0 is beyond the table too.
+        others = (places[..., 1:] == 0).all(-1).reshape(ids.shape)
+        return jnp.where((ids >= 0) & (ids < height) & others, ids, -1)
 
     def height(self) -> int:
         """Return how many rows the gradient has."""
-        if self.use.kind != "dot":
+        if self.use.kind in ("rows", "head"):
             return self.use.shape[0]
-        mine, batch = self._dimensions(self.use.which)
+        mine, batch = _axes(self.use)
         axes = mine if self.inputs_first else [i for i in range(len(self.use.shape)) if i not in (*mine, *batch)]
         return math.prod(self.use.shape[i] for i in axes)
 
@@ -147,14 +164,15 @@ def use_of(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], 
         return Use(operation, which, "head") if which == 1 and is_batched(others[0]) else None
     if operation.primitive is jp.dot_general_p and is_batched(others[0]):
         return Use(operation, which, "dot")
+    if operation.primitive is jp.conv_general_dilated_p and which == 1 and is_batched(others[0]):
+        plain = operation.params["batch_group_count"] == 1 and not ir.is_complex(operation.outputs[0])
+        # An output without places has no patches either.
+        return Use(operation, which, "conv") if plain and operation.outputs[0].aval.size else None
     if operation.primitive is jp.gather_p and which == 0:
         numbers, shape = operation.params["dimension_numbers"], operation.inputs[0].aval.shape
-        # An index along another axis, of which the slice takes all, can only be 0 unless it is checked for the bounds.
-        checked = operation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
         by_row = (
             numbers.collapsed_slice_dims in ((), (0,))
             and numbers.start_index_map[:1] == (0,)
-            and (len(numbers.start_index_map) == 1 or not checked)
             and not numbers.operand_batching_dims
             and tuple(operation.params["slice_sizes"]) == (1, *shape[1:])
         )
@@ -176,11 +194,10 @@ def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canoni
     -------
     Canonical, or None if the factors do not split the node's axes there.
     """
-    if use.kind != "dot":
+    if use.kind in ("rows", "head"):
         fits = rows in (None, 1) and permutation == tuple(range(len(permutation)))
         return Canonical(use, True) if fits else None
-    contracting, batch = use.operation.params["dimension_numbers"]
-    mine, batch_axes = contracting[use.which], batch[use.which]
+    mine, batch_axes = _axes(use)
     free = [i for i in range(len(use.shape)) if i not in mine and i not in batch_axes]
     by_node = sorted(range(len(mine)), key=lambda i: permutation[mine[i]])
     free_by_node = sorted(range(len(free)), key=lambda i: permutation[free[i]])
@@ -192,6 +209,15 @@ def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canoni
             return None
         inputs_first = contracted_axes == list(range(rows))
     return Canonical(use, inputs_first, tuple(by_node), tuple(free_by_node))
+
+
+def _axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the axes of the parameter of a "dot" or "conv" that are contracted, and those that go along as a batch."""
+    if use.kind == "dot":
+        contracting, batch = use.operation.params["dimension_numbers"]
+        return contracting[use.which], batch[use.which]
+    contracted, out = convolutions.kernel_axes(use.operation.params)
+    return contracted, (out,) if use.operation.params["feature_group_count"] > 1 else ()
 
 
 def rest_of(use: Use, operands: list[Any]) -> tuple[Any, ...]:

@@ -87,7 +87,7 @@ def by_tokens(uses: Sequence[Use], in_loops: bool, tokens: Sequence[int], output
         return False
     if "head" in kinds and (dense > 1 or in_loops):
         return False
-    if "dot" in kinds and outputs > 1:
+    if ("dot" in kinds or "conv" in kinds) and outputs > 1:
         return False
     looked_up = sum(n for n, kind in zip(tokens, kinds, strict=True) if kind == "rows")
     others = sum(tokens) - looked_up
@@ -123,7 +123,7 @@ def of_group(
     added: list[jax.Array] = []
     for canonical, residual, ct in zip(canonicals, saved, cotangents, strict=True):
         right = _merge(jax.vmap(jax.vmap(canonical.cotangents, 1, 1), 2, 2)(ct), canonical)
-        if canonical.use.kind == "dot":
+        if canonical.use.kind in ("dot", "conv"):
             left = jax.vmap(canonical.inputs, 1, 1)(residual[0])[:, :, 0]
             left = left.reshape(left.shape[0], -1, left.shape[-1])
             dots.append(_Dense(left, right, canonical.inputs_first))
@@ -156,7 +156,7 @@ def of_group(
 
 def _merge(right: jax.Array, canonical: Canonical) -> jax.Array:
     """Join loops and tokens of cotangent factors: (B, C, L, [H = 1], T, ...) -> (B, C, L * T, ...)."""
-    if canonical.use.kind == "dot":
+    if canonical.use.kind in ("dot", "conv"):
         right = right[:, :, :, 0]
     return right.reshape(*right.shape[:2], -1, *right.shape[4:])
 

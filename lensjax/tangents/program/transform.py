@@ -290,12 +290,16 @@ class Transform:
         reducer = self.reducer
         share = self._over_outputs(lambda ct, key: (None, contributions.of_lift(ct, reducer, _wrap(key))))
 
-        @jax.custom_vjp
-        def lift(slot: jax.Array, w: jax.Array, key: Any) -> jax.Array:
+        def copies(w: jax.Array) -> jax.Array:
             return jnp.broadcast_to(w, (reducer.examples, *w.shape))
 
+        @jax.custom_vjp
+        def lift(slot: jax.Array, w: jax.Array, key: Any) -> jax.Array:
+            return copies(w)
+
         def forward(slot: jax.Array, w: jax.Array, key: Any) -> Any:
-            return lift(slot, w, key), (slot, key)
+            # Not by `lift`, whose rule has no gradient for w: the kernel itself is differentiated through here.
+            return copies(w), (slot, key)
 
         def backward(residual: Any, ct: jax.Array) -> Any:
             slot, key = residual
@@ -330,6 +334,8 @@ class Transform:
                 right = jax.vmap(canonical.cotangents, 1, 1)(ct)
                 ids = canonical.ids(saved[0])
                 return None, contributions.of_rows(ids, right, use.shape[0], shared_ids, reducer, key)
+            if use.kind == "conv":
+                return None, contributions.of_conv(canonical, saved[0], ct, reducer, key)
             return None, contributions.of_dot(canonical, saved[0], ct, reducer, key)
 
         pull_all = self._over_outputs(pull)
@@ -350,9 +356,9 @@ class Transform:
                 share = share.astype(slot.dtype)
             elif use.kind == "head":
                 pulled = contributions.of_head(saved, w, ct[:, None], None, None)[0][:, 0]
-            if use.kind == "dot":
+            if use.kind in ("dot", "conv"):
                 (pulled,) = jax.vjp(lambda x: use.apply(w, x), rest[0])[1](ct)
-            into_rest = (pulled,) if use.kind == "dot" else (None,) if use.kind == "rows" else (pulled, None)
+            into_rest = {"rows": (None,), "head": (pulled, None)}.get(use.kind, (pulled,))
             return share, None if tap is None else ct, None, None, into_rest
 
         call.defvjp(forward, backward)
