@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.interchange.evaluations import Evaluations, curves_of_runs, evaluation
 from lensjax.losses.curves import Curves
+from lensjax.losses.evaluations import Evaluations, curves_of_runs, evaluation
 from lensjax.losses.points import Repeats, SameStep, Which, check_metric, named, number_of, short
 
 TRAINER_STATE = "trainer_state.json"

@@ -12,8 +12,8 @@ import numpy as np
 
 from lensjax._messages import ungrouped
 from lensjax.errors import InputError
-from lensjax.interchange.names import PATTERNS, REMEDY, doubt, expression_of, worded
 from lensjax.losses.curves import Curves
+from lensjax.losses.names import PATTERNS, REMEDY, doubt, expression_of, worded
 
 Repeats = Literal["refuse", "mean", "lowest"]
 Which = Literal["lowest", "last"]

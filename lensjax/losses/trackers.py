@@ -13,11 +13,11 @@ from pathlib import Path
 from lensjax._messages import nearby
 from lensjax._textfiles import decode
 from lensjax.errors import InputError
-from lensjax.interchange.evaluations import FINISHED, Evaluations, curves_of_runs, evaluation
-from lensjax.interchange.names import PATTERNS, expression_of, worded
-from lensjax.interchange.stores import Run, is_database, read_database, read_files
 from lensjax.losses.curves import Curves
+from lensjax.losses.evaluations import FINISHED, Evaluations, curves_of_runs, evaluation
+from lensjax.losses.names import PATTERNS, expression_of, worded
 from lensjax.losses.points import Repeats, SameStep, Which, check_metric, listed, named, number_of, short, size_of
+from lensjax.losses.stores import Run, is_database, read_database, read_files
 
 MODELS = ("model", "model_name", "model_name_or_path", "_name_or_path", "base_model", "base_model_name_or_path")
 SAMPLES = ("samples", "train_samples", "max_train_samples", "num_train_samples", "n_samples", "n_train", "train_size")

@@ -13,8 +13,8 @@ import numpy as np
 from lensjax import losses
 from lensjax.data import TABLES
 from lensjax.errors import InputError
-from lensjax.interchange.stores import is_database
 from lensjax.losses.curves import Curves
+from lensjax.losses.stores import is_database
 from lensjax.metrics import training_flops
 from lensjax.selection import Selection
 from lensjax.selectors import DEFAULT, GAMMA, METHODS, TAU, Scores, Selector, get_selector

@@ -16,8 +16,8 @@ from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents.curvature.losses import Composed, ModelLoss, opened_loss, with_frozen, without_frozen
 from lensjax.tangents.curvature.quadratic_forms import dot, gauss_newton_forms, hessian_forms
+from lensjax.tangents.differentiation import hessian_product, sandwich
 from lensjax.tangents.language_models import is_model
-from lensjax.tangents.modes import hessian_product, sandwich
 from lensjax.tangents.parameters import ByLayer, Select, abstract, layer_name, leaf_names, selection
 from lensjax.tangents.program.compile_cache import compiled
 

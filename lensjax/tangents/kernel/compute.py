@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
+from lensjax.tangents.differentiation import NO_REVERSE_MODE, no_forward_mode
 from lensjax.tangents.kernel import reference
 from lensjax.tangents.kernel.ntk import why_not_transformed
 from lensjax.tangents.kernel.problem import Problem, make_problem
 from lensjax.tangents.kernel.transformed import without_function
-from lensjax.tangents.modes import NO_REVERSE_MODE, no_forward_mode
 from lensjax.tangents.parameters import ByLayer, Function, Select, abstract, one_example
 from lensjax.tangents.program.compile_cache import compiled
 from lensjax.tangents.program.reductions import Pairs, Reducer

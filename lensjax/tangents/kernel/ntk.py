@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lensjax.errors import InputError
+from lensjax.tangents.differentiation import NO_REVERSE_MODE
 from lensjax.tangents.kernel.compute import (
     Method,
     Outputs,
@@ -25,7 +26,6 @@ from lensjax.tangents.kernel.problem import Problem
 from lensjax.tangents.kernel.report import NtkReport, report_of
 from lensjax.tangents.kernel.transformed import program, transformed, without_function
 from lensjax.tangents.language_models import opened
-from lensjax.tangents.modes import NO_REVERSE_MODE
 from lensjax.tangents.parameters import ByLayer, Function, Select, abstract
 from lensjax.tangents.program.compile_cache import compiled
 from lensjax.tangents.program.reductions import Norms, Pairs, Reducer

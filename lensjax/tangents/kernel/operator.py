@@ -10,9 +10,9 @@ from lensjax_kernels.gram import pad_axis
 
 from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
+from lensjax.tangents.differentiation import pushed
 from lensjax.tangents.kernel.problem import Problem, make_problem
 from lensjax.tangents.language_models import opened
-from lensjax.tangents.modes import pushed
 from lensjax.tangents.parameters import Select, abstract, one_example
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lensjax.tangents.differentiation import NO_REVERSE_MODE
 from lensjax.tangents.kernel.operator import NtkOperator, _jacobians
 from lensjax.tangents.kernel.problem import Problem
-from lensjax.tangents.modes import NO_REVERSE_MODE
 from lensjax.tangents.parameters import abstract, one_example
 from lensjax.tangents.program.contributions import of_lift
 from lensjax.tangents.program.reductions import Reducer

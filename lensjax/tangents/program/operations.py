@@ -18,8 +18,7 @@ from jax.extend.core import primitives as jp
 from lensjax_kernels.cross_entropy_gram import head_losses
 from lensjax_kernels.gram import accumulator
 
-from lensjax.tangents import convolutions
-from lensjax.tangents.program import ir
+from lensjax.tangents.program import convolutions, ir
 
 KEPT_LOGITS = 2**27
 """The fused head keeps its logits for the backward pass where they take less memory than this, in bytes."""

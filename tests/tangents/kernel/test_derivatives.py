@@ -1,8 +1,5 @@
 """Derivatives of kernels, norms and features with respect to parameters and examples, against dense Jacobians."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +8,11 @@ from lensjax_kernels import head_cross_entropy
 
 from lensjax import InputError
 from lensjax.tangents import gradient_norms, kernel_dynamics, ntk, ntk_blocks, ntk_features, ntk_operator
-
-
-def table(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PROGRAMS
-
+from support import convolution_programs, programs
 
 PROGRAMS = {
-    **{name: (f, shapes, kind) for name, (f, shapes, kind, _) in table("programs").items()},
-    **{name: (f, shapes, "vector") for name, (f, shapes, _) in table("convolutions").items()},
+    **{name: (f, shapes, kind) for name, (f, shapes, kind, _) in programs.PROGRAMS.items()},
+    **{name: (f, shapes, "vector") for name, (f, shapes, _) in convolution_programs.PROGRAMS.items()},
 }
 CHOSEN = ("dense_layer", "used_both_ways", "tied_embedding", "tied_fused_head", "untied_fused_head", "two_lookups",
           "recurrent_network", "frozen_layer_in_the_stack", "normalised_weight", "scalar_parameter",

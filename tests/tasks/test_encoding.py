@@ -1,16 +1,14 @@
 """Inputs and labels are those of transformers' documented recipes, token for token, for every kind of tokenizer."""
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lensjax.tasks import IGNORED, Example, batches, encode, load_task
+from support import tokenizer_kinds
 
-kinds = runpy.run_path(str(Path(__file__).with_name("tokenizer_kinds.py")))
-DECODERS, ENCODER_DECODERS = kinds["DECODERS"], kinds["ENCODER_DECODERS"]
+DECODERS, ENCODER_DECODERS = tokenizer_kinds.DECODERS, tokenizer_kinds.ENCODER_DECODERS
 
 SAMPLES = (
     ("rear", "bring up"),
@@ -86,7 +84,7 @@ def test_a_token_comes_before_a_text_only_where_the_tokenizer_writes_it(named):
     name, tokenizer = named
     ids = encode([Example("rear", "bring up")], tokenizer, 64).ids[0].tolist()
     first = tokenizer("rear: bring up", add_special_tokens=False)["input_ids"][0]
-    assert (ids[0] != first) == (name in kinds["ADD_BOS"])
+    assert (ids[0] != first) == (name in tokenizer_kinds.ADD_BOS)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-prepending", "llama-legacy", "gguf-llama", "gpt2", "gemma"])
@@ -160,7 +158,7 @@ def test_packed_texts_are_those_of_the_recipe_with_one_end_between_them(named):
     assert [found.tolist() for found in encoded.rows[0]] == rows
     assert encoded.rows[1].tolist() == [0] * len(rows)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id == tokenizer.bos_token_id:
-        assert joined.count(tokenizer.eos_token_id) == len(texts) + (name in kinds["ADD_BOS"])
+        assert joined.count(tokenizer.eos_token_id) == len(texts) + (name in tokenizer_kinds.ADD_BOS)
 
 
 def test_texts_that_are_not_packed_are_tokenised_whole(named):

@@ -1,9 +1,7 @@
 """Chats are what a tokenizer's own template writes, and a template's faults are one message."""
 
-import runpy
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +9,7 @@ pytest.importorskip("jinja2")
 
 from lensjax.errors import InputError
 from lensjax.tasks import CHAT, Example, chat, encode
-
-kinds = runpy.run_path(str(Path(__file__).with_name("tokenizer_kinds.py")))
+from support import tokenizer_kinds
 
 # How published templates write a dialogue, each reduced to that.
 TEMPLATES = {
@@ -40,7 +37,7 @@ SAMPLES = (("rear", "bring up"), ("12 + 345", "357"), ("你好", "世界。"), (
 
 @pytest.fixture(scope="module", params=["gpt2", "bytes-bos", "llama", "llama-prepending", "gemma", "gguf-llama"])
 def named(request, tmp_path_factory):
-    return request.param, kinds["DECODERS"][request.param](tmp_path_factory.mktemp("tokenizer") / "t.gguf")
+    return request.param, tokenizer_kinds.DECODERS[request.param](tmp_path_factory.mktemp("tokenizer") / "t.gguf")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -64,7 +61,7 @@ def test_a_chat_is_what_the_template_makes_of_the_dialogue(named, name):
 
 
 def test_a_turn_ends_as_the_template_ends_it(tmp_path):
-    tokenizer = kinds["DECODERS"]["bytes-bos"](None)
+    tokenizer = tokenizer_kinds.DECODERS["bytes-bos"](None)
     ends = {
         "gemma": "<end_of_turn>\n", "phi3": "<|end|>\n</s>", "chatml": "<|im_end|>\n", "llama2": " </s>",
         "zephyr": "</s>\n", "thinking": "<|im_end|>\n", "no-end": "\n", "taken-back": "</s>",
@@ -80,7 +77,7 @@ def test_a_turn_ends_as_the_template_ends_it(tmp_path):
 
 
 def test_an_encoder_decoder_is_asked_by_the_template_and_writes_the_target():
-    tokenizer = kinds["ENCODER_DECODERS"]["bytes-eos"](None)
+    tokenizer = tokenizer_kinds.ENCODER_DECODERS["bytes-eos"](None)
     tokenizer.chat_template = TEMPLATES["chatml"]
     encoded = encode([Example("hi", "yo", CHAT)], tokenizer, 512, separate=True)
     read = int(encoded.prompt_lengths[0])
@@ -92,7 +89,7 @@ def test_an_encoder_decoder_is_asked_by_the_template_and_writes_the_target():
 
 
 def test_bytes_of_a_cut_answer_are_counted():
-    tokenizer = kinds["DECODERS"]["bytes-bos"](None)
+    tokenizer = tokenizer_kinds.DECODERS["bytes-bos"](None)
     tokenizer.chat_template = TEMPLATES["thinking"]
     example = Example("rear", "word and house", CHAT)
     whole = encode([example], tokenizer, 512)
@@ -120,7 +117,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", BROKEN)
 def test_a_template_that_fails_is_one_message_with_the_candidates_name(template):
-    tokenizer = kinds["DECODERS"]["bytes"](None)
+    tokenizer = tokenizer_kinds.DECODERS["bytes"](None)
     tokenizer.chat_template, tokenizer.name_or_path = template, "models/one"
     expected = rf"--template chat: the chat template of a candidate's tokenizer \(models/one\) {BROKEN[template]}"
     with pytest.raises(InputError, match=expected) as error:
@@ -131,7 +128,7 @@ def test_a_template_that_fails_is_one_message_with_the_candidates_name(template)
 
 def test_a_template_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 0.3)
-    tokenizer = kinds["DECODERS"]["bytes"](None)
+    tokenizer = tokenizer_kinds.DECODERS["bytes"](None)
     tokenizer.name_or_path = "models/one"
     tokenizer.chat_template = (
         "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}{{ messages[-1].content }}"
@@ -144,13 +141,13 @@ def test_a_template_without_an_end_is_stopped(monkeypatch):
 
 
 def test_a_gguf_file_is_named_too(tmp_path):
-    tokenizer = kinds["gguf_llama"](tmp_path / "t.gguf", chat="{{ 1 / 0 }}")
+    tokenizer = tokenizer_kinds.gguf_llama(tmp_path / "t.gguf", chat="{{ 1 / 0 }}")
     with pytest.raises(InputError, match=r"\(.*t\.gguf\) fails \(ZeroDivisionError"):
         encode([Example("hi", "yo", CHAT)], tokenizer, 64)
 
 
 def test_without_jinja2_it_says_what_to_install(monkeypatch):
-    tokenizer = kinds["DECODERS"]["bytes"](None)
+    tokenizer = tokenizer_kinds.DECODERS["bytes"](None)
     tokenizer.chat_template = TEMPLATES["chatml"]
 
     def refuse(*arguments, **options):

