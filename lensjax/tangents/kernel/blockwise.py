@@ -17,9 +17,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.compute import Outputs, check_bounded, checked, choose
+from lensjax.tangents.kernel.compute import Outputs, check_bounded, checked, choose, layer_kernels
 from lensjax.tangents.kernel.memory_limit import Blocks, Way, too_little, within
-from lensjax.tangents.kernel.ntk import ntk
 from lensjax.tangents.kernel.problem import Problem
 from lensjax.tangents.kernel.reference import has_reverse_mode
 from lensjax.tangents.kernel.report import NtkReport, report_of
@@ -128,7 +127,11 @@ def by_blocks(
 ) -> tuple[np.ndarray, Callable[[], NtkReport]]:
     """Return the kernel of a problem, all blocks by one method, and what makes the report; else as `ntk_blocks`."""
     f, rows, columns = problem.function, problem.rows, problem.columns or problem.rows
-    options: dict[str, Any] = {"method": method, "parameters": parameters, "outputs": outputs}
+
+    def kernel_of(left: Any, right: Any) -> np.ndarray:
+        own = checked(f, params, left, right, parameters, False)
+        return np.asarray(layer_kernels(own, method, params, left, right, outputs)[""])
+
     inner = _outputs_shape(problem, outputs)
     shape = _placed(rows, columns, inner, outputs)
     dtype = np.dtype(jnp.result_type(jnp.float32, *(leaf.dtype for leaf in problem.chosen(params))))
@@ -138,10 +141,10 @@ def by_blocks(
             continue
         left, size_i = _part(x1, i, min(block, rows))
         if x2 is None and i == j:
-            kernel, size_j = np.asarray(ntk(f, params, left, **options)), size_i
+            kernel, size_j = kernel_of(left, None), size_i
         else:
             right, size_j = _part(x1 if x2 is None else x2, j, min(block, columns))
-            kernel = np.asarray(ntk(f, params, left, right, **options))
+            kernel = kernel_of(left, right)
         kernel = _cut(kernel, size_i, size_j, inner, outputs)
         here = _index(slice(i, i + size_i), slice(j, j + size_j), inner, outputs)
         store.array[here] = kernel

@@ -14,9 +14,8 @@ from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
 from lensjax.tangents.differentiation import NO_REVERSE_MODE, no_forward_mode
 from lensjax.tangents.kernel import reference
-from lensjax.tangents.kernel.ntk import why_not_transformed
-from lensjax.tangents.kernel.problem import Problem, make_problem
-from lensjax.tangents.kernel.transformed import without_function
+from lensjax.tangents.kernel.problem import Problem, is_crossed, make_problem
+from lensjax.tangents.kernel.transformed import program, transformed, without_function
 from lensjax.tangents.parameters import ByLayer, Function, Select, abstract, one_example
 from lensjax.tangents.program.compile_cache import compiled
 from lensjax.tangents.program.reductions import Pairs, Reducer
@@ -105,7 +104,48 @@ def _automatic(problem: Problem, params: Any, x1: Any, x2: Any, bounded: bool, r
     return "transform", "exact in one backward pass"
 
 
-def _by_oracle(
+def layer_kernels(problem: Problem, method: str, params: Any, x1: Any, x2: Any, outputs: str) -> dict[str, jax.Array]:
+    """Return the kernel of each layer by a method that is not "auto", in the shape that `ntk` promises."""
+    crossed = is_crossed(problem, outputs)
+    reducer = Pairs(problem.rows, problem.columns, crossed)
+    with reverse_mode(f"method={method!r}", "choose method='auto' or 'jacobian'"):
+        if method == "transform":
+            blocks = transformed(problem, reducer, params, x1, x2)
+        else:
+            blocks = _from_reference(problem, method, reducer, params, x1, x2)
+    names = enumerate(problem.layer_names)
+    return {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in names}
+
+
+def reduced(problem: Problem, reducer: Reducer, params: Any, x: Any, key: Any = None) -> dict[int, jax.Array]:
+    """Return what a reducer makes of each layer, by program transformation where that works, else from Jacobians."""
+    if why_not_transformed(problem, reducer, params, x, None, key):
+        return _from_reference(problem, "jacobian", reducer, params, x, None, key)
+    return transformed(problem, reducer, params, x, None, key)
+
+
+def why_not_transformed(
+    problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any = None, key: Any = None
+) -> str:
+    """Return why a function's program cannot be transformed, "" if it can; raises only where it has no reverse mode.
+
+    The trace that shows it is the one that is compiled afterwards.
+    """
+    given = abstract((params, x1, x2, key))
+
+    def check(get: Callable[[], Function]) -> str:
+        try:
+            program(problem, reducer).eval_shape(*given)
+        except Exception as error:  # whatever it is: there is another way, which says more if f itself is at fault
+            if isinstance(error, ValueError) and NO_REVERSE_MODE.search(str(error)):
+                raise
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return ""
+
+    return compiled(problem.function, ("why not", without_function(problem), reducer, *jax.tree.leaves(given)), check)
+
+
+def _from_reference(
     problem: Problem, method: str, reducer: Reducer, params: Any, x1: Any, x2: Any, key: Any = None
 ) -> dict[int, jax.Array]:
     static = without_function(problem)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.compute import checked, reverse_mode
-from lensjax.tangents.kernel.ntk import ntk, reduced
+from lensjax.tangents.kernel.compute import checked, reduced, reverse_mode
+from lensjax.tangents.kernel.ntk import ntk
 from lensjax.tangents.language_models import opened
 from lensjax.tangents.parameters import Select
 from lensjax.tangents.program.reductions import Features

@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import primitives as jp
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.kernel.problem import Problem, is_crossed
 from lensjax.tangents.kernel.transformed import program
 from lensjax.tangents.language_models import is_model, model_function
 from lensjax.tangents.parameters import abstract
@@ -152,11 +152,6 @@ def within(
     if found is None:
         raise too_little(memory, *min(refused))
     return found[1]
-
-
-def is_crossed(problem: Problem, outputs: str) -> bool:
-    """Whether different outputs of an example are paired too."""
-    return outputs == "full" and problem.outputs > 1
 
 
 class Blocks:

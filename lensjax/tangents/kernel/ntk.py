@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lensjax.errors import InputError
-from lensjax.tangents.differentiation import NO_REVERSE_MODE
+from lensjax.tangents.kernel.blockwise import by_blocks
 from lensjax.tangents.kernel.compute import (
     Method,
     Outputs,
-    _by_oracle,
-    _shaped,
     check_bounded,
     checked,
     choose,
+    layer_kernels,
+    reduced,
     reverse_mode,
 )
-from lensjax.tangents.kernel.memory_limit import is_crossed, within
-from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.kernel.memory_limit import within
+from lensjax.tangents.kernel.problem import is_crossed
 from lensjax.tangents.kernel.report import NtkReport, report_of
-from lensjax.tangents.kernel.transformed import program, transformed, without_function
 from lensjax.tangents.language_models import opened
-from lensjax.tangents.parameters import ByLayer, Function, Select, abstract
-from lensjax.tangents.program.compile_cache import compiled
-from lensjax.tangents.program.reductions import Norms, Pairs, Reducer
+from lensjax.tangents.parameters import ByLayer, Select
+from lensjax.tangents.program.reductions import Norms, Pairs
 
 
 def ntk(
@@ -122,8 +119,7 @@ def ntk(
     model = f
     f, params, x1, x2 = opened(f, output, params, x1, x2)
     problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
-    crossed = is_crossed(problem, outputs)
-    reducer = Pairs(problem.rows, problem.columns, crossed)
+    reducer = Pairs(problem.rows, problem.columns, is_crossed(problem, outputs))
     chosen, reason = choose(problem, method, params, x1, x2, bounded=memory is not None, reducer=reducer)
     if memory is not None:
         check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
@@ -132,8 +128,6 @@ def ntk(
         problem = dataclasses.replace(problem, function=choice.way.function)
         params, reason = choice.way.params, f"{reason}; {choice.how}"
         if choice.block is not None:
-            from lensjax.tangents.kernel.blockwise import by_blocks
-
             try:
                 made, report = by_blocks(
                     problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
@@ -144,13 +138,8 @@ def ntk(
                     "computed under jax.jit or another transformation; call ntk outside of it, or allow more."
                 ) from None
             return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
-    with reverse_mode(f"method={method!r}", "choose method='auto' or 'jacobian'"):
-        if chosen == "transform":
-            blocks = transformed(problem, reducer, params, x1, x2)
-        else:
-            blocks = _by_oracle(problem, chosen, reducer, params, x1, x2)
-    result = {name: _shaped(blocks, layer, problem, outputs, crossed) for layer, name in enumerate(problem.layer_names)}
-    kernel = result if by_layer else result[""]
+    layers = layer_kernels(problem, chosen, params, x1, x2, outputs)
+    kernel = layers if by_layer else layers[""]
     if not return_report:
         return kernel
     return kernel, report_of(problem, chosen, reason, params, x1)
@@ -213,31 +202,3 @@ def gradient_norms(
         norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T
         result[name] = norms[:, 0] if problem.scalar else norms
     return result if by_layer else result[""]
-
-
-def reduced(problem: Problem, reducer: Reducer, params: Any, x: Any, key: Any = None) -> dict[int, jax.Array]:
-    """Return what a reducer makes of each layer, by program transformation where that works, else from Jacobians."""
-    if why_not_transformed(problem, reducer, params, x, None, key):
-        return _by_oracle(problem, "jacobian", reducer, params, x, None, key)
-    return transformed(problem, reducer, params, x, None, key)
-
-
-def why_not_transformed(
-    problem: Problem, reducer: Reducer, params: Any, x1: Any, x2: Any = None, key: Any = None
-) -> str:
-    """Return why a function's program cannot be transformed, "" if it can; raises only where it has no reverse mode.
-
-    The trace that shows it is the one that is compiled afterwards.
-    """
-    given = abstract((params, x1, x2, key))
-
-    def check(get: Callable[[], Function]) -> str:
-        try:
-            program(problem, reducer).eval_shape(*given)
-        except Exception as error:  # whatever it is: there is another way, which says more if f itself is at fault
-            if isinstance(error, ValueError) and NO_REVERSE_MODE.search(str(error)):
-                raise
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        return ""
-
-    return compiled(problem.function, ("why not", without_function(problem), reducer, *jax.tree.leaves(given)), check)

@@ -108,3 +108,8 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
     outputs = sum(math.prod(s.shape) for s in shapes)
     scalar = len(shapes) == 1 and shapes[0].shape == ()
     return Problem(function, names, layers, layer_names, outputs, scalar, rows, columns)
+
+
+def is_crossed(problem: Problem, outputs: str) -> bool:
+    """Whether different outputs of an example are paired too."""
+    return outputs == "full" and problem.outputs > 1
