@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told, and what it gives back."""
+"""How to fine-tune: the plan of a run, and the hyper-parameters to search."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Loss curves from what other tools leave behind: Hugging Face Trainer, Weights & Biases, MLflow, our own journal.
 
-Each run of such a tool is one point of a curve: a model fine-tuned on a number of samples. Which model and how many
-samples, the run's configuration says, or its name, by a pattern such as ``{model}-{samples}``. A number at the end of a
-name that may as well be a run counter, a seed or a date is never taken for one of samples, see
-`lensjax.losses.names`; which of a run's losses counts, `lensjax.losses.evaluations` says, for all sources.
+Each run of such a tool is one point of a curve: a model fine-tuned on a number of samples. The run's configuration says
+which model and how many samples, or its name does, by a pattern such as ``{model}-{samples}``. A number at the end of a
+name that could be a run counter, a seed or a date is never taken for a number of samples, see `lensjax.losses.names`.
+Which of a run's losses counts is decided in `lensjax.losses.evaluations`, for all sources.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _reader(source: str | os.PathLike[str]) -> Callable[..., Curves]:
 
 
 def _header(path: Path) -> list[str]:
-    """Return the columns of a table of runs in lower case; none of a file that is no such table."""
+    """Return the columns of a table of runs in lower case; no columns if the file is not such a table."""
     try:
         return [c.lower() for c in table_of(path)[0]]
     except InputError:

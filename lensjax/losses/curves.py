@@ -1,4 +1,4 @@
-"""Loss curves: the table candidate x training samples -> test loss that everything downstream works from."""
+"""Loss curves: the table candidate x training samples -> test loss, which everything downstream works from."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Curves:
         return len(self.names)
 
     def visible(self, largest: float) -> Curves:
-        """Return the curves as they look to someone who has measured only up to `largest` samples."""
+        """Return the curves without the losses at more than `largest` samples."""
         keep = self.sizes <= largest
         return dataclasses.replace(self, sizes=self.sizes[keep], losses=self.losses[:, keep])
 

@@ -1,14 +1,14 @@
-"""What a run's evaluations say, by one rule for every source.
+"""Which of a run's losses counts: one rule for every source.
 
-A source tells of each run whether it ended well and which losses it had at which steps. What is then the run's loss is
-decided here, and nowhere else:
+A source says whether each run ended well and which losses it had at which steps. The run's loss is decided here, and
+nowhere else:
 
 - A run that did not finish (failed, crashed, killed, still running) counts as not measured.
 - A loss at step 0 is the one before fine-tuning. A run of which no value has a step has no such loss.
-- A loss that is not finite, or null, is none; of the others the lowest counts, or the last.
-- Several losses at one step that differ are several data sets or several runs, and nobody can tell which is the test
-  loss; the lowest would be the one on the data trained on. They are refused unless the user says whether the first or
-  the last of a step counts. Where the last step's further losses equal an earlier step's, the best weights were
+- A loss that is null or not finite is left out; of the others the lowest counts, or the last.
+- Several different losses at one step come from several data sets or several runs, and it is not known which one is the
+  test loss; the lowest would be the one on the training data. They are refused unless the user says whether the first
+  or the last of a step counts. Where the last step's further losses equal an earlier step's, the best weights were
   evaluated once more (``load_best_model_at_end``), which is the same loss again.
 """
 
@@ -24,7 +24,7 @@ from lensjax.losses.curves import Curves
 from lensjax.losses.points import Point, Repeats, SameStep, Which, chosen_of, curves_of, loss_of, number_of
 
 FINISHED = ("finished", "")
-"""States of a run that has ended well; "" where the source does not tell."""
+"""States of a run that has ended well; "" where the source has no state."""
 SAME = 1e-3
 """Relative difference of losses that are one loss evaluated again."""
 DIVERGED = 1.5
@@ -33,7 +33,7 @@ DIVERGED = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Evaluations:
-    """One run.
+    """The losses of one run.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Evaluations:
     samples : float
         Training samples; 0: the model was only evaluated.
     losses : sequence of (step, loss)
-        In the order in which they were logged; NaN is a loss that is not finite. Steps are all 0 where nobody gave any.
+        In the order in which they were logged; NaN is a loss that is not finite. All steps are 0 where none were logged.
     where : str
         For messages.
     state : str
@@ -62,7 +62,7 @@ class Evaluations:
 
 
 def evaluation(step: Any, loss: Any, where: str, metric: str) -> tuple[float, float]:
-    """Return step and loss as numbers; null is a loss that is not there.
+    """Return step and loss as numbers; a null loss is NaN.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def measured(run: Evaluations, which: Which, same_step: SameStep, notes: list[st
 
 
 def _once(losses: Sequence[float], earlier: Sequence[float]) -> list[float]:
-    """Return the losses of a step, each once; after the first without those that are some of the earlier ones again."""
+    """Return the different losses of a step; after the first step, without those that repeat an earlier step's loss."""
     finite = [loss for loss in losses if math.isfinite(loss)] or losses[:1]
     found = list(finite[:1])
     for loss in finite[1:]:

@@ -36,8 +36,8 @@ def read_trainer_states(
     Parameters
     ----------
     root : path
-        Directory with one directory for each run. What the run itself left in it (``Trainer.save_state``) counts before
-        what is in its checkpoints, of which else the one furthest on counts.
+        Directory with one directory for each run. The run's own state (``Trainer.save_state``) counts; without one, that
+        of its latest checkpoint.
     pattern : str, optional
         How a run's directory, relative to `root`, names its model and number of samples; ``*`` is what to leave out.
         Default: see `lensjax.losses.points.named`.
@@ -59,8 +59,8 @@ def read_trainer_states(
 
     Notes
     -----
-    Of a run that left only checkpoints, the last of which lies before the last step, nothing counts: it was killed or
-    is running, unless it was stopped early.
+    A run that left only checkpoints, the last of them before the last step, counts as not measured: it was killed or is
+    still running, unless it was stopped early.
     """
     base = Path(root)
     check_metric(metric, str(base))
@@ -105,7 +105,7 @@ class State:
 
 
 def _counting(run: Path, states: list[State], metric: str, notes: list[str]) -> State:
-    """Return the state that says what the run did, and make sure that the others are of the same run."""
+    """Return the state that counts, and check that the others are of the same run."""
     own = [state for state in states if not state.checkpoint]
     counting = own[0] if own else max(states, key=lambda state: state.step)
     strangers = []
@@ -149,10 +149,10 @@ def _values(state: State, metric: str) -> dict[float, list[float]]:
 
 
 def _status(state: State) -> str:
-    """Return "" for a run that came to its end, else what it is.
+    """Return "" for a run that has finished, else its state.
 
-    Only a run that has come to its end leaves a state of its own, or logs its run time. Trainers of old leave no
-    checkpoint at the last step unless it is a multiple of `save_steps`.
+    Only a finished run leaves a state of its own, or logs its run time. Old versions of the Trainer leave no checkpoint
+    at the last step unless it is a multiple of `save_steps`.
     """
     ended = any(isinstance(entry, dict) and "train_runtime" in entry for entry in state.history)
     if not state.checkpoint or ended or state.last <= 0 or state.step >= state.last or _stopped_early(state.content):
@@ -167,7 +167,7 @@ def _status(state: State) -> str:
 
 
 def _stopped_early(content: Mapping[str, Any]) -> bool:
-    """Whether the Trainer had been told to stop: by its own note of that, or by the patience of early stopping."""
+    """Return whether the Trainer was to stop early: by its own flag, or by the patience of early stopping."""
     callbacks = content.get("stateful_callbacks")
     known = callbacks if isinstance(callbacks, dict) else {}
     control, stopping = known.get("TrainerControl"), known.get("EarlyStoppingCallback")

@@ -1,7 +1,7 @@
-"""What a run's name says: model and number of training samples, where nothing else can be meant.
+"""Reading model and number of training samples from a run's name, where the number can mean nothing else.
 
-Trackers and people end names in numbers of every kind: run counters, trials, seeds, dates, steps. Such a number counts
-as a number of samples in two cases only. Either a word says so (``gpt2-n200``, ``gpt2-n=200``, ``gpt2-200samples``), or
+Names of runs end in numbers of every kind: run counters, trials, seeds, dates, steps. Such a number counts as a number
+of samples in two cases only. Either a word says so (``gpt2-n200``, ``gpt2-n=200``, ``gpt2-200samples``), or
 the numbers can hardly be anything else: the same few growing sizes for each model, such as 200, 400, 800.
 """
 
@@ -61,7 +61,7 @@ def worded(names: Iterable[str]) -> dict[str, tuple[str, str]] | None:
 
 
 def doubt(found: Mapping[str, tuple[str, str]], cells: Sequence[tuple[str, float]]) -> str:
-    """Say why bare numbers at the ends of names are no numbers of samples, or return "".
+    """Return why numbers at the ends of names are not taken for numbers of samples, or "".
 
     Parameters
     ----------
@@ -103,6 +103,6 @@ def _no_ladder(sizes: Sequence[float]) -> str:
 
 
 def _is_round(size: float) -> bool:
-    """Whether a number is one that people choose as a size: 1500, 2e5 or a power of two, but 42 or 1234 is none."""
+    """Return whether people would choose a number as a size: 1500, 2e5 or a power of two, but not 42 or 1234."""
     number = int(size)
     return number >= 50 and (number & (number - 1) == 0 or (len(str(number).rstrip("0")) <= 2 and number % 10 == 0))

@@ -1,4 +1,4 @@
-"""What the readers have in common: points of curves, names that say model and samples, numbers that are checked."""
+"""Shared by all readers: points of curves, model and samples from names, checked numbers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def named(
     models: Mapping[str, str] | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, tuple[str, float]]:
-    """Return model and samples of each run's name -> where it stands, by one pattern for all.
+    """Return name -> (model, samples) for runs' names, by one pattern for all.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def _bare(
     models: Mapping[str, str],
     notes: list[str] | None,
 ) -> dict[str, tuple[str, float]]:
-    """Read names that end in a number and nothing else, if it can only be one of samples."""
+    """Read names that end in a bare number, if it can only be a number of samples."""
     found = {name: (match["model"], match["samples"]) for name, match in fits.items() if match is not None}
     read = _read_names(found, runs)
     reason = doubt(found, [(models.get(name, model), samples) for name, (model, samples) in read.items()])
@@ -166,7 +166,7 @@ def number_of(value: Any, what: str) -> float:
 
 
 def check_metric(metric: str, source: str) -> None:
-    """Refuse a metric that is by its name no loss, such as an accuracy: higher is better there, or it has no nats.
+    """Refuse a metric whose name says that it is not a loss in nats, such as an accuracy.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def loss_of(value: Any, what: str) -> float:
 
 
 def chosen_of(values: Sequence[float], which: Which) -> float:
-    """Return the one of a run's losses that counts; NaN if there is none."""
+    """Return the lowest or the last of a run's losses; NaN if there is none."""
     if which not in ("lowest", "last"):
         raise InputError(f"which={which!r} is not known; choose 'lowest' or 'last'.")
     if which == "last":

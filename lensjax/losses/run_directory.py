@@ -1,4 +1,4 @@
-"""Runs that lensjax has made itself."""
+"""Loss curves from lensjax's own run directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_journal(
     repeats: Repeats = "refuse",
     same_step: SameStep = "refuse",
 ) -> Curves:
-    """Read runs that lensjax has made itself.
+    """Read the runs in lensjax's own run directories.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def read_journal(
     repeats : {"refuse", "mean", "lowest"}
         What to do with runs of one candidate on equally many samples that differ otherwise (in seed or plan).
     same_step : {"refuse", "first", "last"}
-        What to do with one and the same run that stands there twice with losses that differ.
+        What to do with a run that was recorded twice with different losses.
 
     Raises
     ------

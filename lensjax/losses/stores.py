@@ -1,4 +1,4 @@
-"""Where MLflow keeps its runs: a database of SQLite, the default of today, or files, that of earlier versions."""
+"""MLflow's own stores of runs: a SQLite database, today's default, or files, the default of earlier versions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def is_database(path: Path) -> bool:
         with file.open("rb") as opened:
             return opened.read(len(MAGIC)) == MAGIC
     except OSError:
-        return False  # whoever reads it says why
+        return False  # the reader says why
 
 
 def read_database(path: Path) -> tuple[list[str], list[Run]]:
@@ -155,7 +155,7 @@ def _table(
 
 
 def _state(meta: str) -> str:
-    """Return the state that a run's ``meta.yaml`` tells, "" if it tells none."""
+    """Return the state in a run's ``meta.yaml``, "" if it has none."""
     match = re.search(r"^status:\s*['\"]?(\w+)", meta, re.MULTILINE)
     if match is None:
         return ""

@@ -161,7 +161,7 @@ def table_of(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def is_chart(lower: Sequence[str]) -> bool:
-    """Whether a header, in lower case, is that of a chart of Weights & Biases: an axis, then a column for each run."""
+    """Return whether a header, in lower case, is that of a Weights & Biases chart: an axis, then a column for each run."""
     return len(lower) > 1 and " - " not in lower[0] and any(lower[1:]) and all(" - " in c for c in lower[1:] if c)
 
 
@@ -308,7 +308,7 @@ def _models(runs: Mapping[str, str], pattern: str | None, samples: Mapping[str, 
 
 
 def _ends(runs: Mapping[str, str], pattern: str | None) -> dict[str, tuple[str, float]]:
-    """Return models and samples as names have them, without doubting that the numbers are samples."""
+    """Return models and samples as names have them, taking every number for one of samples."""
     if pattern is not None or worded(runs) is not None:
         return named(runs, pattern)
     fits = next((p for p in PATTERNS if all(expression_of(p).fullmatch(name) for name in runs)), None)
@@ -318,7 +318,7 @@ def _ends(runs: Mapping[str, str], pattern: str | None) -> dict[str, tuple[str, 
 def _find(
     source: str, header: list[str], prefixes: tuple[str, ...], given: str | None, known: tuple[str, ...], what: str
 ) -> int | None:
-    """Return the column that is asked for, or the first that is known by its name; prefixes may be left out."""
+    """Return the column that was asked for, or the first with a known name; prefixes may be left out."""
     lower = [c.lower() for c in header]
     for name in (given,) if given is not None else known:
         for candidate in (name, *(prefix + name for prefix in prefixes)):

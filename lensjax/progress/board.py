@@ -1,4 +1,4 @@
-"""The state of a selection under way, which whoever selects updates and a `Console` shows."""
+"""The state of a running selection, which a `Console` shows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RankedCandidate:
 
 @dataclasses.dataclass
 class SelectionState:
-    """The state of a selection under way. Whoever selects updates it; a `Console` that follows it shows it.
+    """The state of a running selection. The session updates it; a `Console` that follows it shows it.
 
     Attributes
     ----------

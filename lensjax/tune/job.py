@@ -149,7 +149,7 @@ def prepare_job(
 
 
 def _check_apart(asked: str, out: Path) -> None:
-    """Refuse to write a model over the one it is made of."""
+    """Refuse to write a model over the one that is fine-tuned."""
     source = Path(asked.removesuffix(ADAPTED)).expanduser()
     if source.is_dir() and source.resolve() == out.resolve():
         raise InputError(f"--out {out}: is the model that is fine-tuned; name another directory.")
@@ -190,7 +190,7 @@ class Tuning:
         if job.comparison is not None and job.comparison.loss is not None and not job.comparison.per_byte:
             self.board.ranking = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
         self.checkpoint: BestCheckpoint | None = None
-        self.first: tuple[float, float] | None = None  # when training was first heard of, and what was done by then
+        self.first: tuple[float, float] | None = None  # time and fraction done at the first progress report
         self.trials: list[Trial] = []
 
     @property
