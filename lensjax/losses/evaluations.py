@@ -41,7 +41,7 @@ class Evaluations:
     samples : float
         Training samples; 0: the model was only evaluated.
     losses : sequence of (step, loss)
-        In the order in which they were logged; NaN is a loss that is not finite. All steps are 0 where none were logged.
+        In the order in which they were logged; NaN is a loss that is not finite. Without logged steps all are 0.
     where : str
         For messages.
     state : str

@@ -36,8 +36,8 @@ def read_trainer_states(
     Parameters
     ----------
     root : path
-        Directory with one directory for each run. The run's own state (``Trainer.save_state``) counts; without one, that
-        of its latest checkpoint.
+        Directory with one directory for each run. The run's own state (``Trainer.save_state``) counts; without one,
+        that of its latest checkpoint.
     pattern : str, optional
         How a run's directory, relative to `root`, names its model and number of samples; ``*`` is what to leave out.
         Default: see `lensjax.losses.points.named`.

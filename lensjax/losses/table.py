@@ -41,9 +41,10 @@ def read_losses(source: str | os.PathLike[str], *, repeats: str = "refuse") -> C
     source : str or path
         ``published:flan``, ``published:gigaword``, ``published:wmt19``, ``live:definitions``, ``live:novels``,
         ``live:packages`` (packaged: 30 models of ICML 2024, and small ones of our own, fine-tuned here on up to 3,200
-        samples), or a CSV file (tab-separated if it ends in ``.tsv``), either wide (one row per model, one column per number of samples) or long (one row per
-        measurement, with the columns model, samples, loss). Optional columns: parameters (or ``size``, as in the
-        published tables), family, and those in `FACT_COLUMNS`. An empty cell is a point that was not measured.
+        samples), or a CSV file (tab-separated if it ends in ``.tsv``), either wide (one row per model, one column per
+        number of samples) or long (one row per measurement, with the columns model, samples, loss).
+        Optional columns: parameters (or ``size``, as in the published tables), family, and those in `FACT_COLUMNS`. An
+        empty cell is a point that was not measured.
     repeats : {"refuse", "mean", "lowest"}
         What to do with several rows of a long table for one model and equally many samples, of other seeds say.
 

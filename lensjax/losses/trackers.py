@@ -161,7 +161,7 @@ def table_of(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def is_chart(lower: Sequence[str]) -> bool:
-    """Return whether a header, in lower case, is that of a Weights & Biases chart: an axis, then a column for each run."""
+    """Return whether a lower-case header is that of a Weights & Biases chart: an axis, then a column for each run."""
     return len(lower) > 1 and " - " not in lower[0] and any(lower[1:]) and all(" - " in c for c in lower[1:] if c)
 
 

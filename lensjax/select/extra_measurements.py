@@ -1,6 +1,6 @@
 """Measurements beside fine-tuning runs: pretrained scores (NLPmetrics, LogME), neural tangent kernels, Hessian traces.
 
-Each is described once, by `tangents` or `score`; `measure` carries it out within the budget and records it in the journal.
+Each is described once, by `tangents` or `score`; `measure` carries it out within the budget and journals it.
 """
 
 from __future__ import annotations

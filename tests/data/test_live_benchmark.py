@@ -9,6 +9,7 @@ import pytest
 import lensjax
 from lensjax._messages import packaged_like
 from lensjax.data import LIVE
+from lensjax.data.live_benchmark import read_tangents
 from lensjax.laws import kernel_residual
 from support.paths import ROOT
 
@@ -22,7 +23,7 @@ def rows():
 
 @pytest.mark.parametrize("task", LIVE)
 def test_the_table_and_the_tangents_of_a_task_are_those_measured(rows, task):
-    curves, seen = lensjax.read_losses(f"live:{task}"), lensjax.read_tangents(f"live:{task}")
+    curves, seen = lensjax.read_losses(f"live:{task}"), read_tangents(f"live:{task}")
     assert seen.names == curves.names
     np.testing.assert_array_equal(seen.sizes, curves.sizes)
     assert len(curves) >= 12
@@ -53,7 +54,7 @@ def test_the_table_and_the_tangents_of_a_task_are_those_measured(rows, task):
 
 @pytest.mark.parametrize("task", LIVE)
 def test_what_is_recorded_is_possible(task):
-    seen = lensjax.read_tangents(f"live:{task}")
+    seen = read_tangents(f"live:{task}")
     for output in seen.outputs:
         values = seen.eigenvalues[output]
         assert (np.diff(values, axis=-1) >= 0).all()
@@ -71,7 +72,7 @@ def test_what_is_recorded_is_possible(task):
 
 
 def test_the_residual_of_eq_9_starts_at_the_squared_losses_and_falls():
-    seen = lensjax.read_tangents("live:novels")
+    seen = read_tangents("live:novels")
     eigenvalues, residual = np.maximum(seen.eigenvalues["loss"][:, 0], 0), seen.residual["loss"][:, 0]
     at = [np.asarray(kernel_residual(np.full(len(seen.names), t), eigenvalues, residual, 1e-5)) for t in (0, 10, 100)]
     np.testing.assert_allclose(at[0], (residual**2).sum(axis=1), rtol=1e-5)
@@ -81,10 +82,10 @@ def test_the_residual_of_eq_9_starts_at_the_squared_losses_and_falls():
 
 def test_a_wrong_name_is_told_with_those_there_are(tmp_path):
     with pytest.raises(lensjax.InputError, match=r"live:novel: nothing is recorded .* Did you mean live:novels\?"):
-        lensjax.read_tangents("live:novel")
+        read_tangents("live:novel")
     # Of published tables nothing is recorded, so none is meant.
     with pytest.raises(lensjax.InputError, match=r"live:flam: nothing is recorded .* live:packages\.$"):
-        lensjax.read_tangents("live:flam")
+        read_tangents("live:flam")
     assert packaged_like("Novel", {"a": ["flan"], "live": ["novels"]}) == " Did you mean live:novels?"
     assert packaged_like("mars", {"live": ["novels"]}) == ""
     with pytest.raises(lensjax.InputError, match=r"live:flan: no such live table\. There are: live:definitions"):
@@ -92,20 +93,20 @@ def test_a_wrong_name_is_told_with_those_there_are(tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, names=np.array(["a"]))
     with pytest.raises(lensjax.InputError, match=re.escape(f"{other}: cannot be read as recorded tangents (KeyError")):
-        lensjax.read_tangents(other)
+        read_tangents(other)
     cut = tmp_path / "cut.npz"
     cut.write_bytes(other.read_bytes()[:100])
     with pytest.raises(lensjax.InputError, match=re.escape(f"{cut}: cannot be read as recorded tangents (BadZipFile")):
-        lensjax.read_tangents(cut)
+        read_tangents(cut)
     np.save(tmp_path / "array.npy", np.arange(3))
     with pytest.raises(lensjax.InputError, match=r"array\.npy: cannot be read as recorded tangents"):
-        lensjax.read_tangents(tmp_path / "array.npy")
+        read_tangents(tmp_path / "array.npy")
     missing = tmp_path / "none.npz"
     with pytest.raises(lensjax.InputError, match=re.escape(f"{missing}: cannot be read as recorded tangents (FileNot")):
-        lensjax.read_tangents(missing)
+        read_tangents(missing)
 
 
 def test_its_repr_is_short():
-    text = repr(lensjax.read_tangents("live:novels"))
+    text = repr(read_tangents("live:novels"))
     assert text.startswith("RecordedTangents(live:novels, ")
     assert len(text) < 250
