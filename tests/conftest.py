@@ -1,5 +1,6 @@
 """How programs are compiled in tests; tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
 
+import gc
 import io
 import json
 import os
@@ -38,7 +39,11 @@ CONFIG = {
 
 
 def pytest_configure(config):
-    """Keep compiled programs from one test, worker and session for the next."""
+    """Keep compiled programs from one test, worker and session for the next; look for garbage less often.
+
+    Tracing makes millions of small objects that live on, and which Python would walk through again and again.
+    """
+    gc.set_threshold(50_000, 20, 50)
     cache = getattr(config, "cache", None)
     if cache is not None:
         keep_compiled(cache.mkdir("compiled"))
