@@ -271,7 +271,7 @@ def test_a_crash_is_said_and_tried_again(options, tmp_path, monkeypatch, scripte
 def test_weights_that_cannot_be_read_now_are_read_another_time(options, monkeypatch):
     prepared = prepare(request(options))
     bench = runner.CandidateRunner(assign(prepared, prepared.candidates[0]))
-    monkeypatch.setattr(process.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
+    monkeypatch.setattr(runner.models, "load_model", lambda path: (_ for _ in ()).throw(InputError("half a file")))
     with pytest.raises(runner.RunFailedError, match="InputError: half a file"):
         bench.gauge("nlp_metrics", 0)
 

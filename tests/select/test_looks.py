@@ -12,7 +12,7 @@ import pytest
 from lensjax import models, tangents
 from lensjax.errors import SelectionError
 from lensjax.finetune import FineTuner, Trial
-from lensjax.jobs import runner
+from lensjax.jobs import runner, tokens
 from lensjax.jobs.tangent_measurements import kernel_residual, look, tangent_flops
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
@@ -229,13 +229,13 @@ def test_what_cannot_be_resumed_is_refused(refused, tmp_path, content, message):
 def test_a_tokenizer_reads_a_task_once(tiny_models, tiny_task, monkeypatch, tmp_path):
     monkeypatch.setenv("LENSJAX_CACHE", str(tmp_path))
     counted = []
-    whole = request.encode
+    whole = tokens.encode
 
     def encode_counted(examples, *args, **kwargs):
         counted.append(len(examples))
         return whole(examples, *args, **kwargs)
 
-    monkeypatch.setattr(request, "encode", encode_counted)
+    monkeypatch.setattr(tokens, "encode", encode_counted)
     given = {"task": tiny_task, "smallest": 10, "visible": 20, "validation": 20, "test": 20}
     one, two = (request.prepare(request.Request(models=tuple(map(str, tiny_models)), **given)) for _ in range(2))
     assert counted == [20, 20, 20]  # two models with one tokenizer: training, validation and test samples once
