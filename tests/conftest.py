@@ -8,14 +8,6 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub; read when huggingface_hub is imported
 
-# Tests ask for right numbers of small programs, and most of their time is compilation: XLA is told to optimise little,
-# and each worker to keep to one core. LENSJAX_TESTS_OPTIMISED=1 compiles as for users; see also `fully_optimised`.
-OPTIMISED = os.environ.get("LENSJAX_TESTS_OPTIMISED", "0") != "0"
-if not OPTIMISED:
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_multi_thread_eigen=false")
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
-
 import jax
 import numpy as np
 import pytest
@@ -36,6 +28,15 @@ CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+# Tests ask for right numbers of small programs, and most of their time is compilation: XLA is told to optimise little,
+# and each worker to keep to one core. LENSJAX_TESTS_OPTIMISED=1 compiles as for users; see also `fully_optimised`.
+OPTIMISED = os.environ.get("LENSJAX_TESTS_OPTIMISED", "0") != "0"
+if not OPTIMISED:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+    own_flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] = f"{own_flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # read by the first program
 
 
 def pytest_configure(config):
