@@ -52,7 +52,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def fully_optimised():
-    """Compile as for users: for tests of what XLA makes of a program, such as the memory that it takes."""
+    """Let LLVM optimise as for users; what XLA counts of a program, memory and operations, is the same without it."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
