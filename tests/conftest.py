@@ -1,19 +1,12 @@
 """How programs are compiled in tests; tiny models and a tiny task, made in seconds, for tests that really fine-tune."""
 
+import gc
 import io
 import json
 import os
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a model hub; read when huggingface_hub is imported
-
-# Tests ask for right numbers of small programs, and most of their time is compilation: XLA is told to optimise little,
-# and each worker to keep to one core. LENSJAX_TESTS_OPTIMISED=1 compiles as for users; see also `fully_optimised`.
-OPTIMISED = os.environ.get("LENSJAX_TESTS_OPTIMISED", "0") != "0"
-if not OPTIMISED:
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_multi_thread_eigen=false")
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
 
 import jax
 import numpy as np
@@ -36,9 +29,22 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
+# Tests ask for right numbers of small programs, and most of their time is compilation: XLA is told to optimise little,
+# and each worker to keep to one core. LENSJAX_TESTS_OPTIMISED=1 compiles as for users; see also `fully_optimised`.
+OPTIMISED = os.environ.get("LENSJAX_TESTS_OPTIMISED", "0") != "0"
+if not OPTIMISED:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+    own_flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] = f"{own_flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # read by the first program
+
 
 def pytest_configure(config):
-    """Keep compiled programs from one test, worker and session for the next."""
+    """Keep compiled programs from one test, worker and session for the next; look for garbage less often.
+
+    Tracing makes millions of small objects that live on, and which Python would walk through again and again.
+    """
+    gc.set_threshold(50_000, 20, 50)
     cache = getattr(config, "cache", None)
     if cache is not None:
         keep_compiled(cache.mkdir("compiled"))
@@ -46,11 +52,10 @@ def pytest_configure(config):
 
 @pytest.fixture
 def fully_optimised():
-    """Compile as for users: for tests of what XLA makes of a program, such as the memory that it takes."""
-    before = jax.config.jax_disable_most_optimizations
+    """Let LLVM optimise as for users; what XLA counts of a program, memory and operations, is the same without it."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,8 +15,9 @@ from lensjax.errors import InputError
 from lensjax.jobs import runner
 from lensjax.select.cli import run
 from lensjax.select.config_file import print_config, read_config
-from lensjax.select.options import METHODS, SCRIPT, parser
+from lensjax.select.options import SCRIPT, parser
 from lensjax.selectors import DEFAULT, SELECTORS
+from lensjax.selectors.methods import NAMES
 
 
 @pytest.fixture
@@ -272,8 +273,8 @@ class TestHelp:
         assert text.index("--dry-run\n      say what would") < text.index("-h, --help")
 
     def test_the_methods_it_names_are_those_there_are(self):
-        assert set(METHODS) == {*SELECTORS, "all"}
-        assert METHODS[0] == DEFAULT
+        assert set(NAMES) == {*SELECTORS, "all"}
+        assert NAMES[0] == DEFAULT
 
     def test_an_unknown_option_gets_a_near_one(self, refused):
         hint = "Did you mean --learning-rate? See python -m lensjax.select --help."
