@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from lensjax._files import lock_directory, write_atomically
 from lensjax.errors import InputError, SelectionError
-from lensjax.journal import JOURNAL, Journal, Run, curves_of, key_of
+from lensjax.journal import JOURNAL, Journal, Run, key_of
 from support import journal_worker
 
 SPECIFICATION = {"task": "t", "sizes": [1, 2]}
@@ -180,18 +179,6 @@ def test_writing_atomically_leaves_no_partial_file(tmp_path):
     write_atomically(tmp_path / "f.json", json.dumps([2]))
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
     assert json.loads((tmp_path / "f.json").read_text()) == [2]
-
-
-def test_curves_leave_failed_and_unmade_runs_empty():
-    runs = [
-        Run(key="1", candidate="b", size=0, test_loss=3.0),
-        Run(key="2", candidate="a", size=200, test_loss=2.0),
-        Run(key="3", candidate="b", size=200, test_loss=None, reason="out of memory"),
-    ]
-    curves = curves_of(runs, ["a", "b"], {"a": 10, "b": 20}, "t")
-    assert curves.sizes.tolist() == [0, 200]
-    np.testing.assert_array_equal(curves.losses, [[np.nan, 2.0], [3.0, np.nan]])
-    assert curves.parameters.tolist() == [10, 20]
 
 
 def test_killed_at_any_moment_nothing_finished_is_lost_or_repeated(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import lensjax
 from lensjax.errors import InputError
-from lensjax.jobs import runner
+from lensjax.jobs import job, runner
 from lensjax.progress.console import Console
 from lensjax.select.request import Request, prepare
 from lensjax.select.session import Session
@@ -83,3 +83,18 @@ def test_losses_that_are_there_already():
     assert by_table.target == by_name.target
     with pytest.raises(InputError, match="say for how many training samples"):
         lensjax.select_from_losses(lensjax.Curves(("a", "b"), [1, 2], [[2.0, 1.0], [3.0, 2.0]]))
+
+
+def test_a_run_that_failed_is_a_point_that_was_not_measured(settings, tmp_path, monkeypatch):
+    def failing(own, work, callbacks, deadline=None):
+        raise job.RunFailedError("MemoryError: no room")
+
+    monkeypatch.setattr(runner.CandidateRunner, "run", failing)
+    prepared = prepare(Request(**settings))
+    session = Session(prepared, tmp_path / "out", Console(io.StringIO(), quiet=True), isolate=False)
+    with pytest.raises(job.RunFailedError):
+        session.loss(prepared.candidates[1], 10, "for the test")
+    assert session.known(prepared.candidates[1], 10) is None
+    assert np.isnan(session.curves(prepared.candidates, (0, 10)).losses).all()
+    assert [line.reason for line in session.journal.lines] == ["MemoryError: no room"]
+    session.close()

@@ -1,7 +1,6 @@
 """Tiny tokenizers of every kind that candidates have, made without a network: a builder for each name."""
 
 import json
-from pathlib import Path
 
 import gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -21,9 +20,10 @@ from transformers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from lensjax.models import load_tokenizer
+from support.paths import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parent / "models" / "golden" / "tokenizers.json").read_text())
-PAGE = GOLDEN["page"]
+TOKENIZERS = json.loads((GOLDEN / "tokenizers.json").read_text())
+PAGE = TOKENIZERS["page"]
 WORDS = ("question", "answer", "rear", "bring", "up", "return", "def", "the", "word", "and", "one", "two", "house")
 TEXT = [PAGE, "### =>", *(f"{a}: {b}" for a in WORDS for b in WORDS)]
 
@@ -55,7 +55,7 @@ def byte_level(before=(), after=(), **options):
 
 def sentencepiece_bpe(name, spelled=lambda piece: piece):
     """Return the golden pieces of a SentencePiece BPE model as vocabulary and merges."""
-    golden = GOLDEN["sentencepiece"][name]
+    golden = TOKENIZERS["sentencepiece"][name]
     vocabulary = {spelled(piece): i for i, piece in enumerate(golden["pieces"])}
     scores = {piece: golden["scores"][i] for piece, i in vocabulary.items()}
     return vocabulary, generate_merges(vocabulary, scores)
@@ -165,7 +165,7 @@ def gguf_file(path, model, tokens, types, change):
 
 
 def gguf_llama(path, prefix=True, chat=None):
-    golden = GOLDEN["sentencepiece"]["llama" if prefix else "gemma"]
+    golden = TOKENIZERS["sentencepiece"]["llama" if prefix else "gemma"]
 
     def change(writer):
         writer.add_token_scores(golden["scores"])
