@@ -11,8 +11,8 @@ from lensjax.errors import InputError
 from lensjax.laws import LAWS
 from lensjax.losses.curves import Curves
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, METHODS, SELECTORS, Scores
-from lensjax.selectors.bayesian_average import forecast, laws, shape
+from lensjax.selectors import CREDIBLE_LEVEL, METHODS, SELECTORS, Scores
+from lensjax.selectors.bayesian_average import law_grid, log_relative_loss, posterior
 
 POINTS = 48
 AGREEMENT = 1e-6  # relative: a curve that misses the prediction at the target is not the one the verdict rests on
@@ -29,7 +29,7 @@ class PredictedCurves:
     losses : float64 array (M, K)
         NaN where a candidate has no curve.
     interval : float64 array (M, K, 2) or None
-        With `CERTAINTY`, for methods that know.
+        With `CREDIBLE_LEVEL`, for methods that know.
     reason : str
         Why there is no curve or no interval; "" if there are both.
     """
@@ -87,18 +87,18 @@ def _sizes(selection: Selection) -> np.ndarray:
 def _averaged(selection: Selection, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Losses (M, K) and intervals (M, K, 2); the posterior does not depend on the size that is asked about."""
     curves = selection.curves
-    found = forecast(curves, selection.target)
-    grid = laws()
-    level = found.log_loss - shape(grid, np.array([selection.target]))[:, 0]
+    found = posterior(curves, selection.target)
+    grid = law_grid()
+    level = found.log_loss - log_relative_loss(grid, np.array([selection.target]))[:, 0]
     lines = np.full((len(curves), len(sizes)), np.nan)
     known = np.flatnonzero(np.isfinite(found.ats))
     if len(known):
         lines[known] = _lines(curves.rows(known), sizes)
-    margin = (1 - CERTAINTY) / 2
+    margin = (1 - CREDIBLE_LEVEL) / 2
     losses, interval = np.empty(lines.shape), np.empty((*lines.shape, 2))
     for k, size in enumerate(sizes):
         at = dataclasses.replace(
-            found, target=size, log_loss=level + shape(grid, np.array([size]))[:, 0], ats=lines[:, k]
+            found, target=size, log_loss=level + log_relative_loss(grid, np.array([size]))[:, 0], ats=lines[:, k]
         )
         losses[:, k], interval[:, k] = at.loss(), at.quantiles((margin, 1 - margin))
     return losses, interval

@@ -11,9 +11,9 @@ from lensjax.report.figures import svg_figures
 from lensjax.report.figures.svg import escaped
 from lensjax.report.text import interval
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, Scores
+from lensjax.selectors import CREDIBLE_LEVEL, Scores
 
-SURE = percent(CERTAINTY, 0)
+SURE = percent(CREDIBLE_LEVEL, 0)
 
 
 def name_of(name: str) -> str:

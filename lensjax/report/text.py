@@ -8,7 +8,7 @@ import numpy as np
 
 from lensjax._display import flops, number, percent, samples
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, Scores
+from lensjax.selectors import CREDIBLE_LEVEL, Scores
 
 NAMES_SHOWN = 5  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
@@ -33,7 +33,7 @@ def ranking(selection: Selection, scores: Scores) -> str:
     laws = [c for c in LAW_COLUMNS if c in scores.details]
     header = ["rank", "candidate"]
     header += [f"loss at {samples(selection.target)}"] if predicts else ["score"]
-    header += [f"{percent(CERTAINTY, 0)} % interval"] if scores.interval is not None else []
+    header += [f"{percent(CREDIBLE_LEVEL, 0)} % interval"] if scores.interval is not None else []
     header += ["P(best)"] if scores.best_probability is not None else []
     header += ["measured"] if selection.truth is not None else []
     header += [*laws]
@@ -128,9 +128,9 @@ def certainty(selection: Selection) -> str:
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     which = names[0] if len(names) == 1 else f"one of {len(names)}: {shown}"
     return (
-        f"{percent(CERTAINTY, 0)} % interval {interval(scores, row)}; {scores.best} is the best of all with "
+        f"{percent(CREDIBLE_LEVEL, 0)} % interval {interval(scores, row)}; {scores.best} is the best of all with "
         f"probability {percent(float(scores.best_probability[row]), 0)} %. The best is, with at least "
-        f"{percent(CERTAINTY, 0)} %, {which}."
+        f"{percent(CREDIBLE_LEVEL, 0)} %, {which}."
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from lensjax._display import number, percent, samples
 from lensjax.report.predicted_curves import PredictedCurves
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, Scores
+from lensjax.selectors import CREDIBLE_LEVEL, Scores
 
 Costs = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
 """Label of a bar, and what it is made of: class and FLOPs."""
@@ -43,7 +43,7 @@ def describe(selection: Selection, row: int) -> str:
         text += f" Expected at {samples(selection.target)}: {number(scores.predicted_loss[row], 4)}"
         if scores.interval is not None:
             low, high = scores.interval[row]
-            text += f", with {percent(CERTAINTY, 0)} % between {number(low, 4)} and {number(high, 4)}"
+            text += f", with {percent(CREDIBLE_LEVEL, 0)} % between {number(low, 4)} and {number(high, 4)}"
         text += "."
     if selection.truth is not None and np.isfinite(selection.truth[row]):
         text += f" Measured there: {number(selection.truth[row], 4)}."

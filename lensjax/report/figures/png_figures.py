@@ -22,7 +22,7 @@ from lensjax.report.figures import data, svg_figures
 from lensjax.report.figures.svg import Scale, compact, shortened
 from lensjax.report.predicted_curves import PredictedCurves, paths
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY
+from lensjax.selectors import CREDIBLE_LEVEL
 
 DPI = 200
 INK, SOFT, GRID, LINE, MARK, TRUTH = "#1c2430", "#596579", "#e3e7ee", "#0b62b8", "#b1450c", "#12703c"
@@ -148,7 +148,7 @@ def _expected(axes: Axes, selection: Selection, row: int, found: PredictedCurves
     if len(found.sizes) > 1:
         if found.interval is not None and np.isfinite(found.interval[row]).all():
             low, high = found.interval[row].T
-            label = f"{percent(CERTAINTY, 0)} % interval"
+            label = f"{percent(CREDIBLE_LEVEL, 0)} % interval"
             axes.fill_between(found.sizes, low, high, color=LINE, alpha=0.16, lw=0, label=label)
         if np.isfinite(found.losses[row]).all():
             split = data.fitted(selection, row, found)
@@ -201,7 +201,7 @@ def ranking(selection: Selection) -> Figure:
     places, losses = np.arange(len(rows)), scores.predicted_loss[rows]
     if scores.interval is not None and rows:
         low, high = np.clip(scores.interval[rows], scale.low, scale.high).T
-        axes.hlines(places, low, high, color=LINE, lw=1.8, label=f"{percent(CERTAINTY, 0)} % interval")
+        axes.hlines(places, low, high, color=LINE, lw=1.8, label=f"{percent(CREDIBLE_LEVEL, 0)} % interval")
     axes.plot(losses, places, "o", mfc="white", mec=LINE, mew=1.8, ms=6, label="expected")
     if selection.truth is not None and np.isfinite(selection.truth[rows]).any():
         axes.plot(selection.truth[rows], places, "D", mfc=TRUTH, mec="white", ms=6, label="measured")
