@@ -147,8 +147,9 @@ def generalization_bound(
         From `example_forms`.
         The maximum should be over all examples; over some of them it is an estimate from below.
     traces : mapping layer -> trace of the layer's Hessian, optional
-        Used where `quadratic_forms` is not given: H_i = |v_i|^2 tr(Hess_i), which follows from noise of the same size in
-        all directions. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0, for such noise
+        Used where `quadratic_forms` is not given: H_i = |v_i|^2 tr(Hess_i), which follows from noise of the same size
+        in all directions. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0,
+        for such noise
         then costs nothing.
     loss_bound : float
         C, the largest loss an example can have; so not less than `train_loss`, their mean.

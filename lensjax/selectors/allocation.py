@@ -1,9 +1,9 @@
 """Budget allocation by racing: which candidate to train next, and on how many samples.
 
 Every candidate is trained on a few small subsets. Then follow stages (the rungs of successive halving), each with a
-larger subset and a share of the remaining budget: candidates are trained in the order of their predicted losses until the
-stage's share is spent. There are no runs at sizes between the stages: every run starts from the pre-trained weights, so
-they would cost a lot for what they add.
+larger subset and a share of the remaining budget: candidates are trained in the order of their predicted losses until
+the stage's share is spent. There are no runs at sizes between the stages: every run starts from the pre-trained
+weights, so they would cost a lot for what they add.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ A single best-fitting law predicts worse than a posterior average over laws (ben
 
     log L(D) = a + log(e + (1 - e) / (1 + (D / D0)^beta))
 
-with the level a integrated out, so that results do not depend on the scale of the losses. e is the irreducible share
-of the loss, D0 the size at which the power phase begins. Candidates of one table are trained on the same data, so their D0
-and beta are assumed to be spread around a common centre. The hyper-prior, which says where that centre is, how wide
-the spread is and how large e tends to be, is inferred from the losses of all candidates together (empirical Bayes).
+with the level a integrated out, so that results do not depend on the scale of the losses. e is the irreducible share of
+the loss, D0 the size at which the power phase begins. Candidates of one table are trained on the same data, so their D0
+and beta are assumed to be spread around a common centre. The hyper-prior, which says where that centre is, how wide the
+spread is and how large e tends to be, is inferred from the losses of all candidates together (empirical Bayes).
 
-Choosing the lowest prediction favours candidates whose extrapolation is too optimistic (the winner's curse): predictions
-differ more than the losses turn out to differ. So where all candidates are extrapolated equally far, the choice weighs
-the predicted loss against the loss at the largest measured size.
+Choosing the lowest prediction favours candidates whose extrapolation is too optimistic (the winner's curse):
+predictions differ more than the losses turn out to differ. So where all candidates are extrapolated equally far, the
+choice weighs the predicted loss against the loss at the largest measured size.
 """
 
 from __future__ import annotations
