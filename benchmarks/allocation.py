@@ -20,7 +20,7 @@ from lensjax.losses.curves import Curves
 from lensjax.losses.table import read_losses
 from lensjax.metrics import rel_acc
 from lensjax.selectors import averaged
-from lensjax.selectors.allocation import RACE, Race, full_cost, propose
+from lensjax.selectors.allocation import DEFAULT_RACE, Race, full_cost, propose
 
 BUDGET = 0.025
 EVERYONE = ((8192, 2048), (8192, 2048, 512), (4096, 1024, 256))
@@ -74,7 +74,7 @@ def main() -> None:
         others = [i for i in range(len(tables)) if i != index]
         chosen = CHOICES[int(np.argmax(np.array(merit)[:, others].mean(axis=1)))]
         result[name] = {"left_out_race": dataclasses.asdict(chosen)}
-        for title, race in (("left_out", chosen), ("default", RACE)):
+        for title, race in (("left_out", chosen), ("default", DEFAULT_RACE)):
             accuracy, cost, runs = replay(table, race)
             halves = [100 * replay(pool, race)[0] for pool in pools(table, POOLS, 0)]
             result[name][title] = {

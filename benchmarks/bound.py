@@ -24,18 +24,15 @@ import numpy as np
 from environment import RESULTS, without_nan, write_result
 
 from lensjax import models
+from lensjax.bound import compare_phases, fit_power_law, generalization_bound, layer_distances
 from lensjax.finetune import FineTuner, Plan, Search, Weights, tune
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.request import DEMO_LEARNING_RATE
 from lensjax.select.request import Request, prepare
 from lensjax.tangents import (
-    compare_phases,
     example_forms,
-    generalization_bound,
     hessian_trace,
-    layer_distances,
     model_loss,
-    power_fall,
 )
 from lensjax.tasks import Encoded, batches
 
@@ -102,7 +99,7 @@ def measure(tuner: FineTuner, f: Any, sums: Any, tokens: Any, size: int) -> dict
     }
     curvature = traces["gauss_newton"].by_layer
     bounds = {
-        "hessian": generalization_bound(train_loss, size, distances, forms=largest_form, **facts),
+        "hessian": generalization_bound(train_loss, size, distances, quadratic_forms=largest_form, **facts),
         "isotropic": generalization_bound(train_loss, size, distances, traces=curvature, **facts),
     }
     return {
@@ -151,14 +148,14 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             values = [r["traces"][matrix]["trace"] for r in own]
             entry[matrix] = {
                 "traces": values,
-                "fall": dataclasses.asdict(power_fall(sizes, values)) if min(values) > 0 else None,
+                "fall": dataclasses.asdict(fit_power_law(sizes, values)) if min(values) > 0 else None,
                 "worst_relative_standard_error": max(
                     r["traces"][matrix]["standard_error"] / abs(r["traces"][matrix]["trace"]) for r in own
                 ),
             }
         for form in ("hessian", "isotropic"):
             values = [r["bounds"][form]["complexity"] for r in own]
-            entry[f"{form} complexity"] = {"values": values, "fall": dataclasses.asdict(power_fall(sizes, values))}
+            entry[f"{form} complexity"] = {"values": values, "fall": dataclasses.asdict(fit_power_law(sizes, values))}
         losses = [r["test_loss"] for r in own]
         entry["test_losses"] = losses
         entry["train_losses"] = [r["train_loss"] for r in own]

@@ -20,12 +20,12 @@ from published_selection import FULL, RATIOS, TABLES
 from lensjax.losses.curves import Curves
 from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
-from lensjax.selectors import CERTAINTY, ats, averaged, smallest_set
-from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
+from lensjax.selectors import CREDIBLE_LEVEL, ats, averaged, smallest_credible_set
+from lensjax.selectors.bayesian_average import DEFAULT_SETTINGS, Settings, posterior
 
-RESTRAINTS = (0.0, 0.1, 0.2, 0.3, 0.4)
+LARGEST_SIZE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4)
 POOLS, POOLS_TO_CHOOSE = 200, 20
-MARGIN = (1 - CERTAINTY) / 2
+MARGIN = (1 - CREDIBLE_LEVEL) / 2
 
 
 def cells(name: str) -> list[tuple[Curves, np.ndarray]]:
@@ -55,15 +55,15 @@ def accuracy(predict: Callable[[Curves], tuple[np.ndarray, np.ndarray]], name: s
     return averages([summary(*predict(seen), truth) for seen, truth in cells(name)])
 
 
-def restraints(name: str, settings: Settings) -> list[float]:
-    """RelAcc of each of `RESTRAINTS`, half with all candidates and half in pools."""
-    found: list[list[float]] = [[] for _ in RESTRAINTS]
+def accuracies_by_weight(name: str, settings: Settings) -> list[float]:
+    """RelAcc of each of `LARGEST_SIZE_WEIGHTS`, half with all candidates and half in pools."""
+    found: list[list[float]] = [[] for _ in LARGEST_SIZE_WEIGHTS]
     for seen, truth in cells(name):
-        whole = forecast(seen, FULL, settings)
+        whole = posterior(seen, FULL, settings)
         rows = half_pools(POOLS_TO_CHOOSE, 1)
         parts = [whole.rows(row) for row in rows]
-        for at, restraint in enumerate(RESTRAINTS):
-            rule = dataclasses.replace(settings, restraint=restraint)
+        for at, weight in enumerate(LARGEST_SIZE_WEIGHTS):
+            rule = dataclasses.replace(settings, largest_size_weight=weight)
             score = dataclasses.replace(whole, settings=rule).score()
             halves = [
                 rel_acc(dataclasses.replace(part, settings=rule).score(), truth[row])
@@ -75,8 +75,10 @@ def restraints(name: str, settings: Settings) -> list[float]:
 
 def choose(names: list[str]) -> Settings:
     """Constants chosen on these tables."""
-    restraint = RESTRAINTS[int(np.argmax(np.mean([restraints(n, SETTINGS) for n in names], axis=0)))]
-    chosen = dataclasses.replace(SETTINGS, restraint=restraint)
+    largest_size_weight = LARGEST_SIZE_WEIGHTS[
+        int(np.argmax(np.mean([accuracies_by_weight(n, DEFAULT_SETTINGS) for n in names], axis=0)))
+    ]
+    chosen = dataclasses.replace(DEFAULT_SETTINGS, largest_size_weight=largest_size_weight)
     return dataclasses.replace(chosen, stretch=stretch(chosen, names))
 
 
@@ -90,7 +92,7 @@ def stretch(settings: Settings, names: list[str]) -> tuple[float, float]:
     below, above, number = [], [], 0
     for name in names:
         for seen, truth in cells(name):
-            low, middle, high = np.log(forecast(seen, FULL, plain).quantiles((MARGIN, 0.5, 1 - MARGIN))).T
+            low, middle, high = np.log(posterior(seen, FULL, plain).quantiles((MARGIN, 0.5, 1 - MARGIN))).T
             below.append((middle - np.log(truth)) / np.maximum(middle - low, 1e-9))
             above.append((np.log(truth) - middle) / np.maximum(high - middle, 1e-9))
         number += len(truth)
@@ -102,10 +104,10 @@ def certainty(settings: Settings, name: str) -> dict[str, float]:
     """Coverage of the interval, share of cells whose set contains the best, and mean size of that set."""
     covered, contained, size = [], [], []
     for seen, truth in cells(name):
-        found = forecast(seen, FULL, settings)
+        found = posterior(seen, FULL, settings)
         low, high = found.quantiles((MARGIN, 1 - MARGIN)).T
         covered.append(np.mean((low <= truth) & (truth <= high)))
-        likely = smallest_set(found.best_probability(), CERTAINTY)
+        likely = smallest_credible_set(found.best_probability(), CREDIBLE_LEVEL)
         contained.append(likely[truth.argmin()])
         size.append(likely.sum())
     return {"coverage": np.mean(covered), "set_contains_best": np.mean(contained), "set_size": float(np.mean(size))}
@@ -118,7 +120,7 @@ def pools(settings: dict[str, Settings]) -> dict[str, dict[str, list[float]]]:
         found: dict[str, list[tuple[float, float]]] = {"averaged": [], "ats": []}
         for seen, truth in cells(name):
             line = ats(seen, FULL).score  # a candidate's line does not depend on the others
-            whole = forecast(seen, FULL, settings[name])
+            whole = posterior(seen, FULL, settings[name])
             for row in half_pools(POOLS, 0):
                 scores = {"averaged": whole.rows(row).score(), "ats": line[row]}
                 for method, score in scores.items():
@@ -132,14 +134,14 @@ def pools(settings: dict[str, Settings]) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     def pair(settings: Settings) -> Callable[[Curves], tuple[np.ndarray, np.ndarray]]:
         def predict(curves: Curves) -> tuple[np.ndarray, np.ndarray]:
-            found = forecast(curves, FULL, settings)
+            found = posterior(curves, FULL, settings)
             return found.score(), found.loss()
 
         return predict
 
     chosen = {n: choose([other for other in TABLES if other != n]) for n in TABLES}
     left_out = {n: {**accuracy(pair(s), n), **certainty(s, n)} for n, s in chosen.items()}
-    shipped = {n: {**accuracy(pair(SETTINGS), n), **certainty(SETTINGS, n)} for n in TABLES}
+    shipped = {n: {**accuracy(pair(DEFAULT_SETTINGS), n), **certainty(DEFAULT_SETTINGS, n)} for n in TABLES}
     reference = {n: accuracy(lambda c: (ats(c, FULL).score,) * 2, n) for n in TABLES}
     work = [seen for name in TABLES for seen, _ in cells(name)]
     for seen in work:
@@ -152,11 +154,11 @@ def main() -> None:
         "left_out": left_out,
         "left_out_constants": {n: dataclasses.asdict(s) for n, s in chosen.items()},
         "shipped": shipped,
-        "shipped_constants": dataclasses.asdict(SETTINGS),
+        "shipped_constants": dataclasses.asdict(DEFAULT_SETTINGS),
         "rule_on_all_three": dataclasses.asdict(choose(list(TABLES))),
         "ats": reference,
         "pools_left_out": pools(chosen),
-        "pools_shipped": pools(dict.fromkeys(TABLES, SETTINGS)),
+        "pools_shipped": pools(dict.fromkeys(TABLES, DEFAULT_SETTINGS)),
         "seconds_for_630_curves_warm": seconds,
         "cpu_seconds_for_630_curves_warm": cpu_seconds,
     }

@@ -125,7 +125,7 @@ def generalization_bound(
     n: int,
     distances: Mapping[str, float],
     *,
-    forms: Mapping[str, float] | None = None,
+    quadratic_forms: Mapping[str, float] | None = None,
     traces: Mapping[str, float] | None = None,
     loss_bound: float,
     epsilon: float = 0.1,
@@ -143,11 +143,13 @@ def generalization_bound(
         Training samples.
     distances : mapping layer -> |v_i|
         From `layer_distances`.
-    forms : mapping layer -> max over examples of v_i^T Hess_i^+ v_i, optional
-        From `example_forms`. The maximum should be over all examples; over some of them it is an estimate from below.
+    quadratic_forms : mapping layer -> max over examples of v_i^T Hess_i^+ v_i, optional
+        From `example_forms`.
+        The maximum should be over all examples; over some of them it is an estimate from below.
     traces : mapping layer -> trace of the layer's Hessian, optional
-        Used where `forms` is not given: H_i = |v_i|^2 tr(Hess_i), which noise of the same size in all directions
-        leads to. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0, for such noise
+        Used where `quadratic_forms` is not given: H_i = |v_i|^2 tr(Hess_i), which follows from noise of the same size
+        in all directions. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0,
+        for such noise
         then costs nothing.
     loss_bound : float
         C, the largest loss an example can have; so not less than `train_loss`, their mean.
@@ -163,18 +165,18 @@ def generalization_bound(
     Raises
     ------
     InputError
-        If neither or both of `forms` and `traces` are given, layers differ, or a number is out of range (`loss_bound`
-        below `train_loss` is) or not finite.
+        If neither or both of `quadratic_forms` and `traces` are given, layers differ, or a number is not finite or out
+        of range (`loss_bound` must not be below `train_loss`).
 
     References
     ----------
     LensLLM (ICML 2025, arXiv 2505.03793), Theorem 2 and Proposition 1; Ju et al. 2022, arXiv:2206.02659.
     """
-    if (forms is None) == (traces is None):
-        raise InputError("give either forms (Theorem 2) or traces (noise of one size in all directions).")
+    if (quadratic_forms is None) == (traces is None):
+        raise InputError("give either quadratic_forms (Theorem 2) or traces (noise of one size in all directions).")
     if not (n >= 1 and 0 < epsilon < math.inf and 0 < loss_bound < math.inf):
         raise InputError(f"n={n}, epsilon={epsilon} and loss_bound={loss_bound} must be positive and finite.")
-    given: Mapping[str, float] = forms if forms is not None else traces or {}
+    given: Mapping[str, float] = quadratic_forms if quadratic_forms is not None else traces or {}
     if not given or set(given) != set(distances):
         raise InputError(
             f"distances are of the layers {sorted(distances)}, but curvature of {sorted(given)}: use one by_layer."
@@ -189,7 +191,7 @@ def generalization_bound(
         )
     layers = {}
     for name, distance in distances.items():
-        form = max(float(given[name]), 0.0) * (1.0 if forms is not None else distance**2)
+        form = max(float(given[name]), 0.0) * (1.0 if quadratic_forms is not None else distance**2)
         layers[name] = LayerTerm(float(distance), form, (1 + epsilon) * math.sqrt(loss_bound * form / n))
     complexity = sum(term.value for term in layers.values())
     together = len(layers) * sum(term.form for term in layers.values())
@@ -200,7 +202,7 @@ def generalization_bound(
         layers,
         (1 + epsilon) * math.sqrt(loss_bound * together / n),
         n**-0.75,
-        "hessian" if forms is not None else "isotropic",
+        "hessian" if quadratic_forms is not None else "isotropic",
         epsilon,
         loss_bound,
         train_loss,
@@ -210,7 +212,7 @@ def generalization_bound(
 
 
 @dataclasses.dataclass(frozen=True)
-class PowerFall:
+class PowerLawFit:
     """``values = prefactor * n^(-exponent)``, fitted by least squares in logarithms.
 
     Attributes
@@ -230,11 +232,11 @@ class PowerFall:
     points: int
 
     def at(self, n: Any) -> Any:
-        """Return the fitted values at n."""
+        """Return the fitted values at `n` samples."""
         return self.prefactor * np.asarray(n, np.float64) ** -self.exponent
 
 
-def power_fall(sizes: Sequence[float], values: Sequence[float]) -> PowerFall:
+def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLawFit:
     """Fit how traces, or the complexities of bounds, fall with the number of training samples.
 
     Of complexities this gives C3 (`prefactor`) and beta3 (`exponent`) of Corollary 1; of traces the beta of
@@ -248,6 +250,7 @@ def power_fall(sizes: Sequence[float], values: Sequence[float]) -> PowerFall:
     Raises
     ------
     InputError
+        If values or sizes are not finite and positive, or there are fewer than two different sizes.
     """
     x, y = np.asarray(sizes, np.float64), np.asarray(values, np.float64)
     usable = bool(np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all())
@@ -264,10 +267,10 @@ def power_fall(sizes: Sequence[float], values: Sequence[float]) -> PowerFall:
     error = math.sqrt(float(rest @ rest) / (len(x) - 2) / float(centred @ centred)) if len(x) > 2 else math.nan
     prefactor = math.exp(float(log_y.mean()) - slope * float(log_x.mean()))
     explained = 1 - float(rest @ rest) / spread if spread > 0 else math.nan
-    return PowerFall(-slope, error, prefactor, explained, len(x))
+    return PowerLawFit(-slope, error, prefactor, explained, len(x))
 
 
-def corollary_bound(train_loss: float, n: float, fall: PowerFall, *, epsilon: float = 0.1) -> float:
+def corollary_bound(train_loss: float, n: float, fall: PowerLawFit, *, epsilon: float = 0.1) -> float:
     """Return Corollary 1 without its remainder, ``(1 + eps) train_loss + C3 n^(-beta3)``, with C3 and beta3 fitted.
 
     Parameters
@@ -276,7 +279,7 @@ def corollary_bound(train_loss: float, n: float, fall: PowerFall, *, epsilon: fl
         Nats.
     n : float
         Training samples.
-    fall : PowerFall
+    fall : PowerLawFit
         Of the bounds' `complexity`, made with the same `epsilon`, for its factor 1 + epsilon is in C3.
     epsilon : float
 
@@ -307,7 +310,7 @@ class Phases:
         Samples at which the power phase begins, NaN if unknown.
     status_of_trace, status_of_loss : str
         Of the fits.
-    fall : PowerFall
+    fall : PowerLawFit
         Of the traces over all sizes.
     """
 
@@ -318,7 +321,7 @@ class Phases:
     transition_by_loss: float
     status_of_trace: str
     status_of_loss: str
-    fall: PowerFall
+    fall: PowerLawFit
 
 
 def compare_phases(sizes: Sequence[float], traces: Sequence[float], losses: Sequence[float]) -> Phases:
@@ -341,7 +344,7 @@ def compare_phases(sizes: Sequence[float], traces: Sequence[float], losses: Sequ
     ----------
     LensLLM (ICML 2025), section 3.
     """
-    fall = power_fall(sizes, traces)
+    fall = fit_power_law(sizes, traces)
     values = np.asarray([traces, losses], np.float64)
     fits = fit(np.asarray(sizes, np.float64), values, "rectified", huber_delta=1.0)
     known = np.asarray(fits.converged) & np.asarray(fits.determined)

@@ -12,10 +12,10 @@ import numpy as np
 from lensjax._display import escaped, flops, isolated, number, percent, samples, table
 from lensjax.losses.curves import Curves
 from lensjax.metrics import pear_corr, rel_acc, rmse
-from lensjax.selectors import CERTAINTY, Scores
+from lensjax.selectors import CREDIBLE_LEVEL, Scores
 
 SCHEMA = 2
-CERTAINTY_PERCENT = percent(CERTAINTY, 0)
+CERTAINTY_PERCENT = percent(CREDIBLE_LEVEL, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Selection:
         }
 
     def credible_set(self, scores: Scores) -> list[str]:
-        """Names of the smallest set that contains the best with probability `CERTAINTY`, likeliest first."""
+        """Names of the smallest set that contains the best with probability `CREDIBLE_LEVEL`, likeliest first."""
         if scores.credible_set is None or scores.best_probability is None:
             return []
         order = np.argsort(-scores.best_probability, kind="stable")
@@ -292,7 +292,7 @@ class Selection:
             **(
                 {}
                 if scores.credible_set is None
-                else {"certainty": CERTAINTY, "credible_set": self.credible_set(scores)}
+                else {"certainty": CREDIBLE_LEVEL, "credible_set": self.credible_set(scores)}
             ),
             "ranking": [
                 {

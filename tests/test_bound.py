@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from lensjax import InputError
-from lensjax.bound import compare_phases, corollary_bound, generalization_bound, layer_distances, power_fall
+from lensjax.bound import compare_phases, corollary_bound, fit_power_law, generalization_bound, layer_distances
 from lensjax.tangents import example_forms, hessian_trace
 
 
 def test_terms_by_hand():
     bound = generalization_bound(
-        2.0, 400, {"a": 0.5, "b": 3.0}, forms={"a": 4.0, "b": 9.0}, loss_bound=16.0, epsilon=0.5, test_loss=3.5
+        2.0,
+        400,
+        {"a": 0.5, "b": 3.0},
+        quadratic_forms={"a": 4.0, "b": 9.0},
+        loss_bound=16.0,
+        epsilon=0.5,
+        test_loss=3.5,
     )
     assert {name: t.value for name, t in bound.layers.items()} == {"a": pytest.approx(0.6), "b": pytest.approx(0.9)}
     assert bound.layers["b"].distance == 3.0
@@ -22,8 +28,11 @@ def test_terms_by_hand():
     assert bound.remainder == pytest.approx(400**-0.75)
     assert bound.violated is False
     assert bound.looseness == pytest.approx(4.5 / 3.5)
-    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=2.0, test_loss=2.3).violated is True
-    assert generalization_bound(2.0, 400, {"a": 1.0}, forms={"a": 0.0}, loss_bound=2.0).violated is None
+    assert (
+        generalization_bound(2.0, 400, {"a": 1.0}, quadratic_forms={"a": 0.0}, loss_bound=2.0, test_loss=2.3).violated
+        is True
+    )
+    assert generalization_bound(2.0, 400, {"a": 1.0}, quadratic_forms={"a": 0.0}, loss_bound=2.0).violated is None
 
 
 def test_traces_stand_for_noise_of_one_size():
@@ -53,17 +62,17 @@ def test_a_leaf_called_value_is_named():
 
 def test_fall_of_a_power():
     sizes = np.array([50, 100, 200, 400, 800])
-    fall = power_fall(sizes, 7.0 * sizes**-0.4)
+    fall = fit_power_law(sizes, 7.0 * sizes**-0.4)
     assert fall.exponent == pytest.approx(0.4)
     assert fall.prefactor == pytest.approx(7.0)
     assert fall.r_squared == pytest.approx(1.0)
     assert corollary_bound(2.0, 3200, fall) == pytest.approx(2.2 + 7 * 3200**-0.4)
     # The standard error covers as it should.
     rng = np.random.default_rng(0)
-    found = [power_fall(sizes, sizes**-0.4 * np.exp(0.1 * rng.normal(size=5))) for _ in range(400)]
+    found = [fit_power_law(sizes, sizes**-0.4 * np.exp(0.1 * rng.normal(size=5))) for _ in range(400)]
     inside = np.mean([abs(f.exponent - 0.4) < 3.182 * f.standard_error for f in found])  # 95 % of t with 3 degrees
     assert 0.92 < inside < 0.98
-    assert np.isnan(power_fall([1, 2], [1.0, 2.0]).standard_error)
+    assert np.isnan(fit_power_law([1, 2], [1.0, 2.0]).standard_error)
 
 
 def test_phases_by_trace_and_by_loss():
@@ -117,7 +126,7 @@ def test_from_a_network_that_was_really_trained():
         facts = {"loss_bound": 4.0, "test_loss": float(loss(params, test))}
         bounds = [
             generalization_bound(float(loss(params, train)), 60, distances, **facts, **own)
-            for own in ({"forms": forms}, {"traces": traces})
+            for own in ({"quadratic_forms": forms}, {"traces": traces})
         ]
         assert set(bounds[0].layers) == {"first", "second"}
         for bound in bounds:
@@ -129,24 +138,30 @@ def test_from_a_network_that_was_really_trained():
 def test_errors():
     good = {"loss_bound": 1.0}
     cases = [
-        (lambda: generalization_bound(1.0, 10, {"a": 1.0}, **good), "give either forms"),
-        (lambda: generalization_bound(1.0, 10, {"a": 1.0}, forms={"b": 1.0}, **good), "use one by_layer"),
-        (lambda: generalization_bound(1.0, 0, {"a": 1.0}, forms={"a": 1.0}, **good), "n=0"),
-        (lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=0.0), "loss_bound=0.0"),
+        (lambda: generalization_bound(1.0, 10, {"a": 1.0}, **good), "give either quadratic_forms"),
+        (lambda: generalization_bound(1.0, 10, {"a": 1.0}, quadratic_forms={"b": 1.0}, **good), "use one by_layer"),
+        (lambda: generalization_bound(1.0, 0, {"a": 1.0}, quadratic_forms={"a": 1.0}, **good), "n=0"),
         (
-            lambda: generalization_bound(5.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=0.1),
+            lambda: generalization_bound(1.0, 9, {"a": 1.0}, quadratic_forms={"a": 1.0}, loss_bound=0.0),
+            "loss_bound=0.0",
+        ),
+        (
+            lambda: generalization_bound(5.0, 9, {"a": 1.0}, quadratic_forms={"a": 1.0}, loss_bound=0.1),
             "less than train_loss=5.0",
         ),
-        (lambda: generalization_bound(np.nan, 9, {"a": 1.0}, forms={"a": 1.0}, **good), "must be finite"),
+        (lambda: generalization_bound(np.nan, 9, {"a": 1.0}, quadratic_forms={"a": 1.0}, **good), "must be finite"),
         (
-            lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, test_loss=np.nan, **good),
+            lambda: generalization_bound(1.0, 9, {"a": 1.0}, quadratic_forms={"a": 1.0}, test_loss=np.nan, **good),
             "must be finite",
         ),
-        (lambda: generalization_bound(1.0, 9, {"a": 1.0}, forms={"a": 1.0}, loss_bound=np.inf), "loss_bound=inf"),
-        (lambda: corollary_bound(1.0, 0, power_fall([1, 2], [2.0, 1.0])), "n=0"),
-        (lambda: power_fall([1, 2], [1.0, np.inf]), "finite positive values"),
-        (lambda: power_fall([1, 2], [1.0, 0.0]), "positive values at two different positive sizes"),
-        (lambda: power_fall([2, 2], [1.0, 1.0]), "two different"),
+        (
+            lambda: generalization_bound(1.0, 9, {"a": 1.0}, quadratic_forms={"a": 1.0}, loss_bound=np.inf),
+            "loss_bound=inf",
+        ),
+        (lambda: corollary_bound(1.0, 0, fit_power_law([1, 2], [2.0, 1.0])), "n=0"),
+        (lambda: fit_power_law([1, 2], [1.0, np.inf]), "finite positive values"),
+        (lambda: fit_power_law([1, 2], [1.0, 0.0]), "positive values at two different positive sizes"),
+        (lambda: fit_power_law([2, 2], [1.0, 1.0]), "two different"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

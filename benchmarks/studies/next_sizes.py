@@ -30,7 +30,7 @@ import optax
 from study import agreement, central, finish, require
 
 import lensjax
-from lensjax.selectors.bayesian_average import forecast
+from lensjax.selectors.bayesian_average import posterior
 
 VISIBLE, TARGET = 6_400.0, 1_638_400.0
 NOISE = 0.01  # of a measured log loss
@@ -161,14 +161,14 @@ def looked_up(curves: lensjax.Curves, rows: Any, wanted: np.ndarray, contest: Co
             if curves.sizes[column] > VISIBLE and np.isnan(seen[place, column]):
                 seen[place, column] = curves.losses[row, column]
                 cost += curves.sizes[column] * contest.parameters[place]
-    expected = forecast(dataclasses.replace(curves.rows(rows), losses=seen), contest.target).loss()
+    expected = posterior(dataclasses.replace(curves.rows(rows), losses=seen), contest.target).loss()
     truth = curves.at(contest.target)[list(rows)]
     return float(np.log(expected[0] / expected[1]) - np.log(truth[0] / truth[1])), float(cost / contest.full)
 
 
 def pairs(curves: lensjax.Curves, most: int) -> list[tuple[int, int]]:
     """Return neighbours in the order that is predicted from what is visible, the leaders first."""
-    order = np.argsort(forecast(curves.visible(VISIBLE), TARGET).loss())
+    order = np.argsort(posterior(curves.visible(VISIBLE), TARGET).loss())
     known = np.isfinite(curves.losses[:, curves.sizes > 0]).all(axis=1)
     order = [int(row) for row in order if known[row]]
     return list(itertools.pairwise(order))[:most]

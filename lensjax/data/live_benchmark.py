@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from lensjax import data
-from lensjax.errors import InputError
-from lensjax._messages import packaged_like
 from lensjax._display import listed
+from lensjax._messages import packaged_like
+from lensjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordedTangents:
-    """What was seen of M candidates at S sizes through their derivatives, on K training samples of one task.
+    """Kernels and Hessian traces of M candidates at S sizes, on K training samples of one task.
 
-    Kernels and traces are those of the weights that a fine-tuning run kept (at size 0: of the model before it). NaN
-    where nothing was measured, or nothing can be.
+    Kernels and traces are taken at the weights that a fine-tuning run returned (at size 0: before fine-tuning). NaN
+    where nothing was or can be measured.
 
     Attributes
     ----------

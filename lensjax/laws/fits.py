@@ -1,4 +1,4 @@
-"""`Fits`: what `lensjax.laws.fit` found."""
+"""`Fits`, the result of `lensjax.laws.fit`: parameters, status and predictions of the fitted laws."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lensjax._display import table
 from lensjax._tracing import concrete
 from lensjax.errors import InputError
 from lensjax.laws.laws import LAWS, kernel_residual, phase_transition
-from lensjax.laws.parametrization import FORMS
+from lensjax.laws.parametrization import PARAMETRIZATIONS
 
 
 @functools.lru_cache(maxsize=256)
-def _exact(fun: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
+def _in_float64(fun: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
     """`fun` in float64, both ways, under any caller; result of type `dtype`."""
 
     def wide(*args: Any) -> jax.Array:
@@ -50,7 +50,7 @@ def _evaluate(fun: Callable[..., jax.Array], *args: Any) -> Any:
     traced = any(concrete(a) is None for a in args)
     dtype = np.dtype(jnp.result_type(float)) if traced else np.dtype(np.float64)
     with jax.enable_x64(True):
-        value = _exact(fun, dtype)(*args)
+        value = _in_float64(fun, dtype)(*args)
     return value if traced else np.asarray(value)
 
 
@@ -82,7 +82,9 @@ def _prediction(law: str, names: tuple[str, ...], count: int, source: str) -> Ca
     return predict
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["found", "kept"], meta_fields=["law", "form"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["results", "given"], meta_fields=["law", "parametrization"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fits:
     """Laws fitted to M curves. A pytree: it may be returned from `jax.jit`.
@@ -97,7 +99,7 @@ class Fits:
     params : dict name -> (M,)
         Natural parameters: B, E, beta and D_l / F / F and t / alpha; as the functions of `LAWS` take them.
     raw : dict name -> (M,)
-        Unconstrained parameters, of which priors speak: log_B, E, beta and log_D_l / log_F / log_t / log_alpha.
+        Unconstrained parameters, on which priors are put: log_B, E, beta and log_D_l / log_F / log_t / log_alpha.
     objective : (M,)
         Huber sum (and prior penalty) at the minimum.
     converged : bool (M,)
@@ -124,33 +126,36 @@ class Fits:
     """
 
     law: str
-    form: str
-    found: dict[str, Any]
-    kept: dict[str, Any]
+    parametrization: str
+    results: dict[str, Any]
+    given: dict[str, Any]
 
-    def _one_offset(self) -> bool:
+    def _has_single_f(self) -> bool:
         """Whether one F holds for all sizes of a curve."""
-        if "F" in FORMS[self.form].params or "D_l" in FORMS[self.form].params:
+        if (
+            "F" in PARAMETRIZATIONS[self.parametrization].params
+            or "D_l" in PARAMETRIZATIONS[self.parametrization].params
+        ):
             return True
-        given = self.kept.get("F")
+        given = self.given.get("F")
         return given is not None and (given.ndim == 0 or given.shape[-1] == 1)
 
     def _column(self, kind: str, which: Any) -> Any:
-        known = concrete(self.found[kind])
-        return _evaluate(_row(which), self.found[kind]) if known is None else known[which]
+        known = concrete(self.results[kind])
+        return _evaluate(_row(which), self.results[kind]) if known is None else known[which]
 
     @property
     def params(self) -> dict[str, Any]:
         """Natural parameters, each (M,)."""
-        values = {n: self._column("params", i) for i, n in enumerate(FORMS[self.form].params)}
-        if self.form == "lens, F given" and self._one_offset():
-            values["F"] = _evaluate(_flat(len(self)), self.kept["F"])
+        values = {n: self._column("params", i) for i, n in enumerate(PARAMETRIZATIONS[self.parametrization].params)}
+        if self.parametrization == "lens, F given" and self._has_single_f():
+            values["F"] = _evaluate(_flat(len(self)), self.given["F"])
         return values
 
     @property
     def raw(self) -> dict[str, Any]:
         """Unconstrained parameters, each (M,)."""
-        return {n: self._column("raw", i) for i, n in enumerate(FORMS[self.form].raw)}
+        return {n: self._column("raw", i) for i, n in enumerate(PARAMETRIZATIONS[self.parametrization].raw)}
 
     @property
     def objective(self) -> Any:
@@ -158,8 +163,8 @@ class Fits:
         return self._column("objective", ...)
 
     def _fact(self, name: str) -> Any:
-        known = concrete(self.found[name])
-        return self.found[name] if known is None else known
+        known = concrete(self.results[name])
+        return self.results[name] if known is None else known
 
     @property
     def converged(self) -> Any:
@@ -189,13 +194,13 @@ class Fits:
     @property
     def bounds(self) -> tuple[tuple[str, str], ...]:
         """For each row of `at_bound`, what the lower and the upper bound mean."""
-        return FORMS[self.form].bounds
+        return PARAMETRIZATIONS[self.parametrization].bounds
 
     @property
     def status(self) -> tuple[str, ...]:
         """One readable sentence a curve."""
         names = ("points", "enough", "side", "converged", "determined")
-        facts = {name: known for name in names if (known := concrete(self.found[name])) is not None}
+        facts = {name: known for name in names if (known := concrete(self.results[name])) is not None}
         if len(facts) < len(names):
             raise InputError("Fits.status is text: read it outside of jax.jit, jax.grad and jax.vmap.")
         return tuple(self._describe({key: value[..., m] for key, value in facts.items()}) for m in range(len(self)))
@@ -207,15 +212,15 @@ class Fits:
         if not fact["converged"]:
             return "failed: no minimum reached"
         words = ["converged"]
-        held = [ends[int(side > 0)] for ends, side in zip(self.bounds, fact["side"], strict=True) if side]
-        if held:
-            words.append("at a bound: " + ", ".join(held))
+        at_bound = [ends[int(side > 0)] for ends, side in zip(self.bounds, fact["side"], strict=True) if side]
+        if at_bound:
+            words.append("at a bound: " + ", ".join(at_bound))
         if not fact["determined"]:
             words.append("parameters not determined by these points (singular Hessian)")
         return "; ".join(words)
 
     def __len__(self) -> int:
-        return int(self.found["objective"].shape[-1])
+        return int(self.results["objective"].shape[-1])
 
     @property
     def transition(self) -> Any:
@@ -252,34 +257,34 @@ class Fits:
         if F is not None and t is not None:
             raise InputError("predict: give F or t, not both.")
         single = np.ndim(D) == 0
-        names = FORMS[self.form].params
+        names = PARAMETRIZATIONS[self.parametrization].params
         extra: tuple[Any, ...] = ()
         source = "fit"
         if F is not None:
             source, extra = "F", (F,)
         elif t is not None:
-            if "eigenvalues" not in self.kept:
+            if "eigenvalues" not in self.given:
                 raise InputError("predict: t needs a fit with eigenvalues and projections; give F instead.")
-            source, extra = "t", (t, *(self.kept[k] for k in ("eigenvalues", "projections", "learning_rate")))
-        elif self.law == "lens" and not self._one_offset():
+            source, extra = "t", (t, *(self.given[k] for k in ("eigenvalues", "projections", "learning_rate")))
+        elif self.law == "lens" and not self._has_single_f():
             raise InputError("predict: this fit had its own F at each size; give F= or t= at the sizes to predict.")
-        elif self.form == "lens, F given":
-            source, extra = "F", (self.kept["F"],)
+        elif self.parametrization == "lens, F given":
+            source, extra = "F", (self.given["F"],)
         if np.ndim(D) > 1:
             raise InputError(f"predict: D has shape {np.shape(D)}; it must be a number or one-dimensional.")
         fun = _prediction(self.law, names, len(self), source)
-        losses = _evaluate(fun, self.found["params"], D if concrete(D) is None else np.asarray(D, np.float64), *extra)
+        losses = _evaluate(fun, self.results["params"], D if concrete(D) is None else np.asarray(D, np.float64), *extra)
         return losses[:, 0] if single else losses
 
     def __repr__(self) -> str:
-        known = concrete(self.found["converged"])
+        known = concrete(self.results["converged"])
         if known is None or known.ndim != 1:
             return f"Fits(law={self.law!r})"
         return f"Fits(law={self.law!r}, {len(self)} curves, {int(known.sum())} converged)"
 
     def _repr_html_(self) -> str:
         """Show the fits in a notebook."""
-        if concrete(self.found["converged"]) is None or self.found["objective"].ndim != 1:
+        if concrete(self.results["converged"]) is None or self.results["objective"].ndim != 1:
             return f"<pre>{html.escape(repr(self))}</pre>"
         params = {name: np.asarray(values) for name, values in self.params.items()}
         rows = ((m, *(float(values[m]) for values in params.values()), status) for m, status in enumerate(self.status))

@@ -14,8 +14,8 @@ from lensjax._tracing import concrete
 from lensjax.errors import InputError
 from lensjax.laws.fits import Fits
 from lensjax.laws.laws import LAWS, log_kernel_residual
-from lensjax.laws.parametrization import FORMS, Parametrization, Row, starts
-from lensjax.laws.solver import Terms, huber_sums, lowest, minimize, pullback
+from lensjax.laws.parametrization import PARAMETRIZATIONS, CurveData, Parametrization, starts
+from lensjax.laws.solver import Terms, huber_sums, implicit_vjp, lowest, minimize
 
 Inputs = dict[str, Any]
 
@@ -31,8 +31,8 @@ def _safe_log(values: jax.Array) -> jax.Array:
     return jnp.where(values > 0, jnp.log(jnp.where(values > 0, values, 1.0)), -jnp.inf)
 
 
-def _rows(inputs: Inputs, name: str) -> tuple[Row, jax.Array]:
-    """Describe every curve as `lensjax.laws.parametrization` wants it, curves last; and the Huber widths (M,)."""
+def _curve_data(inputs: Inputs, name: str) -> tuple[CurveData, jax.Array]:
+    """Return the curves as `lensjax.laws.parametrization` expects them, curves last, and the Huber widths (M,)."""
     given = {key: jnp.asarray(value, jnp.float64) for key, value in inputs.items()}
     losses = given["losses"]
     curves, points = losses.shape
@@ -50,7 +50,7 @@ def _rows(inputs: Inputs, name: str) -> tuple[Row, jax.Array]:
     some = anchor.any(1)
     log_ref = jnp.where(some, first, 0.0)
     log_loss = jnp.log(jnp.where(used, losses, 1.0))
-    row: Row = {
+    data: CurveData = {
         "x": jnp.where(used & (sizes > 0), log_size - log_ref[:, None], 0.0).T,
         "positive": (sizes > 0).astype(jnp.float64).T,
         "used": used.astype(jnp.float64).T,
@@ -63,8 +63,8 @@ def _rows(inputs: Inputs, name: str) -> tuple[Row, jax.Array]:
         "count": counted.astype(jnp.float64).sum(1),
     }
     if "prior_mean" in given:
-        row["prior_mean"] = jnp.broadcast_to(given["prior_mean"], (len(given["prior_mean"]), curves))
-        row["prior_strength"] = jnp.broadcast_to(given["prior_strength"], row["prior_mean"].shape)
+        data["prior_mean"] = jnp.broadcast_to(given["prior_mean"], (len(given["prior_mean"]), curves))
+        data["prior_strength"] = jnp.broadcast_to(given["prior_strength"], data["prior_mean"].shape)
     if "eigenvalues" in given:
         eigenvalues = jnp.broadcast_to(given["eigenvalues"], (curves, given["eigenvalues"].shape[-1]))
         projections = jnp.broadcast_to(given["projections"], eigenvalues.shape)
@@ -72,44 +72,44 @@ def _rows(inputs: Inputs, name: str) -> tuple[Row, jax.Array]:
         if name == "lens, kernel":
             largest = eigenvalues.max(1)
             least = jnp.where(eigenvalues > 1e-12 * largest[:, None], eigenvalues, jnp.inf).min(1)
-            row["spectrum"] = (eigenvalues / largest[:, None]).T
-            row["projections"] = projections.T
-            row["log_rate"] = jnp.log(2.0 * rate * largest)
-            row["largest_spread"] = jax.lax.stop_gradient(jnp.log1p(50.0 * largest / least))
+            data["spectrum"] = (eigenvalues / largest[:, None]).T
+            data["projections"] = projections.T
+            data["log_rate"] = jnp.log(2.0 * rate * largest)
+            data["largest_spread"] = jax.lax.stop_gradient(jnp.log1p(50.0 * largest / least))
         else:
             t = jnp.broadcast_to(given["t"], (curves, points))
-            row["log_F"] = jax.vmap(log_kernel_residual)(
+            data["log_F"] = jax.vmap(log_kernel_residual)(
                 t, eigenvalues[:, None], projections[:, None], rate[:, None, None]
             ).T
     if "F" in given:
-        row["log_F"] = _safe_log(jnp.broadcast_to(given["F"], (curves, points))).T
-    if "log_F" in row:
-        row["log_F"] = jnp.where(used.T, row["log_F"], 0.0)
+        data["log_F"] = _safe_log(jnp.broadcast_to(given["F"], (curves, points))).T
+    if "log_F" in data:
+        data["log_F"] = jnp.where(used.T, data["log_F"], 0.0)
         at = lowest(jnp.where(anchor, log_size, jnp.inf))
-        row["log_F_ref"] = jnp.take_along_axis(row["log_F"], at[None], 0)[0]
-    return row, jnp.broadcast_to(given["huber_delta"], (curves,))
+        data["log_F_ref"] = jnp.take_along_axis(data["log_F"], at[None], 0)[0]
+    return data, jnp.broadcast_to(given["huber_delta"], (curves,))
 
 
-def _residuals(form: Parametrization, coordinates: jax.Array, row: Row) -> Terms:
+def _residuals(form: Parametrization, coordinates: jax.Array, data: CurveData) -> Terms:
     """Log residuals of the curves, then the deviations from the priors."""
-    values = jnp.where(row["used"] > 0, form.log_loss(coordinates, row) - row["log_loss"], 0.0)
-    weights, square = row["weight"], jnp.zeros(values.shape, bool)
-    if "prior_mean" in row:
-        raw = form.to_raw(coordinates, row)
-        values = jnp.concatenate([values, raw - row["prior_mean"]])
-        weights = jnp.concatenate([weights, row["prior_strength"]])
+    values = jnp.where(data["used"] > 0, form.log_loss(coordinates, data) - data["log_loss"], 0.0)
+    weights, square = data["weight"], jnp.zeros(values.shape, bool)
+    if "prior_mean" in data:
+        raw = form.to_raw(coordinates, data)
+        values = jnp.concatenate([values, raw - data["prior_mean"]])
+        weights = jnp.concatenate([weights, data["prior_strength"]])
         square = jnp.concatenate([square, jnp.ones(raw.shape, bool)])
     return Terms(values, weights, square)
 
 
 def _results(name: str, variables: jax.Array, inputs: Inputs) -> dict[str, jax.Array]:
     """Return what is differentiable about the minimum, given where it is."""
-    form = FORMS[name]
-    row, width = _rows(inputs, name)
+    form = PARAMETRIZATIONS[name]
+    data, width = _curve_data(inputs, name)
     return {
-        "raw": form.to_raw(variables, row),
-        "params": form.to_params(variables, row),
-        "objective": huber_sums(functools.partial(_residuals, form), variables, row, width),
+        "raw": form.to_raw(variables, data),
+        "params": form.to_params(variables, data),
+        "objective": huber_sums(functools.partial(_residuals, form), variables, data, width),
     }
 
 
@@ -125,31 +125,31 @@ def _jit_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(name: str, tries: int) -> Callable[[Inputs], dict[str, jax.Array]]:
+def _program(name: str, num_starts: int) -> Callable[[Inputs], dict[str, jax.Array]]:
     """Compiled fit of one form: inputs -> results, with its derivative; float64 inside, whatever runs around it.
 
     Under a float32 trace, JAX differentiates and transposes after `enable_x64` has been left; so both directions
     are compiled here, each under its own `enable_x64`, and JAX sees one opaque operation (custom_vjp).
     """
-    form = FORMS[name]
+    form = PARAMETRIZATIONS[name]
     residuals = functools.partial(_residuals, form)
 
     @_jit_quickly
     def forward(inputs: Inputs) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array]:
-        row, width = _rows(inputs, name)
-        found = minimize(residuals, starts(form, row, tries), row, width, form.box(row))
-        known = row["count"] + jnp.sum(row["prior_strength"] > 0, 0) if "prior_mean" in row else row["count"]
+        data, width = _curve_data(inputs, name)
+        found = minimize(residuals, starts(form, data, num_starts), data, width, form.box(data))
+        known = data["count"] + jnp.sum(data["prior_strength"] > 0, 0) if "prior_mean" in data else data["count"]
         enough = known >= len(form.bounds)
         results = jax.tree.map(lambda leaf: jnp.where(enough, leaf, jnp.nan), _results(name, found.variables, inputs))
         facts = {
-            "points": row["count"].astype(jnp.int32),
+            "points": data["count"].astype(jnp.int32),
             "enough": enough,
             "side": jnp.where(enough, found.side, 0),
             "converged": found.converged & enough,
             "determined": found.determined,
             "iterations": found.iterations,
         }
-        return results | facts, found.variables, found.side, found.sharp & enough
+        return results | facts, found.variables, found.side, found.isolated & enough
 
     @_jit_quickly
     def backward(
@@ -159,7 +159,7 @@ def _program(name: str, tries: int) -> Callable[[Inputs], dict[str, jax.Array]]:
         to_variables, direct = jax.vjp(results, variables, inputs)[1](cotangent)
         # Where nothing was found there is no derivative either: say so, unless nobody asks.
         to_variables = jnp.where(sound | (to_variables == 0), to_variables, jnp.nan)
-        through = pullback(residuals, variables, side, lambda x: _rows(x, name), inputs, to_variables)
+        through = implicit_vjp(residuals, variables, side, lambda x: _curve_data(x, name), inputs, to_variables)
         return jax.tree.map(lambda a, b, like: (a + b).astype(like.dtype), direct, through, inputs)
 
     @jax.custom_vjp
@@ -382,11 +382,11 @@ def fit(
         inputs["t"] = _spread(t, shape, "t")
         _checked(inputs["t"], lambda x: np.isfinite(x) & (x >= 0), "t must be finite and >= 0")
     if prior:
-        inputs |= _prior(prior, FORMS[name], law, shape[0])
+        inputs |= _prior(prior, PARAMETRIZATIONS[name], law, shape[0])
 
     with jax.enable_x64(True):
         found = _program(name, starts)(inputs)
-    kept: dict[str, Any] = {
+    given: dict[str, Any] = {
         key: inputs[key] for key in ("F", "eigenvalues", "projections", "learning_rate", "t") if key in inputs
     }
-    return Fits(law=law, form=name, found=found, kept=kept)
+    return Fits(law=law, parametrization=name, results=found, given=given)

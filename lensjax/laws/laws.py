@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from lensjax.errors import InputError
 
 Array = Any
 """A number or an array, of NumPy or JAX."""
@@ -128,6 +131,12 @@ def lens_law(params: Mapping[str, Array], D: Array) -> jax.Array:
 
 def log_kernel_residual(t: Array, eigenvalues: Array, projections: Array, learning_rate: Array = 1.0) -> jax.Array:
     """Logarithm of `kernel_residual`; see there."""
+    counts = [np.shape(values)[-1:] for values in (eigenvalues, projections)]
+    if counts[0] != counts[1] or not counts[0]:
+        raise InputError(
+            f"eigenvalues have shape {np.shape(eigenvalues)} and projections {np.shape(projections)}; both must end in "
+            "the same number of eigenvectors K."
+        )
     t = jnp.asarray(t)[..., None]
     weight = jnp.square(jnp.asarray(projections))
     log_weight = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
@@ -155,6 +164,11 @@ def kernel_residual(t: Array, eigenvalues: Array, projections: Array, learning_r
     -------
     float array (...)
         F(t), between 0 and F(0) = ||r||^2.
+
+    Raises
+    ------
+    InputError
+        If `eigenvalues` and `projections` do not have the same K.
 
     References
     ----------

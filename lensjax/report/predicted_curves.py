@@ -11,8 +11,8 @@ from lensjax.errors import InputError
 from lensjax.laws import LAWS
 from lensjax.losses.curves import Curves
 from lensjax.selection import Selection
-from lensjax.selectors import CERTAINTY, METHODS, SELECTORS, Scores
-from lensjax.selectors.bayesian_average import forecast, laws, shape
+from lensjax.selectors import CREDIBLE_LEVEL, METHODS, SELECTORS, Scores
+from lensjax.selectors.bayesian_average import log_relative_loss, posterior
 
 POINTS = 48
 AGREEMENT = 1e-6  # relative; a curve further from the prediction at the target is not the one that was scored
@@ -29,7 +29,7 @@ class PredictedCurves:
     losses : float64 array (M, K)
         NaN where a candidate has no curve.
     interval : float64 array (M, K, 2) or None
-        With probability `CERTAINTY`; None for methods without intervals.
+        With probability `CREDIBLE_LEVEL`; None for methods without intervals.
     reason : str
         Why there is no curve or no interval; "" if there are both.
     """
@@ -98,24 +98,24 @@ def _averaged(selection: Selection, sizes: np.ndarray, rows: np.ndarray) -> tupl
 
     The posterior rests on the losses of all candidates, and does not depend on the size that is asked about.
     """
-    curves, grid = selection.curves, laws()
-    posterior = forecast(curves, selection.target)
-    level = posterior.log_loss[rows] - shape(grid, np.array([selection.target]))[:, 0]
+    curves, grid = selection.curves, law_grid()
+    found = posterior(curves, selection.target)
+    level = found.log_loss[rows] - log_relative_loss(grid, np.array([selection.target]))[:, 0]
     lines = np.full((len(rows), len(sizes)), np.nan)
-    known = np.flatnonzero(np.isfinite(posterior.ats[rows]))
+    known = np.flatnonzero(np.isfinite(found.ats[rows]))
     if len(known):
         lines[known] = _lines(curves.rows(rows[known]), sizes)
-    margin = (1 - CERTAINTY) / 2
+    margin = (1 - CREDIBLE_LEVEL) / 2
     losses = np.full((len(curves), len(sizes)), np.nan)
     interval = np.full((*losses.shape, 2), np.nan)
     for k, size in enumerate(sizes):
         at = dataclasses.replace(
-            posterior,
+            found,
             target=size,
-            largest=posterior.largest[rows],
-            weights=posterior.weights[rows],
-            log_loss=level + shape(grid, np.array([size]))[:, 0],
-            likelihood=posterior.likelihood[rows],
+            largest=found.largest[rows],
+            weights=found.weights[rows],
+            log_loss=level + log_relative_loss(grid, np.array([size]))[:, 0],
+            likelihood=found.likelihood[rows],
             ats=lines[:, k],
         )
         losses[rows, k], interval[rows, k] = at.loss(), at.quantiles((margin, 1 - margin))

@@ -14,7 +14,7 @@ from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
 from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
 from lensjax.journal import key_of
 from lensjax.select.budget import Budget, Ledger
-from lensjax.selectors import DEFAULT, GAMMA, RACE, TAU, check_rule, method
+from lensjax.selectors import DEFAULT, DEFAULT_RACE, GAMMA, TAU, check_rule, method
 from lensjax.selectors.methods import LOG_ME
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary
@@ -204,7 +204,7 @@ def _check_budget(prepared: Prepared) -> None:
     if budget is None:
         return
     if prepared.races:
-        least = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0]
+        least = DEFAULT_RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0]
     else:
         least = prepared.sizes[: method(request.method).sizes_needed(request.gamma)]
     ledger = prepared.ledger()
@@ -260,7 +260,7 @@ def _race_sizes(request: Request, smallest: int, available: int, target: int) ->
     """Return the sizes of a race's runs, ascending."""
     if request.visible is not None and request.visible < 2 * smallest:
         raise InputError(f"--visible {request.visible}: with --budget it is at least two of --smallest ({smallest}).")
-    common, stages = RACE.sizes(target, smallest, available if request.visible is None else request.visible)
+    common, stages = DEFAULT_RACE.sizes(target, smallest, available if request.visible is None else request.visible)
     if common[-1] > available or common[-1] >= target:
         raise InputError(
             f"--budget: the task has {available} training samples, but every candidate is first trained on "

@@ -12,7 +12,7 @@ from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import OutOfTimeError, RunFailedError
 from lensjax.select.extra_measurements import measure_scores
 from lensjax.select.session import Session
-from lensjax.selectors import RACE, method, propose, should_stop
+from lensjax.selectors import DEFAULT_RACE, method, propose, should_stop
 
 
 def descend(session: Session) -> None:
@@ -120,7 +120,7 @@ def race(session: Session) -> None:
     """
     prepared, ledger = session.prepared, session.ledger
     smallest, largest = prepared.sizes[0], prepared.sizes[-1]
-    common, _ = RACE.sizes(prepared.target, smallest, largest)
+    common, _ = DEFAULT_RACE.sizes(prepared.target, smallest, largest)
     for candidate in prepared.candidates:
         for size in prepared.sizes[::-1]:
             session.load(candidate, size)

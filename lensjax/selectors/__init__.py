@@ -8,40 +8,40 @@ from typing import TYPE_CHECKING
 from lensjax._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lensjax.selectors.allocation import RACE, Proposal, Race, full_cost, propose
+    from lensjax.selectors.allocation import DEFAULT_RACE, Proposal, Race, full_cost, propose
     from lensjax.selectors.baselines import ats, by_log_me, by_nlp_metrics, model_size, subtuning, zero_shot
     from lensjax.selectors.bayesian_average import averaged
-    from lensjax.selectors.certainty import CERTAINTY, best_probability, smallest_set
+    from lensjax.selectors.certainty import CREDIBLE_LEVEL, best_probability, smallest_credible_set
     from lensjax.selectors.logme import log_me
     from lensjax.selectors.methods import DEFAULT, METHODS, SELECTORS, Method, get_selector, method
     from lensjax.selectors.scaling import lens, power, rectified
     from lensjax.selectors.scores import Scores, Selector, require_points
     from lensjax.selectors.spectra import NlpMetrics, nlp_metrics
-    from lensjax.selectors.stopping import GAMMA, TAU, Stop, check_rule, descend, should_stop
+    from lensjax.selectors.stopping import GAMMA, TAU, StoppingDecision, check_rule, replay_stopping_rule, should_stop
 
 _HOMES = {
     name: f"lensjax.selectors.{module}"
     for module, names in {
-        "allocation": ("RACE", "Proposal", "Race", "full_cost", "propose"),
+        "allocation": ("DEFAULT_RACE", "Proposal", "Race", "full_cost", "propose"),
         "baselines": ("ats", "by_log_me", "by_nlp_metrics", "model_size", "subtuning", "zero_shot"),
         "bayesian_average": ("averaged",),
-        "certainty": ("CERTAINTY", "best_probability", "smallest_set"),
+        "certainty": ("CREDIBLE_LEVEL", "best_probability", "smallest_credible_set"),
         "logme": ("log_me",),
         "methods": ("DEFAULT", "METHODS", "SELECTORS", "Method", "get_selector", "method"),
         "scaling": ("lens", "power", "rectified"),
         "scores": ("Scores", "Selector", "require_points"),
         "spectra": ("NlpMetrics", "nlp_metrics"),
-        "stopping": ("GAMMA", "TAU", "Stop", "check_rule", "descend", "should_stop"),
+        "stopping": ("GAMMA", "TAU", "StoppingDecision", "check_rule", "replay_stopping_rule", "should_stop"),
     }.items()
     for name in names
 }
 
 __all__ = [
-    "CERTAINTY",
+    "CREDIBLE_LEVEL",
     "DEFAULT",
+    "DEFAULT_RACE",
     "GAMMA",
     "METHODS",
-    "RACE",
     "SELECTORS",
     "TAU",
     "Method",
@@ -50,14 +50,13 @@ __all__ = [
     "Race",
     "Scores",
     "Selector",
-    "Stop",
+    "StoppingDecision",
     "ats",
     "averaged",
     "best_probability",
     "by_log_me",
     "by_nlp_metrics",
     "check_rule",
-    "descend",
     "full_cost",
     "get_selector",
     "lens",
@@ -68,9 +67,10 @@ __all__ = [
     "power",
     "propose",
     "rectified",
+    "replay_stopping_rule",
     "require_points",
     "should_stop",
-    "smallest_set",
+    "smallest_credible_set",
     "subtuning",
     "zero_shot",
 ]

@@ -1,8 +1,9 @@
-"""Which candidate to train next on how much: a race that drops those that cannot win.
+"""Budget allocation by racing: which candidate to train next, and on how many samples.
 
-Every candidate is trained on a few small subsets. Then there are stages, each with a larger subset and a share of what
-is left of the budget: candidates enter in the order of their predicted losses until the stage's share is spent. Runs
-between the stages' sizes would tell little for their cost, for every run starts from the pre-trained weights.
+Every candidate is trained on a few small subsets. Then follow stages (the rungs of successive halving), each with a
+larger subset and a share of the remaining budget: candidates are trained in the order of their predicted losses until
+the stage's share is spent. There are no runs at sizes between the stages: every run starts from the pre-trained
+weights, so they would cost a lot for what they add.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
-from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
+from lensjax.selectors.bayesian_average import DEFAULT_SETTINGS, Settings, posterior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,31 +24,31 @@ class Race:
 
     Attributes
     ----------
-    everyone : tuple of int
-        The target over the sizes that every candidate is trained on.
+    common : tuple of int
+        Divisors of the target: the sizes that every candidate is trained on are target / divisor.
     stages : tuple of (int, float)
-        The target over a stage's size, and the share of the remaining budget that the stage may spend.
+        Divisor of the target that gives the stage's size, and the share of the remaining budget it may spend.
     """
 
-    everyone: tuple[int, ...] = (4096, 1024, 256)
+    common: tuple[int, ...] = (4096, 1024, 256)
     stages: tuple[tuple[int, float], ...] = ((64, 0.5), (8, 1.0))
 
     def sizes(
         self, target: float, smallest: float = 1, largest: float = math.inf
     ) -> tuple[tuple[int, ...], tuple[tuple[int, float], ...]]:
-        """Return what every candidate is trained on, ascending, and the stages as (size, share).
+        """Return the sizes that every candidate is trained on, ascending, and the stages as (size, share).
 
-        Sizes below `smallest` are raised to it, stages above `largest` left out. Two sizes at least are for everyone:
-        one point shows no slope.
+        Sizes below `smallest` are raised to it, and stages above `largest` are left out. There are at least
+        two common sizes, for one point has no slope.
         """
-        common = sorted({max(int(target // d), int(smallest)) for d in self.everyone})
+        common = sorted({max(int(target // d), int(smallest)) for d in self.common})
         if len(common) < 2:
             common = [int(smallest), 2 * int(smallest)]
         stages = tuple((int(target // d), share) for d, share in self.stages if common[-1] < target // d <= largest)
         return tuple(common), stages
 
 
-RACE = Race()
+DEFAULT_RACE = Race()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,10 @@ def propose(
     *,
     smallest: float = 1,
     largest: float = math.inf,
-    race: Race = RACE,
-    settings: Settings = SETTINGS,
+    race: Race = DEFAULT_RACE,
+    settings: Settings = DEFAULT_SETTINGS,
 ) -> tuple[Proposal, ...]:
-    """Say which runs to make next, in this order: what is left of the present stage.
+    """Return the next runs, in order: those of the current stage that are not done.
 
     There is no hidden state: the answer depends on the arguments only, so an interrupted race goes on where it was.
 
@@ -129,7 +130,7 @@ def propose(
     Raises
     ------
     InputError
-        If the budget does not even pay for what everyone is trained on, or parameters are not known.
+        If the budget does not cover the common sizes, or parameters are not known.
     """
     parameters = _parameters(curves)
     common, stages = race.sizes(target, smallest, largest)
@@ -142,18 +143,18 @@ def propose(
         )
     measured = {size: np.isfinite(curves.at(size)) for size in (*common, *(size for size, _ in stages))}
     # Candidate by candidate, so that a model is loaded and compiled once.
-    everyone = tuple(
+    missing = tuple(
         Proposal(name, size, float(parameters[row] * size), "small subsets, for all")
         for row, name in enumerate(curves.names)
         for size in common[::-1]
         if not measured[size][row]
     )
-    if everyone:
-        return everyone
+    if missing:
+        return missing
     spent = needed
     for number, (size, share) in enumerate(stages, start=1):
-        # The order is that before the stage: what the stage finds out about others is for the next one.
-        predicted = np.exp(forecast(curves.visible(size - 1), target, settings).mixed)
+        # Rank by what was known before the stage: its own results count only from the next stage on.
+        predicted = np.exp(posterior(curves.visible(size - 1), target, settings).log_loss_with_ats)
         limit = spent + share * (budget - spent)
         order = np.argsort(predicted, kind="stable")
         found = []

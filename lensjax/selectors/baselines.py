@@ -9,7 +9,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.selectors.scores import Scores, require_points
-from lensjax.selectors.stopping import GAMMA, TAU, check_rule, deviation, line
+from lensjax.selectors.stopping import GAMMA, TAU, check_rule, fit_line, line_deviation
 
 
 def zero_shot(curves: Curves, target: float) -> Scores:
@@ -181,9 +181,9 @@ def ats(curves: Curves, target: float, *, k: int = GAMMA, delta: float = TAU) ->
     for row, losses in enumerate(curves.losses):
         columns = np.flatnonzero(np.isfinite(losses) & (curves.sizes > 0))[::-1]
         x, y = np.log(curves.sizes[columns]), np.log(losses[columns])
-        kept = next((n for n in range(k, len(x)) if deviation(x[: n + 1], y[: n + 1]) > delta), len(x) - 1)
+        kept = next((n for n in range(k, len(x)) if line_deviation(x[: n + 1], y[: n + 1]) > delta), len(x) - 1)
         kept = len(x) if len(x) <= k else kept
-        intercept, slope = line(x[:kept], y[:kept])
+        intercept, slope = fit_line(x[:kept], y[:kept])
         predicted[row] = np.exp(intercept + slope * np.log(target))
         accepted[row] = curves.sizes[columns[kept - 1]]
         used[row, columns[: kept + 1]] = True

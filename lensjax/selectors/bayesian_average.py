@@ -1,18 +1,17 @@
-"""The default selector: a Bayesian average over rectified laws, shared hyper-priors, and a share of AtS.
+"""The default selector: a Bayesian average over rectified laws with shared hyper-priors, mixed with AtS.
 
-A law fitted to its optimum predicts worse than an average over all laws that the losses allow (benchmarks/LOG.md).
-The laws are
+A single best-fitting law predicts worse than a posterior average over laws (benchmarks/LOG.md). The laws are
 
     log L(D) = a + log(e + (1 - e) / (1 + (D / D0)^beta))
 
-with the level a integrated out, which makes everything invariant to the scale of the losses: e is the share of the
-loss that no amount of data removes, D0 the size at which the power phase begins. Candidates of one table see the same
-data, so their D0 and beta are spread around a common centre; what centre and spread are likely and how large e tends
-to be, the losses of all candidates together say, before any truth is known.
+with the level a integrated out, so that results do not depend on the scale of the losses. e is the irreducible share of
+the loss, D0 the size at which the power phase begins. Candidates of one table are trained on the same data, so their D0
+and beta are assumed to be spread around a common centre. The hyper-prior, which says where that centre is, how wide the
+spread is and how large e tends to be, is inferred from the losses of all candidates together (empirical Bayes).
 
-The candidate with the lowest predicted loss is the one whose luck was greatest: differences between extrapolations are
-larger than differences between the losses they will meet. So where all are extrapolated equally far, the choice is made
-by a compromise between the predicted loss and the loss at the largest size seen.
+Choosing the lowest prediction favours candidates whose extrapolation is too optimistic (the winner's curse):
+predictions differ more than the losses turn out to differ. So where all candidates are extrapolated equally far, the
+choice weighs the predicted loss against the loss at the largest measured size.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.selectors.baselines import ats
-from lensjax.selectors.certainty import CERTAINTY, best_probability, out_of_order, smallest_set
+from lensjax.selectors.certainty import CREDIBLE_LEVEL, best_probability, out_of_order, smallest_credible_set
 from lensjax.selectors.scores import Scores
 
 FLOORS = np.array([0, 0.04, 0.08, 0.12, 0.18, 0.24, 0.3, 0.37, 0.44, 0.52, 0.6, 0.68, 0.76, 0.84, 0.92])
@@ -40,63 +39,63 @@ ONSET_CENTRES = 100 * np.exp(np.arange(11.0))
 EXPONENT_CENTRES = np.array([0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0])
 FLOOR_PRIORS = ((0.35, 0.5), (0.5, 0.5), (0.5, 1.0))  # Beta distributions of e
 EXPONENT_WIDTHS = np.array([0.2, 0.3])
-DRAWS, BLOCKS = 4000, 32
-PAD = 8  # columns are padded to a multiple of this, so that one compiled program serves many tables
+NUM_DRAWS, NUM_BLOCKS = 4000, 32
+PAD_MULTIPLE = 8  # columns are padded to a multiple of this, so that one compiled program serves many tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Constants of the average.
 
-    `restraint` is what benchmarks/default_selector.py finds, with all three published tables and without any one of
-    them; `stretch` is what it finds with all three. The others, which no rule chose, were set while looking at all
-    three (benchmarks/LOG.md).
+    benchmarks/default_selector.py finds `largest_size_weight`, with all three published tables and also when any one of
+    them is left out, and `stretch`, with all three. The other constants were set by hand with all three tables in view
+    (benchmarks/LOG.md).
 
     Attributes
     ----------
     noise : float
         Standard deviation of a log loss around the law, in units of each curve's own scale.
     drift : float
-        The same of the law's drift from the largest size to half of it: why recent points weigh more.
+        Standard deviation of the law's drift from the largest size to half of it; it gives larger sizes more weight.
     fade : float
         Factor by which the precision of the drift's steps falls with each halving of the size; at 0.5 the drift's
         variance is `drift`^2 (largest / size - 1).
-    freedom : float
-        Degrees of freedom of the scale that each curve has of its own (Student-t); 1: a jump is forgiven.
+    degrees_of_freedom : float
+        Degrees of freedom of each curve's own scale (Student-t); at 1 the fit tolerates a jump in the losses.
     onset_width : float
         Spread of log D0 over the candidates of one table.
-    caution : float
-        The predicted loss is the power mean of this order over the predictive distribution. Above 1 it leans to what
-        is feared: of two candidates with the same median the better known one wins.
+    power_mean_order : float
+        The predicted loss is the power mean of this order over the predictive distribution. Above 1 it leans towards
+        high losses: of two candidates with the same median, the one with the narrower distribution wins.
     ats_share : float
-        Weight of AtS in the scores and intervals, as one more law; it helps the order, not the predicted losses.
-    restraint : float
-        Weight of the log loss at the largest size seen, against the predicted log loss, in the choice.
-    spread : float
-        Standard deviation of a log loss between runs that differ by their random numbers only, for the probability of
-        being the best.
+        Weight of AtS in the scores and intervals, as one more law. It improves the ranking, not the predicted losses.
+    largest_size_weight : float
+        Weight of the log loss at the largest measured size in the choice; the predicted log loss has the rest.
+    run_noise : float
+        Standard deviation of a log loss between runs that differ only in their random seed; used for the probability
+        of being the best.
     stretch : (float, float)
         Factors by which the predictive distribution is stretched below and above its median, in log loss, so that
-        truths of a table that was not seen fall outside of its 90 % interval as rarely as they should, on either side.
+        the 90 % interval has its nominal coverage, on either side, for tables that were not used to set it.
     """
 
     noise: float = 0.003
     drift: float = 0.015
     fade: float = 0.5
-    freedom: float = 1.0
+    degrees_of_freedom: float = 1.0
     onset_width: float = 1.0
-    caution: float = 6.0
+    power_mean_order: float = 6.0
     ats_share: float = 0.15
-    restraint: float = 0.3
-    spread: float = 0.03
+    largest_size_weight: float = 0.3
+    run_noise: float = 0.03
     stretch: tuple[float, float] = (1.5, 0.9)
 
 
-SETTINGS = Settings()
+DEFAULT_SETTINGS = Settings()
 
 
 @functools.cache
-def laws() -> np.ndarray:
+def law_grid() -> np.ndarray:
     """Return the grid of laws: e, D0 and beta of each, float64 (G, 3)."""
     return np.array(list(itertools.product(FLOORS, ONSETS, EXPONENTS)))
 
@@ -113,43 +112,47 @@ def hyper_priors(settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray
             [np.diff(np.asarray(jax.scipy.special.betainc(a, b, jnp.asarray(edges)))) for a, b in FLOOR_PRIORS]
         )
 
-    def bells(values: np.ndarray, centres: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    def log_normals(values: np.ndarray, centres: np.ndarray, widths: np.ndarray) -> np.ndarray:
         away = (np.log(values) - np.log(centres)[:, None]) / widths.reshape(-1, 1, 1)
         found = np.exp(-0.5 * away**2).reshape(-1, len(values))
         return np.asarray(found / found.sum(axis=1, keepdims=True))
 
     return (
         floor / floor.sum(axis=1, keepdims=True),
-        bells(ONSETS, ONSET_CENTRES, np.array([settings.onset_width])),
-        bells(EXPONENTS, EXPONENT_CENTRES, EXPONENT_WIDTHS),
+        log_normals(ONSETS, ONSET_CENTRES, np.array([settings.onset_width])),
+        log_normals(EXPONENTS, EXPONENT_CENTRES, EXPONENT_WIDTHS),
     )
 
 
-def posterior(likelihood: Any, priors: tuple[Any, Any, Any]) -> tuple[Any, Any]:
-    """Likelihoods (M, G), each row up to a factor -> weights of the laws (M, G), probabilities of hyper-priors (H,).
+def law_weights(likelihood: Any, priors: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """Return the posterior weights of the laws (M, G) and the posterior of the hyper-priors (H,).
 
-    H is every combination of the hyper-priors' rows. Arrays of NumPy or JAX.
+    `likelihood` is (M, G), each row up to a factor; H counts every combination of the hyper-priors' rows. Arrays of
+    NumPy or JAX.
     """
     xp = jnp if isinstance(likelihood, jax.Array) else np
     grid = likelihood.reshape(len(likelihood), *(p.shape[1] for p in priors))
     evidence = xp.einsum("medb,fe,od,xb->mfox", grid, *priors, optimize=True)
     log_evidence = xp.log(evidence).sum(axis=0)
-    centres = xp.exp(log_evidence - log_evidence.max())
-    centres = centres / centres.sum()
-    prior = xp.einsum("mfox,fe,od,xb->medb", centres / evidence, *priors, optimize=True)
+    hyper_posterior = xp.exp(log_evidence - log_evidence.max())
+    hyper_posterior = hyper_posterior / hyper_posterior.sum()
+    prior = xp.einsum("mfox,fe,od,xb->medb", hyper_posterior / evidence, *priors, optimize=True)
     weights = likelihood * prior.reshape(likelihood.shape)
-    return weights / weights.sum(axis=1, keepdims=True), centres.ravel()
+    return weights / weights.sum(axis=1, keepdims=True), hyper_posterior.ravel()
 
 
-def shape(grid: Any, sizes: Any) -> Any:
-    """Log loss below the level: (G, 3) laws at (S,) sizes -> (G, S). Arrays of NumPy or JAX."""
+def log_relative_loss(grid: Any, sizes: Any) -> Any:
+    """Return log L(D) - a of the laws `grid` (G, 3) at `sizes` (S,): array (G, S).
+
+    Arrays of NumPy or JAX.
+    """
     e, onset, beta = grid[:, 0, None], grid[:, 1, None], grid[:, 2, None]
     xp = jnp if isinstance(sizes, jax.Array) else np
     return xp.log(e + (1 - e) / (1 + (sizes / onset) ** beta))
 
 
 @jax.jit
-def _posterior(
+def _posterior_arrays(
     y: jax.Array,
     known: jax.Array,
     sizes: jax.Array,
@@ -158,11 +161,15 @@ def _posterior(
     priors: tuple[jax.Array, jax.Array, jax.Array],
     constants: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Log losses (M, S) where `known`, at `sizes` (S,) -> see `Posterior`; also the posterior (M, G) of the laws."""
+    """Return `weights`, `log_loss`, `hyper_posterior` and `likelihood` of `Posterior`.
+
+    `y` (M, S) are log losses at `sizes` (S,), valid where `known`; `constants` are noise, drift, fade and degrees of
+    freedom.
+    """
     noise, drift, fade, freedom = constants
     measured = jnp.where(known, jnp.log2(sizes), -jnp.inf)
     age = jnp.where(known, measured.max(axis=1, keepdims=True) - jnp.log2(sizes), 0.0)
-    # A random walk that started at the largest size and takes longer steps further back.
+    # Random walk from the largest size backwards, with longer steps further back.
     walked = drift**2 * (fade**-age - 1) / (1 / fade - 1)
     both = known[:, :, None] & known[:, None, :]
     walk = jnp.where(both, jnp.minimum(walked[:, :, None], walked[:, None, :]), 0.0)
@@ -175,7 +182,7 @@ def _posterior(
         return jnp.matmul(inverse, columns, precision="highest")
 
     ones = whiten(known[:, :, None].astype(y.dtype))
-    residual = jnp.where(known[:, :, None], y[:, :, None] - shape(grid, sizes).T, 0.0)
+    residual = jnp.where(known[:, :, None], y[:, :, None] - log_relative_loss(grid, sizes).T, 0.0)
     residual = whiten(residual)
     information = (ones**2).sum(axis=1)
     level = (ones * residual).sum(axis=1) / information
@@ -183,28 +190,29 @@ def _posterior(
     count = known.sum(axis=1, keepdims=True)
     likelihood = -0.5 * (freedom + count - 1) * jnp.log1p(chi / freedom)
     likelihood = jnp.exp(likelihood - likelihood.max(axis=1, keepdims=True))
-    weights, centres = posterior(likelihood, priors)
-    prediction = level + shape(grid, target[None])[:, 0]
-    return weights, prediction, centres, likelihood
+    weights, hyper_posterior = law_weights(likelihood, priors)
+    prediction = level + log_relative_loss(grid, target[None])[:, 0]
+    return weights, prediction, hyper_posterior, likelihood
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Posterior:
-    """What the losses of M candidates will be at a size: a weighted set of G laws for each, and AtS.
+    """Predictive distribution of the losses of M candidates at one size: G weighted laws for each, and AtS.
 
     Attributes
     ----------
     target : float
+        Training samples.
     largest : float64 array (M,)
         Largest size at which each candidate was measured.
     weights : float64 array (M, G)
         Posterior probability of each law, rows adding to 1.
     log_loss : float64 array (M, G)
         Log loss each law predicts.
-    centres : float64 array (H,)
+    hyper_posterior : float64 array (H,)
         Probability of each hyper-prior (`hyper_priors`, the rows of beta running fastest), given all candidates.
     likelihood : float64 array (M, G)
-        Of each law, up to a factor per candidate.
+        Likelihood of each law, up to a factor for each candidate.
     ats : float64 array (M,)
         Log loss predicted by AtS; NaN where it has too few points.
     settings : Settings
@@ -214,7 +222,7 @@ class Posterior:
     largest: np.ndarray
     weights: np.ndarray
     log_loss: np.ndarray
-    centres: np.ndarray
+    hyper_posterior: np.ndarray
     likelihood: np.ndarray
     ats: np.ndarray
     settings: Settings
@@ -230,37 +238,37 @@ class Posterior:
         return np.where(np.isnan(self.ats), 0.0, self.ats - self.mean)
 
     @functools.cached_property
-    def cautious(self) -> np.ndarray:
-        """Logarithm of the laws' power mean of order `caution`, without AtS (M,)."""
-        order, highest = self.settings.caution, self.log_loss.max(axis=1, keepdims=True)
+    def log_power_mean(self) -> np.ndarray:
+        """Logarithm of the laws' power mean of order `power_mean_order`, without AtS (M,)."""
+        order, highest = self.settings.power_mean_order, self.log_loss.max(axis=1, keepdims=True)
         return highest[:, 0] + np.log((self.weights * np.exp(order * (self.log_loss - highest))).sum(axis=1)) / order
 
     def loss(self) -> np.ndarray:
-        """Return the predicted losses (M,): the laws' power mean of order `caution`."""
-        return np.exp(self.cautious)
+        """Return the predicted losses (M,): the laws' power mean of order `power_mean_order`."""
+        return np.exp(self.log_power_mean)
 
     @functools.cached_property
-    def mixed(self) -> np.ndarray:
+    def log_loss_with_ats(self) -> np.ndarray:
         """Logarithm of the predicted losses mixed with AtS in log loss (M,)."""
-        line = np.where(np.isnan(self.ats), self.cautious, self.ats)
-        return np.asarray(self.cautious + self.settings.ats_share * (line - self.cautious))
+        line = np.where(np.isnan(self.ats), self.log_power_mean, self.ats)
+        return np.asarray(self.log_power_mean + self.settings.ats_share * (line - self.log_power_mean))
 
-    def merit(self) -> np.ndarray:
-        """Return what the choice is made by (M,), lower is better.
+    def criterion(self) -> np.ndarray:
+        """Return the selection criterion (M,), lower is better.
 
-        Where all candidates were measured at the same largest size: the laws' log losses at that size and at `target`,
-        mixed; AtS has no part in it. Otherwise `mixed`: in a race those that are extrapolated less far have been looked
-        at more closely, and restraint would undo that (benchmarks/LOG.md).
+        Where all candidates were measured at the same largest size, it is a weighted mean of the laws' log losses at
+        that size and at `target`, without AtS. Otherwise it is `log_loss_with_ats`: in a race the better candidates are
+        measured at larger sizes, and weighing in those losses would undo that (benchmarks/LOG.md).
         """
         if np.ptp(self.largest) > 0:
-            return self.mixed
-        change = shape(laws(), np.array([self.largest[0], self.target]))
+            return self.log_loss_with_ats
+        change = log_relative_loss(law_grid(), np.array([self.largest[0], self.target]))
         seen = self.mean + (self.weights * (change[:, 0] - change[:, 1])).sum(axis=1)
-        return np.asarray(self.cautious + self.settings.restraint * (seen - self.cautious))
+        return np.asarray(self.log_power_mean + self.settings.largest_size_weight * (seen - self.log_power_mean))
 
     def score(self) -> np.ndarray:
-        """Return the scores (M,): losses with AtS mixed in, that of the choice lowered to just below the lowest."""
-        score, choice = np.exp(self.mixed), int(np.argmin(self.merit()))
+        """Return the scores (M,): losses with AtS mixed in, the chosen candidate's lowered to be the lowest."""
+        score, choice = np.exp(self.log_loss_with_ats), int(np.argmin(self.criterion()))
         if score[choice] > score.min():
             score[choice] = score.min() * (1 - 1e-9)
         return score
@@ -268,23 +276,23 @@ class Posterior:
     def best_probability(self) -> np.ndarray:
         """Return the probability that each candidate's run turns out best (M,).
 
-        Each candidate's losses are moved by what restraint moves its place in the choice: what is said of the chosen
-        one goes with the choice.
+        Each candidate's draws are shifted by the difference between `criterion` and `log_loss_with_ats`, so that the
+        probabilities agree with the choice.
         """
         draws = self.draws()
         noise = np.random.default_rng(1).standard_normal(draws.shape)
-        return best_probability(draws + (self.merit() - self.mixed) + self.settings.spread * noise)
+        return best_probability(draws + (self.criterion() - self.log_loss_with_ats) + self.settings.run_noise * noise)
 
     def rows(self, which: np.ndarray) -> Posterior:
-        """Return the forecast for some of the candidates, by position, as if there were no others."""
+        """Return the posterior for some of the candidates, by position, as if there were no others."""
         likelihood = self.likelihood[which]
-        weights, centres = posterior(likelihood, hyper_priors(self.settings))
+        weights, hyper_posterior = law_weights(likelihood, hyper_priors(self.settings))
         return dataclasses.replace(
             self,
             largest=self.largest[which],
             weights=weights,
             log_loss=self.log_loss[which],
-            centres=centres,
+            hyper_posterior=hyper_posterior,
             likelihood=likelihood,
             ats=self.ats[which],
         )
@@ -323,20 +331,20 @@ class Posterior:
         away = log_loss - self.median
         return self.median + np.where(away < 0, below, above) * away
 
-    def draws(self, number: int = DRAWS, seed: int = 0) -> np.ndarray:
+    def draws(self, number: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:
         """Draw log losses of all candidates together (number, M).
 
         Candidates share the hyper-prior, and whether AtS is right: their errors have a common part.
         """
         rng = np.random.default_rng(seed)
         floor, onset, exponent = hyper_priors(self.settings)
-        # Hyper-priors at equal steps of their cumulative probability, each for a block of draws: few of them are as
-        # good as many at random.
-        steps = (np.arange(BLOCKS) + 0.5) / BLOCKS
-        chosen = np.searchsorted(np.cumsum(self.centres), steps * self.centres.sum())
+        # Systematic sampling: hyper-priors at equal steps of their cumulative probability, one for each block of draws,
+        # have a lower variance than independent ones.
+        steps = (np.arange(NUM_BLOCKS) + 0.5) / NUM_BLOCKS
+        chosen = np.searchsorted(np.cumsum(self.hyper_posterior), steps * self.hyper_posterior.sum())
         found = np.empty((number, len(self.weights)))
         rows, end = np.arange(len(self.weights)), self.weights.shape[1] * np.arange(1, len(self.weights) + 1)
-        for centre, block in zip(chosen, np.array_split(np.arange(number), BLOCKS), strict=True):
+        for centre, block in zip(chosen, np.array_split(np.arange(number), NUM_BLOCKS), strict=True):
             f, o, x = np.unravel_index(centre, (len(floor), len(onset), len(exponent)))
             prior = floor[f][:, None, None] * onset[o][:, None] * exponent[x]
             cumulative = np.cumsum(self.likelihood * prior.ravel(), axis=1)
@@ -348,7 +356,7 @@ class Posterior:
         return self._stretched(found + np.where(right, self.shift, 0.0))
 
 
-def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Posterior:
+def posterior(curves: Curves, target: float, settings: Settings = DEFAULT_SETTINGS) -> Posterior:
     """Predict the losses at `target` samples from all measured losses above 0 samples.
 
     Parameters
@@ -377,30 +385,37 @@ def forecast(curves: Curves, target: float, settings: Settings = SETTINGS) -> Po
             f"{curves.source}: {name} has no visible loss above 0 samples, but method averaged needs one. Fine-tune it "
             "on a small subset, make more of its losses visible (--visible), or leave it out."
         )
-    padding = -len(sizes) % PAD
+    padding = -len(sizes) % PAD_MULTIPLE
     y = np.pad(np.log(np.where(known, losses, 1.0)), ((0, 0), (0, padding)))
-    constants = (settings.noise, settings.drift, settings.fade, settings.freedom)
+    constants = (settings.noise, settings.drift, settings.fade, settings.degrees_of_freedom)
     with jax.enable_x64(True):
-        found = _posterior(
+        found = _posterior_arrays(
             jnp.asarray(y),
             jnp.asarray(np.pad(known, ((0, 0), (0, padding)))),
             jnp.asarray(np.pad(sizes, (0, padding), constant_values=1.0)),
             jnp.asarray(float(target)),
-            jnp.asarray(laws()),
+            jnp.asarray(law_grid()),
             tuple(jnp.asarray(prior) for prior in hyper_priors(settings)),
             jnp.asarray(constants, jnp.float64),
         )
-        weights, log_loss, centres, likelihood = (np.asarray(value) for value in found)
-    line = np.full(len(curves), np.nan)
+        weights, log_loss, hyper_posterior, likelihood = (np.asarray(value) for value in found)
+    log_ats = np.full(len(curves), np.nan)
     enough = np.flatnonzero(known.sum(axis=1) >= 2)
     if len(enough) and settings.ats_share:
-        line[enough] = np.log(ats(curves.rows(enough), target).predicted_loss)
+        log_ats[enough] = np.log(ats(curves.rows(enough), target).predicted_loss)
     return Posterior(
-        float(target), np.where(known, sizes, 0.0).max(axis=1), weights, log_loss, centres, likelihood, line, settings
+        target=float(target),
+        largest=np.where(known, sizes, 0.0).max(axis=1),
+        weights=weights,
+        log_loss=log_loss,
+        hyper_posterior=hyper_posterior,
+        likelihood=likelihood,
+        ats=log_ats,
+        settings=settings,
     )
 
 
-def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) -> Scores:
+def averaged(curves: Curves, target: float, *, settings: Settings = DEFAULT_SETTINGS) -> Scores:
     """Average over the laws that the losses allow: the default.
 
     Every law of a grid of rectified laws is weighted by how well it explains the candidate's losses, the larger sizes
@@ -431,14 +446,14 @@ def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) ->
     ----------
     The law: ICML 2024 (arXiv 2402.02314), eq. 4, written with D0 = D_l^(1/beta). AtS: the same, Algorithm 1.
     """
-    found = forecast(curves, target, settings)
+    found = posterior(curves, target, settings)
     predicted, score = found.loss(), found.score()
-    raised = score < np.exp(found.mixed)  # the choice alone, unless it is first anyway
+    raised = score < np.exp(found.log_loss_with_ats)  # the choice alone, unless it is first anyway
     probability = found.best_probability()
-    grid = laws()
-    level = found.log_loss - shape(grid, np.array([float(target)]))[:, 0]
+    grid = law_grid()
+    level = found.log_loss - log_relative_loss(grid, np.array([float(target)]))[:, 0]
     used = np.isfinite(curves.losses) & (curves.sizes > 0)
-    margin = (1 - CERTAINTY) / 2
+    margin = (1 - CREDIBLE_LEVEL) / 2
     return Scores(
         method="averaged",
         names=curves.names,
@@ -459,7 +474,7 @@ def averaged(curves: Curves, target: float, *, settings: Settings = SETTINGS) ->
         ),
         interval=found.quantiles((margin, 1 - margin)),
         best_probability=probability,
-        credible_set=smallest_set(probability, CERTAINTY),
+        credible_set=smallest_credible_set(probability, CREDIBLE_LEVEL),
     )
 
 

@@ -1,10 +1,11 @@
-"""How sure a choice is: probability of being the best, candidates that cannot be ruled out, and why they stand so."""
+"""Certainty of a choice: probabilities of being the best, credible sets, and remarks on the order of candidates."""
 
 from __future__ import annotations
 
 import numpy as np
 
-CERTAINTY = 0.9
+CREDIBLE_LEVEL = 0.9
+"""Probability of the intervals and credible sets that are reported."""
 
 
 def best_probability(draws: np.ndarray) -> np.ndarray:
@@ -24,14 +25,14 @@ def best_probability(draws: np.ndarray) -> np.ndarray:
     return np.asarray((lowest / lowest.sum(axis=1, keepdims=True)).mean(axis=0))
 
 
-def smallest_set(probability: np.ndarray, certainty: float = CERTAINTY) -> np.ndarray:
+def smallest_credible_set(probability: np.ndarray, level: float = CREDIBLE_LEVEL) -> np.ndarray:
     """Smallest set of candidates that contains the best with the given probability.
 
     Parameters
     ----------
     probability : array (M,)
         Of being the best, adding to 1.
-    certainty : float
+    level : float
         Between 0 and 1.
 
     Returns
@@ -40,9 +41,9 @@ def smallest_set(probability: np.ndarray, certainty: float = CERTAINTY) -> np.nd
     """
     order = np.argsort(-probability, kind="stable")
     before = np.cumsum(probability[order]) - probability[order]
-    # A sum that reaches the certainty but for rounding has reached it.
+    # A sum that misses the level only by rounding has reached it.
     inside = np.zeros(len(probability), bool)
-    inside[order] = before < certainty - 1e-12
+    inside[order] = before < level - 1e-12
     return inside
 
 

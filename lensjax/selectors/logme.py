@@ -15,9 +15,9 @@ import numpy as np
 
 from lensjax.errors import InputError
 
-ROWS = 4096  # positions of one block of the Gram matrix
-CLASSES = 256  # classes maximised together
-GRID = 128
+BLOCK_ROWS = 4096  # positions of one block of the Gram matrix
+BLOCK_CLASSES = 256  # classes maximised together
+GRID_POINTS = 128
 REFINEMENTS = 40
 
 
@@ -69,9 +69,9 @@ def class_evidence(features: Any, labels: Any) -> np.ndarray:
         values = jnp.maximum(values, 0.0)
         squares = (moments @ vectors) ** 2
         found = []
-        for start in range(0, len(classes), CLASSES):
-            block = slice(start, start + CLASSES)
-            missing = CLASSES - len(counts[block])
+        for start in range(0, len(classes), BLOCK_CLASSES):
+            block = slice(start, start + BLOCK_CLASSES)
+            missing = BLOCK_CLASSES - len(counts[block])
             best = _maximise(
                 jnp.pad(squares[block], ((0, missing), (0, 0))),
                 jnp.pad(jnp.asarray(counts[block], jnp.float64), (0, missing), constant_values=1.0),
@@ -86,10 +86,10 @@ def _moments(features: Any, index: np.ndarray, classes: int) -> tuple[jax.Array,
     """F^T F (d, d) and the sum of the features of each class (K, d), both float64, block by block."""
     width = np.shape(features)[1]
     gram, moments = jnp.zeros((width, width)), jnp.zeros((classes, width))
-    for start in range(0, len(index), ROWS):
-        block = np.asarray(features[start : start + ROWS], np.float64)
-        label = index[start : start + ROWS]
-        missing = -len(block) % min(ROWS, max(len(index), 1))
+    for start in range(0, len(index), BLOCK_ROWS):
+        block = np.asarray(features[start : start + BLOCK_ROWS], np.float64)
+        label = index[start : start + BLOCK_ROWS]
+        missing = -len(block) % min(BLOCK_ROWS, max(len(index), 1))
         gram, moments = _add(
             gram, moments, np.pad(block, ((0, missing), (0, 0))), np.pad(label, (0, missing)).astype(np.int32)
         )
@@ -108,7 +108,7 @@ def _maximise(squares: jax.Array, norms: jax.Array, values: jax.Array, count: ja
     With t = (precision of the weights) / (precision of the noise) the best noise is known in closed form, and of the
     evidence there remains a function of log t alone.
     """
-    # 0 features explain nothing; any positive scale then gives the same.
+    # Where all features are 0 every positive scale gives the same result.
     scale = jnp.where(values[-1] > 0, values[-1], 1.0)
 
     def evidence(log_t: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ def _maximise(squares: jax.Array, norms: jax.Array, values: jax.Array, count: ja
         shrinking = jnp.log1p(values / t).sum(axis=1)
         return 0.5 * count * (jnp.log(count / (2 * jnp.pi * misfit)) - 1) - 0.5 * shrinking
 
-    grid = jnp.linspace(jnp.log(1e-9), jnp.log(1e9), GRID)
+    grid = jnp.linspace(jnp.log(1e-9), jnp.log(1e9), GRID_POINTS)
     coarse = jax.lax.map(lambda g: evidence(jnp.full(norms.shape, g)), grid)
     middle = grid[jnp.argmax(coarse, axis=0)]
     reach = grid[1] - grid[0]

@@ -10,7 +10,7 @@ import numpy as np
 from lensjax.laws import Fits, fit
 from lensjax.losses.curves import Curves
 from lensjax.selectors.scores import Scores, require_points
-from lensjax.selectors.stopping import GAMMA, TAU, check_rule, descend
+from lensjax.selectors.stopping import GAMMA, TAU, check_rule, replay_stopping_rule
 
 LAW_POINTS = 4  # every law here has four parameters
 
@@ -51,9 +51,9 @@ def rectified(curves: Curves, target: float) -> Scores:
 def lens(curves: Curves, target: float, *, gamma: int = GAMMA, tau: float = TAU, regularised: bool = True) -> Scores:
     """LensLLM: choose the sizes by Algorithm 1 and fit B, F, beta and E of eq. 10 to their losses.
 
-    From the largest visible size downwards, sizes are taken until one leaves the line through those above it
-    (`descend`). The losses of all sizes taken, the leaving one included (it was paid for, and it is what shows F),
-    and the zero-shot loss where there is one, make the curve that the law is fitted to. F is one number per
+    From the largest visible size downwards, sizes are used until one deviates from the line through the larger ones
+    (`replay_stopping_rule`). The law is fitted to the losses of all sizes used, including the one that deviates (it was
+    paid for, and it determines F), and to the zero-shot loss where there is one. F is one number per
     candidate here: eq. 10 with F(Theta, t) free. So few points do not determine four parameters (a law fitted to its
     optimum predicts worse), so weak Gaussian priors on beta and E, the constants above, stand beside them.
 
@@ -83,8 +83,8 @@ def lens(curves: Curves, target: float, *, gamma: int = GAMMA, tau: float = TAU,
     reasons = []
     for row, losses in enumerate(curves.losses):
         columns = np.flatnonzero(np.isfinite(losses) & (curves.sizes > 0))[::-1]
-        decision = descend(curves.sizes[columns], losses[columns], gamma=gamma, tau=tau)
-        used[row, columns[: decision.in_line + decision.stop]] = True
+        decision = replay_stopping_rule(curves.sizes[columns], losses[columns], gamma=gamma, tau=tau)
+        used[row, columns[: decision.points_on_line + decision.stop]] = True
         reasons.append(decision.reason)
     used |= np.isfinite(curves.losses) & (curves.sizes == 0)
     seen = _masked(curves, used)

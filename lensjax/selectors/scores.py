@@ -1,4 +1,4 @@
-"""What every selector takes and gives."""
+"""The signature of a selector, and its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lensjax.losses.curves import Curves
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """A selector's verdict on M candidates.
+    """A selector's scores of M candidates.
 
     Attributes
     ----------
@@ -23,23 +23,23 @@ class Scores:
         Name of the selector, a key of `lensjax.selectors.SELECTORS`.
     names : tuple of str
     score : float64 array (M,)
-        Lower is better. NaN where the method has no verdict; `status` says why.
+        Lower is better. NaN where the method has no score; `status` says why.
     predicted_loss : float64 array (M,)
         Test loss expected after fine-tuning on `target` samples, nats per token; NaN where the method predicts none.
     status : tuple of str
         One readable sentence per candidate.
     used : bool array (M, S)
-        The measurements the verdict rests on: what a user of this method has to pay for.
+        The measurements that the scores depend on: a user of this method has to pay for them.
     details : mapping of str to array (M,)
-        Parameters of the fitted law under their names in the paper, and what else the method found.
+        Parameters of the fitted law under their names in the paper, and other results of the method.
     remarks : tuple of str
-        What a reader should know about each fit, "" if nothing; empty for methods without fits.
+        A remark on each fit, "" if there is none; empty for methods without fits.
     interval : float64 array (M, 2) or None
-        Losses between which the loss at `target` lies with probability `lensjax.selectors.CERTAINTY`.
+        Losses between which the loss at `target` lies with probability `lensjax.selectors.CREDIBLE_LEVEL`.
     best_probability : float64 array (M,) or None
         Probability of having the lowest loss at `target`, adding to 1.
     credible_set : bool array (M,) or None
-        The smallest set that contains the best candidate with probability `CERTAINTY`.
+        The smallest set that contains the best candidate with probability `CREDIBLE_LEVEL`.
 
     Examples
     --------
@@ -74,7 +74,7 @@ class Scores:
         Raises
         ------
         InputError
-            If the method has no verdict on any candidate.
+            If the method could score no candidate.
         """
         if not np.isfinite(self.score).any():
             raise InputError(f"{self.method}: no candidate could be scored: {'; '.join(sorted(set(self.status)))}.")

@@ -18,10 +18,10 @@ import numpy as np
 from lensjax.errors import InputError
 
 MIN_EIGENVALUES = 50
-PAD = 64  # spectra are padded to a multiple of this, so that one compiled program serves many matrices
-PANELS, NODES = 32, 16
-HALVINGS = 55
-STEEPEST = 1000.0  # by so much the truncated exponent may lie below the plain one
+PAD_MULTIPLE = 64  # spectra are padded to a multiple of this, so that one compiled program serves many matrices
+PANELS, NODES = 32, 16  # of the composite Gauss-Legendre rule
+BISECTIONS = 55
+MAX_EXPONENT_GAP = 1000.0  # how far the truncated exponent may lie below the plain one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def nlp_metrics(
     min_eigenvalues : int
         Matrices whose smaller side is below this are left out: so few numbers show no tail.
     include : callable, optional
-        Which matrices to look at, by their path; all by default, embeddings among them.
+        Predicate on a matrix's path that says whether to include it; by default all are included, embeddings too.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def fit_tails(spectra: list[np.ndarray], names: Sequence[str] = ()) -> Tails:
     spectra : list of arrays (n_i,)
         Positive numbers; zeros are left out. At least 4 different ones in each.
     names : sequence of str, optional
-        What they are called in messages.
+        Names for error messages.
 
     Returns
     -------
@@ -178,7 +178,7 @@ def fit_tails(spectra: list[np.ndarray], names: Sequence[str] = ()) -> Tails:
     InputError
         If a set has fewer than 4 different positive numbers.
     """
-    # What is 0 but for rounding is no part of a tail.
+    # Eigenvalues that are 0 up to rounding do not belong to a tail.
     positive = [np.sort(s[s > 1e-14 * s.max()]) for s in (np.asarray(s, np.float64) for s in spectra)]
     for at, values in enumerate(positive):
         if (different := len(np.unique(values))) < 4:
@@ -188,7 +188,7 @@ def fit_tails(spectra: list[np.ndarray], names: Sequence[str] = ()) -> Tails:
                 "low rank out."
             )
     length = max(map(len, positive))
-    length += -length % PAD
+    length += -length % PAD_MULTIPLE
     logs = np.full((len(positive), length), np.inf)  # padding lies behind the largest
     for row, values in zip(logs, positive, strict=True):
         row[: len(values)] = np.log(values)
@@ -252,7 +252,7 @@ def _truncated(
     alpha as a function of c: one number is searched inside the search for the other, and Newton's method does the
     last digits. (Alone it can get stuck close to c = 0.) The normaliser is integrated over u = log s.
     """
-    # With c = 0 best where even the plain power law expects no more than the mean: the tail is not truncated at all.
+    # c = 0 is best, that is no truncation, where even the plain power law has a mean of at most the observed one.
     heavy = (plain > 2) & ((plain - 1) / jnp.where(plain > 2, plain - 2, 1.0) <= mean)
 
     def integrand(alpha: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -279,7 +279,7 @@ def _truncated(
             return jnp.where(larger, middle, low), jnp.where(larger, high, middle)
 
         # A truncated law needs a smaller exponent than the plain one.
-        low, high = jax.lax.fori_loop(0, HALVINGS, halve, (plain - STEEPEST, plain))
+        low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (plain - MAX_EXPONENT_GAP, plain))
         return (low + high) / 2
 
     def profile(log_c: jax.Array) -> jax.Array:
@@ -295,14 +295,14 @@ def _truncated(
         return jnp.where(better, low, a), jnp.where(better, b, high)
 
     unit = 1 / jnp.maximum(mean - 1, 1e-12)
-    low, high = jax.lax.fori_loop(0, HALVINGS, narrow, (jnp.log(1e-12 * unit), jnp.log(10 * STEEPEST * unit)))
+    low, high = jax.lax.fori_loop(0, BISECTIONS, narrow, (jnp.log(1e-12 * unit), jnp.log(10 * MAX_EXPONENT_GAP * unit)))
     c = jnp.exp((low + high) / 2)
     start = jnp.array([best_alpha(c), c])
 
     def step(_: int, v: jax.Array) -> jax.Array:
         slope = jax.grad(objective)(v)
         new = v - jnp.linalg.solve(jax.hessian(objective)(v), slope)
-        # The search is right to the root of the precision: whatever leads further away is rounding.
+        # The search is accurate to the square root of the precision: a longer Newton step is rounding error.
         near = (jnp.abs(new[1] / start[1] - 1) < 0.1) & (jnp.abs(new[0] - start[0]) < 0.1 * (1 + jnp.abs(start[0])))
         return jnp.where(near, new, v)
 

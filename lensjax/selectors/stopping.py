@@ -1,7 +1,7 @@
 """Algorithm 1 of LensLLM: fine-tune on less and less data until the curve stops being a straight line.
 
 In the power phase log loss is linear in log D. Coming from the largest affordable size downwards, the first size
-that leaves the line through the ones above it belongs to the pre-power phase, and smaller ones say no more about it.
+that deviates from the line through the larger ones belongs to the pre-power phase; still smaller sizes add nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TAU = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Stop:
+class StoppingDecision:
     """Whether to go on to the next smaller size.
 
     Attributes
     ----------
     stop : bool
-    in_line : int
-        How many of the points, from the largest size downwards, lie on one line.
+    points_on_line : int
+        Number of points, from the largest size downwards, that lie on one line.
     deviation : float
         Distance of the last point from the line through the others, in standard deviations of their residuals;
         NaN if there are too few points to say.
@@ -32,25 +32,25 @@ class Stop:
     """
 
     stop: bool
-    in_line: int
+    points_on_line: int
     deviation: float
     reason: str
 
 
-def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Least-squares intercept and slope of y on x, both (n,) with n >= 2 and x not constant."""
     centred = x - x.mean()
     slope = float(centred @ (y - y.mean()) / (centred @ centred))
     return float(y.mean() - slope * x.mean()), slope
 
 
-def deviation(log_sizes: np.ndarray, log_losses: np.ndarray) -> float:
+def line_deviation(log_sizes: np.ndarray, log_losses: np.ndarray) -> float:
     """Distance of the last point from the least-squares line through the earlier ones, over their residuals' std.
 
     Points are ordered from the largest size downwards. Infinite if the earlier points lie exactly on a line and the
     last does not, 0 if it does too.
     """
-    intercept, slope = line(log_sizes[:-1], log_losses[:-1])
+    intercept, slope = fit_line(log_sizes[:-1], log_losses[:-1])
     spread = float(np.std(log_losses[:-1] - intercept - slope * log_sizes[:-1]))
     distance = float(abs(log_losses[-1] - intercept - slope * log_sizes[-1]))
     if spread == 0.0:
@@ -72,7 +72,7 @@ def check_rule(gamma: int, tau: float) -> None:
         raise InputError(f"tau is {tau:g}; the deviation allowed is a positive number. The paper uses 1 to 5.")
 
 
-def should_stop(sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, tau: float = TAU) -> Stop:
+def should_stop(sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, tau: float = TAU) -> StoppingDecision:
     """Decide after each fine-tuning run whether a smaller subset is worth another one.
 
     Parameters
@@ -88,7 +88,7 @@ def should_stop(sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, ta
 
     Returns
     -------
-    Stop
+    StoppingDecision
 
     Raises
     ------
@@ -106,27 +106,31 @@ def should_stop(sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, ta
     if np.any(sizes <= 0) or np.any(np.diff(sizes) >= 0):
         raise ValueError(f"sizes must be positive and strictly descending, found {sizes.tolist()}")
     if len(sizes) <= gamma:
-        return Stop(False, len(sizes), float("nan"), f"fewer than {gamma + 1} sizes measured")
-    found = deviation(np.log(sizes), np.log(losses))
+        return StoppingDecision(False, len(sizes), float("nan"), f"fewer than {gamma + 1} sizes measured")
+    found = line_deviation(np.log(sizes), np.log(losses))
     if found > tau:
         reason = (
             f"{sizes[-1]:g} samples lie {found:.1f} residual standard deviations off the line (tau {tau:g}): "
             "the pre-power phase begins"
         )
-        return Stop(True, len(sizes) - 1, found, reason)
-    return Stop(False, len(sizes), found, f"{sizes[-1]:g} samples still on the line ({found:.1f} of {tau:g})")
+        return StoppingDecision(True, len(sizes) - 1, found, reason)
+    return StoppingDecision(
+        False, len(sizes), found, f"{sizes[-1]:g} samples still on the line ({found:.1f} of {tau:g})"
+    )
 
 
-def descend(sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, tau: float = TAU) -> Stop:
+def replay_stopping_rule(
+    sizes: np.ndarray, losses: np.ndarray, *, gamma: int = GAMMA, tau: float = TAU
+) -> StoppingDecision:
     """Replay Algorithm 1 on a finished curve: `should_stop` for each prefix, until one says stop.
 
-    Parameters and errors as for `should_stop`. `in_line` of the result counts the points of the line; one more was
-    measured if `stop` is true.
+    Parameters and errors are those of `should_stop`. If `stop` is true, one more point than `points_on_line` was
+    measured.
     """
     for n in range(1, len(sizes) + 1):
         decision = should_stop(sizes[:n], losses[:n], gamma=gamma, tau=tau)
         if decision.stop:
             return decision
     if len(sizes) == 0:
-        return Stop(False, 0, float("nan"), "no size measured")
+        return StoppingDecision(False, 0, float("nan"), "no size measured")
     return dataclasses.replace(decision, reason="the smallest size was reached")

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -314,3 +316,19 @@ def test_predict_refuses_what_it_cannot_use():
         given.predict(1e6, t=1.0)
     with pytest.raises(InputError, match="one-dimensional"):
         rectified.predict(np.ones((2, 2)))
+
+
+def test_all_curves_of_a_table_share_one_compiled_fit():
+    """A `fit` inside `jax.jit` is traced once for all tables of one shape, and so is its derivative."""
+    sizes = np.array([0.0, 200, 400, 800, 1600, 3200], np.float32)
+    losses = np.stack([b / (10 + sizes**0.4) + 1 for b in (20.0, 30.0, 40.0)])
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def slopes(table):
+        return jax.grad(lambda y: jnp.sum(fit(sizes, y, law="rectified").predict(1e6)))(table)
+
+    found = [slopes(scale * losses) for scale in (1.0, 1.5, 2.0)]
+    chex.assert_equal_shape([*found, losses])
+    chex.assert_trees_all_close(found[0], found[2], rtol=1e-2, atol=1e-3)
+    chex.assert_tree_all_finite(found)

@@ -1,10 +1,12 @@
 """The law functions against plain float64 NumPy formulas, and their derivatives at the extremes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lensjax.errors import InputError
 from lensjax.laws import LAWS, kernel_residual, lens_law, log_kernel_residual, phase_transition
 
 SIZES = np.concatenate([[0.0, 1.0], np.geomspace(200, 1e12, 40)])
@@ -103,6 +105,48 @@ def test_phase_transition_is_where_the_terms_are_equal():
     np.testing.assert_allclose(D**beta, F, rtol=1e-12)
 
 
+def test_eigenvalues_and_projections_must_match():
+    # One projection would broadcast against all eigenvalues, to a number that looks right.
+    for projections in (np.ones(1), np.ones((2, 4)), 1.0):
+        with pytest.raises(InputError, match="must end in the same number of eigenvectors"):
+            kernel_residual(1.0, np.ones((2, 5)), projections)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
+
+
+class TransformedLaws(chex.TestCase):
+    """Shape, dtype and value are the same with and without `jax.jit`, and with and without a batch axis."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    def test_laws(self):
+        for law, function in LAWS.items():
+            params = {name: np.full((3, 1), value, np.float32) for name, value in PARAMS[law].items()}
+            values = self.variant(function)(params, SIZES.astype(np.float32))
+            chex.assert_shape(values, (3, len(SIZES)))
+            chex.assert_type(values, jnp.float32)
+            chex.assert_tree_all_finite(values)
+            chex.assert_trees_all_close(values[0], naive(law, PARAMS[law], SIZES), rtol=2e-5, atol=2e-5)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_kernel_residual(self):
+        rng = np.random.default_rng(7)
+        eigenvalues, projections = (rng.uniform(0.1, 1.0, (2, 5)).astype(np.float32) for _ in range(2))
+        t = np.array([0.0, 20.0], np.float32)
+        values = self.variant(kernel_residual)(t, eigenvalues, projections, np.float32(0.1))
+        chex.assert_shape(values, (2,))
+        chex.assert_type(values, jnp.float32)
+        chex.assert_trees_all_close(
+            values, np.sum(np.exp(-0.2 * eigenvalues * t[:, None]) * projections**2, 1), rtol=1e-5
+        )
+        one = self.variant(kernel_residual)(t[1], eigenvalues[1], projections[1], np.float32(0.1))
+        chex.assert_trees_all_close(one, values[1], rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_phase_transition(self):
+        values = self.variant(phase_transition)(np.float32([[50.0], [3.0]]), np.float32([0.4, 0.5, 1.2]))
+        chex.assert_shape(values, (2, 3))
+        chex.assert_type(values, jnp.float32)
+        chex.assert_trees_all_close(values[1, 1], np.float32(9.0), rtol=1e-5)

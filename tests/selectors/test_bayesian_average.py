@@ -13,7 +13,7 @@ from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.selectors import SELECTORS, ats, averaged
 from lensjax.selectors import bayesian_average as module
-from lensjax.selectors.bayesian_average import SETTINGS, Settings, forecast
+from lensjax.selectors.bayesian_average import DEFAULT_SETTINGS, Settings, posterior
 
 FULL = 1_638_400
 TABLES = ("flan", "wmt19", "gigaword")
@@ -53,7 +53,7 @@ def reference(table, target, s):
             r = np.array([math.log(y) - math.log(e + (1 - e) / (1 + (d / d0) ** b)) for d, y in known])
             level = one @ precision @ r / (one @ precision @ one)
             chi = (r - level) @ precision @ (r - level)
-            likelihood[row, at] = (1 + chi / s.freedom) ** (-(s.freedom + n - 1) / 2)
+            likelihood[row, at] = (1 + chi / s.degrees_of_freedom) ** (-(s.degrees_of_freedom + n - 1) / 2)
             predicted[row, at] = level + math.log(e + (1 - e) / (1 + (target / d0) ** b))
     priors, evidence = [], []
     hyper = itertools.product(
@@ -103,18 +103,18 @@ def small_grid():
         patch.setattr(module, "EXPONENTS", np.geomspace(0.1, 1, 4))
         patch.setattr(module, "ONSET_CENTRES", np.array([1e2, 1e4]))
         patch.setattr(module, "EXPONENT_CENTRES", np.array([0.2, 0.5]))
-        module.laws.cache_clear()
+        module.law_grid.cache_clear()
         module.hyper_priors.cache_clear()
         try:
             yield
         finally:
-            module.laws.cache_clear()
+            module.law_grid.cache_clear()
             module.hyper_priors.cache_clear()
 
 
 def compared_grid():
     with small_grid():
-        return module.laws().tolist()
+        return module.law_grid().tolist()
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def compared():
     """A small grid of laws: (table, forecast, what loops say, draws)."""
     with small_grid():
         table = curves()
-        found = forecast(table, 50_000)
-        want = reference(table, 50_000, SETTINGS)
+        found = posterior(table, 50_000)
+        want = reference(table, 50_000, DEFAULT_SETTINGS)
         draws = found.draws(20_000)
     return table, found, want, draws
 
@@ -132,19 +132,21 @@ def test_posterior_is_that_of_plain_loops(compared):
     _, found, (weights, predicted, centres), _ = compared
     np.testing.assert_allclose(found.log_loss, predicted, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(found.weights, weights, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(found.centres, centres, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.hyper_posterior, centres, rtol=1e-9, atol=1e-12)
 
 
 def test_mean_and_quantiles_are_those_of_plain_loops(compared):
     table, found, (weights, predicted, _), _ = compared
-    s = SETTINGS
+    s = DEFAULT_SETTINGS
     for row in range(len(table)):
         one = table.rows([row])
         line = math.log(ats(one, 50_000).predicted_loss[0])
-        power = math.log(sum(w * math.exp(s.caution * p) for w, p in zip(weights[row], predicted[row], strict=True)))
-        want = math.exp((1 - s.ats_share) * power / s.caution + s.ats_share * line)
-        assert found.loss()[row] == pytest.approx(math.exp(power / s.caution), rel=1e-10)
-        assert math.exp(found.mixed[row]) == pytest.approx(want, rel=1e-10)
+        power = math.log(
+            sum(w * math.exp(s.power_mean_order * p) for w, p in zip(weights[row], predicted[row], strict=True))
+        )
+        want = math.exp((1 - s.ats_share) * power / s.power_mean_order + s.ats_share * line)
+        assert found.loss()[row] == pytest.approx(math.exp(power / s.power_mean_order), rel=1e-10)
+        assert math.exp(found.log_loss_with_ats[row]) == pytest.approx(want, rel=1e-10)
         mean = float(weights[row] @ predicted[row])
         atoms = [*predicted[row], *(predicted[row] + line - mean)]
         masses = [*((1 - s.ats_share) * weights[row]), *(s.ats_share * weights[row])]
@@ -156,35 +158,35 @@ def test_mean_and_quantiles_are_those_of_plain_loops(compared):
 
 def test_choice_is_made_between_the_prediction_and_the_largest_size(compared):
     table, found, (weights, predicted, _), _ = compared
-    s = SETTINGS
+    s = DEFAULT_SETTINGS
     same = dataclasses.replace(found, largest=np.full(len(table), 1600.0))
     merits = []
     for row in range(len(table)):
-        power = sum(w * math.exp(s.caution * p) for w, p in zip(weights[row], predicted[row], strict=True))
+        power = sum(w * math.exp(s.power_mean_order * p) for w, p in zip(weights[row], predicted[row], strict=True))
         seen = 0.0
         for (e, d0, b), w, p in zip(compared_grid(), weights[row], predicted[row], strict=True):
             at_target, at_largest = (math.log(e + (1 - e) / (1 + (d / d0) ** b)) for d in (50_000, 1600))
             seen += w * (p - at_target + at_largest)
-        merits.append((1 - s.restraint) * math.log(power) / s.caution + s.restraint * seen)
+        merits.append((1 - s.largest_size_weight) * math.log(power) / s.power_mean_order + s.largest_size_weight * seen)
     with small_grid():
-        np.testing.assert_allclose(same.merit(), merits, rtol=1e-10)
-        chosen = int(np.argmin(same.merit()))
+        np.testing.assert_allclose(same.criterion(), merits, rtol=1e-10)
+        chosen = int(np.argmin(same.criterion()))
         assert same.score().argmin() == chosen
         others = np.arange(len(table)) != chosen
-        np.testing.assert_array_equal(same.score()[others], np.exp(same.mixed)[others])
+        np.testing.assert_array_equal(same.score()[others], np.exp(same.log_loss_with_ats)[others])
         # Sizes that differ, as in this table: the lowest prediction it is.
         assert len(set(found.largest)) > 1
-        np.testing.assert_array_equal(found.merit(), found.mixed)
-        np.testing.assert_array_equal(found.score(), np.exp(found.mixed))
+        np.testing.assert_array_equal(found.criterion(), found.log_loss_with_ats)
+        np.testing.assert_array_equal(found.score(), np.exp(found.log_loss_with_ats))
 
 
 def test_choice_may_differ_from_the_lowest_prediction():
     table = read_losses("published:flan").visible(FULL / 64)
-    scores, found = averaged(table, FULL), forecast(table, FULL)
+    scores, found = averaged(table, FULL), posterior(table, FULL)
     chosen = scores.order[0]
-    assert found.mixed[chosen] > found.mixed.min()
-    assert chosen == found.merit().argmin()
-    assert scores.score[chosen] == pytest.approx(math.exp(found.mixed.min()), rel=1e-8)
+    assert found.log_loss_with_ats[chosen] > found.log_loss_with_ats.min()
+    assert chosen == found.criterion().argmin()
+    assert scores.score[chosen] == pytest.approx(math.exp(found.log_loss_with_ats.min()), rel=1e-8)
     assert scores.remarks[chosen] == "chosen before lower predictions that owe more to extrapolation"
     assert sum(bool(r) for r in scores.remarks) == 1
 
@@ -192,17 +194,17 @@ def test_choice_may_differ_from_the_lowest_prediction():
 def test_some_of_the_candidates_are_as_if_there_were_no_others():
     table = read_losses("published:gigaword").visible(12_800)
     rows = np.array([3, 7, 8, 20, 29])
-    part, alone = forecast(table, FULL).rows(rows), forecast(table.rows(rows), FULL)
-    for field in ("weights", "log_loss", "centres", "ats", "largest"):
+    part, alone = posterior(table, FULL).rows(rows), posterior(table.rows(rows), FULL)
+    for field in ("weights", "log_loss", "hyper_posterior", "ats", "largest"):
         np.testing.assert_allclose(getattr(part, field), getattr(alone, field), rtol=1e-8, atol=1e-14)
     np.testing.assert_allclose(part.score(), alone.score(), rtol=1e-9)
     np.testing.assert_allclose(part.best_probability(), alone.best_probability(), atol=0.03)
 
 
 def test_noise_between_runs_makes_the_best_less_sure():
-    found = forecast(read_losses("published:gigaword").visible(204_800), FULL)
-    quiet = dataclasses.replace(found, settings=dataclasses.replace(SETTINGS, spread=0.0))
-    loud = dataclasses.replace(found, settings=dataclasses.replace(SETTINGS, spread=0.5))
+    found = posterior(read_losses("published:gigaword").visible(204_800), FULL)
+    quiet = dataclasses.replace(found, settings=dataclasses.replace(DEFAULT_SETTINGS, run_noise=0.0))
+    loud = dataclasses.replace(found, settings=dataclasses.replace(DEFAULT_SETTINGS, run_noise=0.5))
     assert quiet.best_probability().max() > found.best_probability().max() > loud.best_probability().max()
     assert found.best_probability().sum() == pytest.approx(1)
 
@@ -259,7 +261,7 @@ def test_intervals_hold_on_curves_drawn_from_the_prior():
     """The laws of a table come from one hyper-prior, its losses from the noise model: then 90 % means 90 %."""
     rng = np.random.default_rng(0)
     plain = Settings(ats_share=0, stretch=(1, 1))
-    priors, grid, sizes = module.hyper_priors(plain), module.laws(), 200.0 * 2 ** np.arange(8)
+    priors, grid, sizes = module.hyper_priors(plain), module.law_grid(), 200.0 * 2 ** np.arange(8)
     assert all(np.allclose(prior.sum(axis=1), 1) for prior in priors)
     inside = []
     for _ in range(25):
@@ -271,13 +273,13 @@ def test_intervals_hold_on_curves_drawn_from_the_prior():
         age = np.log2(sizes[-1] / sizes)
         walked = plain.drift**2 * (plain.fade**-age - 1) / (1 / plain.fade - 1)
         factor = np.linalg.cholesky(np.minimum.outer(walked, walked) + plain.noise**2 * np.eye(8))
-        log_losses = module.shape(laws, sizes) + scale * (rng.standard_normal((30, 8)) @ factor.T)
-        truth = np.exp(module.shape(laws, np.array([1e5]))[:, 0])
+        log_losses = module.log_relative_loss(laws, sizes) + scale * (rng.standard_normal((30, 8)) @ factor.T)
+        truth = np.exp(module.log_relative_loss(laws, np.array([1e5]))[:, 0])
         sane = np.abs(log_losses).max(axis=1) < 20
         table = Curves(tuple(map(str, range(30))), sizes, np.exp(np.clip(log_losses, -20, 20))).rows(
             np.flatnonzero(sane)
         )
-        found = forecast(table, 1e5, plain)
+        found = posterior(table, 1e5, plain)
         # The level's own uncertainty is left out of the distribution; 2 % is what the noise leaves of it here.
         low, high = found.quantiles((0.05, 0.95)).T
         inside += list((low * 0.98 <= truth[sane]) & (truth[sane] <= high * 1.02))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lensjax.selectors import best_probability, smallest_set
+from lensjax.selectors import best_probability, smallest_credible_set
 
 
 def test_probability_of_being_best_is_a_share_of_the_draws():
@@ -29,4 +29,4 @@ def test_probability_of_two_normal_candidates_is_the_known_one():
     ],
 )
 def test_the_smallest_set_that_is_likely_enough(probability, certainty, inside):
-    assert smallest_set(np.array(probability), certainty).tolist() == inside
+    assert smallest_credible_set(np.array(probability), certainty).tolist() == inside

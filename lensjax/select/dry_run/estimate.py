@@ -33,7 +33,7 @@ from lensjax.select.records import run_key
 from lensjax.select.request import Prepared, Request, prepare
 from lensjax.select.session import STOPWATCH
 from lensjax.select.timing import elapsed
-from lensjax.selectors import RACE, method
+from lensjax.selectors import DEFAULT_RACE, method
 from lensjax.selectors.methods import LOG_ME, NLP_METRICS
 from lensjax.tasks.cache import directory as cache_directory
 
@@ -125,7 +125,7 @@ def _planned(
     done = {run.key for run in runs if run.test_loss is not None and not run.part_of}
     measured = {run.key for run in runs if run.part_of in EXTRA_MEASUREMENTS}
     trials = request.search.trials(request.plan) - 1
-    common = RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
+    common = DEFAULT_RACE.sizes(prepared.target, prepared.sizes[0], prepared.sizes[-1])[0] if prepared.races else ()
     chosen = method(request.method)
     sizes = chosen.sizes(prepared.sizes)
     certain = sizes[::-1][: chosen.sizes_needed(request.gamma)] if chosen.stops_early else sizes
