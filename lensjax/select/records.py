@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lensjax.environment import versions
 from lensjax.finetune import Trial
+from lensjax.finetune.search import Point
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Result
 from lensjax.journal import Run, key_of
@@ -54,6 +57,33 @@ def read_trial(stored: dict[str, Any]) -> Trial:
     """Return a trial as it was before it went to the journal."""
     history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
     return Trial(**{**stored, "validation_history": history})
+
+
+def known_trials(records: Iterable[Run]) -> dict[Point, Trial]:
+    """Return the trials among the records of a run by their hyper-parameters; one that cannot be read is made again."""
+    known = {}
+    for record in records:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            trial = read_trial(record.facts["trial"])
+            known[float(trial.learning_rate), int(trial.batch_size)] = trial
+    return known
+
+
+def version_notes(records: Iterable[Run]) -> list[str]:
+    """Say which recorded runs were made by other versions of the packages than those installed now."""
+    now, counts = versions(), collections.Counter[str]()
+    for record in records:
+        then = record.facts.get("versions")
+        if isinstance(then, dict):
+            others = [f"{name} {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
+            counts[", ".join(others)] += bool(others)
+    return [
+        f"{count} record{'s' * (count > 1)} of the journal {'were' if count > 1 else 'was'} made with {others}; "
+        f"installed now: {', '.join(f'{name} {now[name]}' for name in now if f'{name} ' in others)}. "
+        "Choose a new --out to measure all with the same versions"
+        for others, count in counts.items()
+        if count
+    ]
 
 
 def run_record(prepared: Prepared, candidate: Candidate, size: int, result: Result, why: str, seconds: float) -> Run:
