@@ -1,25 +1,32 @@
-"""How the commands end: a message on the standard error stream and an exit status for whatever went wrong."""
+"""How the commands end: one message on the standard error stream, and an exit status, for every kind of error."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from lensjax._files import NO_ROOM
 from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
-    """Do a command's work and return its exit status; what it raises becomes one line.
+    """Do a command's work and return its exit status; an expected error becomes one line.
 
     Parameters
     ----------
     program : str
-        Begins the line.
+        Name of the command, at the beginning of the line.
     work : callable () -> int
     interrupted : str
         What to say after an interrupt: what is kept, and how to go on.
+
+    Returns
+    -------
+    int
+        That of `work`; `BAD_INPUT` where something given cannot be used, `FAILED` where the selection failed or the
+        disk is full, `INTERRUPTED`.
     """
     try:
         return work()
@@ -31,6 +38,9 @@ def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
         return FAILED
     except OSError as error:
         what = error.filename or "a file"
+        if error.errno in NO_ROOM:
+            sys.stderr.write(f"{program}: {what}: {error.strerror}. Make room and give the same command again.\n")
+            return FAILED
         sys.stderr.write(f"{program}: {what}: {error.strerror or error}. Check that it exists and may be used.\n")
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from lensjax.finetune import tuning_flops
 from lensjax.jobs.defaults import ADAPTED, DEMO_MODELS
 from lensjax.models import Lora
 from lensjax.models.checkpoints.hub import Listing, listing
-from lensjax.models.checkpoints.pretrained import is_gguf
+from lensjax.models.checkpoints.pretrained import INDEX, is_gguf, shards_of
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
     "sentencepiece",
     "chat_template",
 )
+"""How names of files begin that decide what a tokenizer does."""
+WEIGHTS_SUFFIX, SINGLE_FILE = ".safetensors", "model.safetensors"
+HUB_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1 of a Git blob, SHA-256 of a large file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +165,8 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         listed = None
     config = models.check_checkpoint(path, listing=listed)
     place = Path(path).expanduser() if is_gguf(path) else models.resolve(path, weights=listed is None)
-    fingerprint, tokenizer = _digests(_files(place) if listed is None else _hub_files(listed))
+    files = _files(place) if listed is None else _hub_files(listed)
+    fingerprint, tokenizer = _digests(files | _files_of_index(place, files))
     tokenizer = _tokenizer_digest(place, fingerprint, tokenizer)
     if getattr(config, "is_encoder_decoder", False):
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
@@ -203,13 +208,17 @@ def _adapted(config: models.ModelConfig, lora: Lora) -> models.LanguageModel:
     return models.add_lora(models.init_model(config, key), key=key, **dataclasses.asdict(lora))
 
 
-def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str]:
+Files = Mapping[str, Callable[[], bytes]]
+"""Names of files, and what returns a digest of each one's contents."""
+
+
+def _digests(files: Files) -> tuple[str, str]:
     """Return what identifies a checkpoint, and its tokenizer alone: the contents of the files that matter."""
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
-    for name, digest in files:
+    for name, digest in files.items():
         suffix = Path(name).suffix
         of_tokenizer = name.startswith(TOKENIZER_FILES) or suffix in (".model", ".gguf")
-        if not (of_tokenizer or name == "config.json" or suffix == ".safetensors"):
+        if not (of_tokenizer or name in ("config.json", INDEX) or suffix == WEIGHTS_SUFFIX):
             continue
         contents = name.encode() + digest()
         whole.update(contents)
@@ -218,24 +227,40 @@ def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str
     return whole.hexdigest()[:16], tokenizer.hexdigest()[:16]
 
 
-def _files(place: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield name and `_contents` of the files of a checkpoint."""
-    for file in [place] if place.is_file() else sorted(place.iterdir()):
-        if file.is_file():
-            yield file.name, functools.partial(_contents, file)
+def _files(place: Path) -> dict[str, Callable[[], bytes]]:
+    """Return the files of a checkpoint directory or the GGUF file, without the index of shards."""
+    entries = [place] if place.is_file() else sorted(place.iterdir())
+    return {e.name: functools.partial(_digest, e) for e in entries if e.is_file() and e.name != INDEX}
 
 
-def _hub_files(listed: Listing) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield what `_files` would after everything was fetched."""
-    for file in listed.files:
-        yield file.name, file.digest.encode
+def _hub_files(listed: Listing) -> dict[str, Callable[[], bytes]]:
+    """Return what `_files` would after everything was fetched."""
+    return {file.name: file.digest.encode for file in listed.files if file.name != INDEX}
 
 
-def _contents(file: Path) -> bytes:
-    """Return what changes with a file's contents."""
-    # The hub's cache names a file after its contents: there is no need to read it.
+def _files_of_index(place: Path, files: Files) -> dict[str, Callable[[], bytes]]:
+    """Return the index of shards, and the shards that it names elsewhere than in the checkpoint's directory.
+
+    An index that names all weight files of the directory and no others is left out, for it says nothing that they do
+    not: no tensor may be in two of them. (So fingerprints of such models are what they were in the first journals.)
+    """
+    index = place / INDEX
+    weights = {name for name in files if name.endswith(WEIGHTS_SUFFIX)}
+    if SINGLE_FILE in weights or not index.is_file():
+        return {}
+    named = shards_of(index)
+    if set(named) == weights:
+        return {}
+    elsewhere = {name: functools.partial(_digest, place / name) for name in named if name not in weights}
+    return {INDEX: functools.partial(_digest, index), **elsewhere}
+
+
+def _digest(file: Path) -> bytes:
+    """Return a digest of a file's contents."""
+    # The hub's cache names a file after a digest of its contents: there is no need to read it.
     blob = file.resolve()
-    if blob.parent.name == "blobs":
+    in_cache = file.is_symlink() and blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
+    if in_cache and HUB_DIGEST.fullmatch(blob.name):
         return blob.name.encode()
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").digest()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lensjax._display import duration
-from lensjax.finetune import Progress, Trial
+from lensjax.finetune import Progress
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Callbacks, FineTuning, Result, RunFailedError, Runner, RunnerConfig, Trials
 from lensjax.jobs.process import CandidateProcess

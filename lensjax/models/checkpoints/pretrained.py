@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lensjax._files import read_json
 from lensjax._textfiles import LFS, POINTER
 from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel, Seq2SeqConfig
@@ -73,10 +74,7 @@ def load_config(
     file = resolve(name_or_path, revision=revision, weights=False) / "config.json"
     if not file.is_file():
         raise InputError(f"{os.fspath(name_or_path)}: has no config.json; {_instead(file.parent)}.")
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: is not valid JSON ({error}); download it again.") from error
+    raw = read_json(file, "download it again")
     if not isinstance(raw, dict):
         raise InputError(f"{file}: must hold a JSON object, found {type(raw).__name__}; download it again.")
     return _config(raw, os.fspath(name_or_path))
@@ -86,7 +84,7 @@ def _instead(directory: Path) -> str:
     """Say what to name instead of a directory without a config.json."""
     if (directory / ADAPTER).is_file():
         try:
-            base = f" {json.loads((directory / ADAPTER).read_text('utf-8'))['base_model_name_or_path']}"
+            base = f" {read_json(directory / ADAPTER)['base_model_name_or_path']}"
         except (OSError, ValueError, KeyError, TypeError):
             base = ""
         return (
@@ -214,10 +212,7 @@ class SafeTensors(Tensors):
         if (directory / "model.safetensors").is_file():
             return [directory / "model.safetensors"]
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
+            names = shards_of(index)
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 raise InputError(
@@ -235,6 +230,24 @@ class SafeTensors(Tensors):
             "only (pytorch_model.bin), convert it once where you trust it: "
             f"{_conversion(isinstance(config, Seq2SeqConfig))}"
         )
+
+
+def shards_of(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards names, sorted.
+
+    Raises
+    ------
+    InputError
+        If it is no such index, or names a file that is not below its own directory.
+    """
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        wrong = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
+    if wrong:
+        raise InputError(f"{index}: names {wrong[0]!r}, which is not below {index.parent}; move it there.")
+    return names
 
 
 class HubTensors(SafeTensors):
@@ -457,7 +470,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
             # transformers would make an empty tokenizer without a word.
             raise OSError(f"none of {', '.join(TOKENIZER_ANY)} is there")
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Of damaged files transformers and tokenizers raise errors of every type, tokenizers plain Exception too.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{os.fspath(name_or_path)}: its tokenizer cannot be loaded ({reason}); put tokenizer.json and "
