@@ -17,7 +17,7 @@ from lensjax.jobs import job, runner, tokens
 from lensjax.jobs.candidates import find_candidate, find_candidates
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
-from lensjax.models.checkpoints.pretrained import INDEX
+from lensjax.models.checkpoints.pretrained import INDEX, export_tensors
 from lensjax.select import request as request_module
 from lensjax.select import session
 from lensjax.tasks import encode, load_task
@@ -94,7 +94,7 @@ def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch,
 def test_a_gguf_file_is_a_candidate(tiny_models, tiny_task, tmp_path):
     source, file = tiny_models[0], tmp_path / "small.gguf"
     model = models.load_model(source)
-    tensors = models.checkpoints.export_tensors(model)
+    tensors = export_tensors(model)
     config = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_context_length(config["n_positions"])

@@ -23,7 +23,14 @@ from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel, Seq2SeqConfig
 from lensjax.models.checkpoints.gguf import GGUFFile, GGUFTensors, gguf_config, gguf_tokenizer, load_gguf
 from lensjax.models.checkpoints.hub import TOKENIZER_ANY, Listing, resolve, without_advice
-from lensjax.models.checkpoints.mapping import Tensors, assemble, family_of, match, parameter_shapes
+from lensjax.models.checkpoints.mapping import (
+    Tensors,
+    assemble,
+    check_layer_count,
+    family_of,
+    match,
+    parameter_shapes,
+)
 from lensjax.models.execution import is_stacked, unstack_layers
 from lensjax.models.lora import adapters
 from lensjax.models.registry import ModelConfig, Table, family
@@ -330,6 +337,7 @@ def check_checkpoint(
             tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
         else:
             tensors = HubTensors(listing, config)
+    check_layer_count(config, tensors, source)
     table = family_of(config).table(config)
     match(table, parameter_shapes(config), tensors, source)
     if isinstance(tensors, SafeTensors):
