@@ -56,7 +56,11 @@ def trial_record(key: str, candidate: Candidate, size: int, trial: Trial) -> Run
 def read_trial(stored: dict[str, Any]) -> Trial:
     """Return a trial as it was before it went to the journal."""
     history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
-    return Trial(**{**stored, "validation_history": history})
+    trial = Trial(**{**stored, "validation_history": history})
+    for name in ("learning_rate", "batch_size", "steps", "steps_run", "steps_per_epoch", "samples", "tokens", "flops"):
+        if isinstance(getattr(trial, name), bool) or not isinstance(getattr(trial, name), int | float):
+            raise TypeError(f"{name} is {getattr(trial, name)!r}, not a number")
+    return trial
 
 
 def known_trials(records: Iterable[Run]) -> dict[Point, Trial]:
