@@ -18,7 +18,6 @@ import numpy as np
 
 from lensjax.errors import InputError
 
-
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 MOST_LAYERS = 10_000
 MOST = 2**31 - 1

@@ -299,8 +299,8 @@ def test_an_index_names_no_files_outside_of_its_directory(copied, name):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"weight_map":{"transformer.wte.weight":5}}', "[" * 100000, "9" * 5000, '{"weight_map": {"a": null}}', "\xe9"]
-)  # fmt: skip
+    "content", ['{"weight_map": {"a": 5}}', '{"weight_map": {"a": null}}', "[" * 100000, "9" * 5000, "\xe9"]
+)
 def test_a_damaged_index_is_refused(copied, content):
     (copied / "model.safetensors").unlink()
     (copied / INDEX).write_text(content, "latin-1")

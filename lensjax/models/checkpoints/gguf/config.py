@@ -103,7 +103,8 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     count = fields("block_count", 0)
     if not isinstance(count, int) or count > MOST_LAYERS:
         raise InputError(
-            f"{file.path}: block_count is {count!r}; it must be a number of layers up to {MOST_LAYERS}: download it again."
+            f"{file.path}: block_count is {count!r}; it must be a number of layers up to {MOST_LAYERS}: download the "
+            "file again."
         )
     raw = ARCHITECTURES[architecture](fields)
     table = file.tensors.get("token_embd.weight")
