@@ -1,4 +1,4 @@
-"""The journal of a selection: every finished fine-tuning run is a line on disk before the next one starts."""
+"""The journal of a selection: each finished fine-tuning run is a line on disk before the next run starts."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Run:
     Attributes
     ----------
     key : str
-        Identifies what defines the run: candidate, task, size, seed, plan.
+        Digest of what defines the run: candidate, task, size, seed, plan.
     candidate : str
     size : int
         Training samples.
     test_loss : float or None
-        Mean token cross-entropy on the test set, nats; None if the run failed: such a run is made again.
+        Mean token cross-entropy on the test set, nats; None if the run failed. A failed run is repeated.
     steps : int
         Optimiser steps up to the weights kept by early stopping (t of eq. 9).
     tokens : int
@@ -51,12 +51,12 @@ class Run:
     reason : str
         Why training ended, or why the run failed.
     facts : mapping
-        Everything else worth keeping (validation losses, hyper-parameters, peak memory, versions).
+        Everything else (validation losses, hyper-parameters, peak memory, versions).
     samples : int
         Samples trained on, all epochs.
     part_of : str
-        If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
+        For a trial (one learning rate and batch size of a search) the key of its run; for other measurements one of
+        `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
     """
 
     key: str
@@ -74,7 +74,7 @@ class Run:
 
 
 def key_of(definition: Mapping[str, Any]) -> str:
-    """Return a short stable name for what defines a run; `definition` must be JSON-serialisable."""
+    """Return a digest of what defines a run, 16 hexadecimal digits; `definition` must be JSON-serialisable."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -194,9 +194,9 @@ class Journal:
     Parameters
     ----------
     directory : Path
-        Created if it does not exist. If it holds the journal of the same specification, its runs are kept.
+        Made if it does not exist. If it holds the journal of the same specification, that is continued.
     specification : mapping
-        What is being selected, JSON-serialisable: two selections share a directory only if it is equal.
+        What defines the selection, JSON-serialisable; only selections of equal specifications share a directory.
     read_only : bool
         Nothing is made, locked or repaired, whoever writes there; a line that is being written is left out.
 
@@ -208,8 +208,8 @@ class Journal:
     Raises
     ------
     InputError
-        If the directory is a file, holds something else or the journal of another selection; the message says what
-        differs.
+        If the directory is a file, holds other files or the journal of another selection (the message says what
+        differs), cannot be written, or is in use by another process.
     """
 
     def __init__(self, directory: Path, specification: Mapping[str, Any], *, read_only: bool = False) -> None:
@@ -234,7 +234,7 @@ class Journal:
             raise
 
     def _lock(self, wanted: Mapping[str, Any]) -> None:
-        """Make the directory, keep others out, and put the specification there: one step, as others see it."""
+        """Make the directory, lock it, check it and write the specification; no other process can come between."""
         try:
             self._release = lock_directory(self.directory, self, "lensjax.select")
             if not self._check_specification(wanted):
@@ -272,7 +272,7 @@ class Journal:
         return True
 
     def _check_empty(self) -> None:
-        """Refuse a directory of anything else."""
+        """Refuse a directory that holds other files."""
         if self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
             raise InputError(f"--out {self.directory}: is not empty and holds no lensjax run. Name a new directory.")
 
@@ -323,15 +323,15 @@ class Journal:
 
     @property
     def lines(self) -> tuple[Run, ...]:
-        """Everything recorded, failures and trials included, in the order in which it was done."""
+        """All records, failures and trials included, in the order in which they were written."""
         return tuple(self._lines)
 
     def trials_of(self, key: str) -> tuple[Run, ...]:
-        """Return the trials recorded for the run of that key; each once, the latest."""
+        """Return the trials recorded for the run of that key; of equal trials the last."""
         return tuple(run for run in self._runs.values() if run.part_of == key)
 
     def append(self, run: Run) -> None:
-        """Put a run on disk; when this returns, it survives a crash.
+        """Write a run to disk; when this returns, it survives a crash.
 
         Raises
         ------
@@ -353,7 +353,7 @@ class Journal:
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: str = "") -> list[str]:
-    """Say what another specification has instead of what is wanted."""
+    """Return in words, for each difference, what another specification has instead of what is wanted."""
     said = []
     for name in sorted({*found, *wanted}):
         there, here, label = found.get(name), wanted.get(name), f"{before}{name}"

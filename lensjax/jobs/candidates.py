@@ -1,4 +1,4 @@
-"""The models to choose from, and what is known of them before they are loaded."""
+"""The models to choose from, checked and described before their weights are loaded."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class Candidate:
     name : str
         In the report.
     path : Path
-        Where its files are, those of a hub id in the hub's cache; or its GGUF file.
+        Directory of its files (in the hub's cache if it was named by an id), or its GGUF file.
     config : ModelConfig
     parameters : int
     trainable : int
-        Parameters that fine-tuning changes: all, or those of the adapters.
+        Parameters that fine-tuning changes: all of them, or those of the adapters.
     fingerprint : str
-        Changes whenever a file of the checkpoint or the adapters' settings do.
+        Digest of the files that are loaded and of the adapters' settings.
     tokenizer : str
-        Changes with what its tokenizer does, whatever files it is made from; encoder-decoders have their own.
+        Digest of what its tokenizer does, whatever files it is made from; other for encoder-decoders.
     lora : Lora, optional
         Its adapters.
     listing : Listing, optional
         Of a model on the hub whose weights were not fetched: `path` holds its configuration and tokenizer only.
     asked : str
-        What the user typed for it; of a demo model its path.
+        How the user named it; for a demo model, its path.
     """
 
     name: str
@@ -92,10 +92,10 @@ def find_candidates(
     lora : Lora
         Of those with `ADAPTED`.
     fetch : bool
-        Whether to fetch the weights of models on the hub that are not here yet. Without them all is checked that they
-        are here for: the headers of the weight files are read on the hub.
+        Whether to download the weights of models on the hub that are not in the cache. Otherwise the headers of their
+        weight files are read on the hub, and the checks are the same.
     locate : callable (path) -> path
-        Returns where a path is to be opened, if it is meant from another directory than the current one.
+        Returns where to open a path that is relative to another directory than the current one.
 
     Raises
     ------
@@ -120,13 +120,13 @@ def find_candidates(
 
 
 def name_of(path: str) -> str:
-    """Return what a candidate is called in reports, if no other is called so."""
+    """Return the name of a candidate in reports, as long as no other candidate has the same."""
     plain = path.removesuffix(ADAPTED)
     return os.path.basename(os.path.abspath(plain)) + path[len(plain) :] if os.path.exists(plain) else path
 
 
 def _check_spelling(asked: str) -> None:
-    """Refuse what is neither a path nor an id because several models, or adapters, are written in another way."""
+    """Refuse a name that is neither a path nor an id: several models joined by commas, or a wrong ending."""
     plain = asked.removesuffix(ADAPTED)
     if Path(plain).expanduser().exists():
         return
@@ -182,7 +182,7 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
 
 @functools.lru_cache(maxsize=64)
 def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
-    """Return what identifies a tokenizer by what it does: class, vocabulary and rules, special tokens, chat template.
+    """Return a digest of what a tokenizer does: class, vocabulary and rules, special tokens, chat template.
 
     transformers makes other tokenizers of the same tokenizer.json when config.json has another model type, and equal
     ones of different files.
@@ -191,9 +191,9 @@ def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
     ----------
     place : Path
     fingerprint : str
-        Of all files: what is remembered of a place is forgotten when one of them changes.
+        Of all files of the checkpoint: when one changes, the tokenizer is loaded again.
     files : str
-        Of the tokenizer's files, for tokenizers that do not tell their rules.
+        Digest of the tokenizer's files, for tokenizers whose rules cannot be read as text.
     """
     tokenizer = models.load_tokenizer(place)
     rules = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else files
@@ -213,7 +213,7 @@ Files = Mapping[str, Callable[[], bytes]]
 
 
 def _digests(files: Files) -> tuple[str, str]:
-    """Return what identifies a checkpoint, and its tokenizer alone: the contents of the files that matter."""
+    """Return digests of a checkpoint and of its tokenizer's files: of the files that loading reads."""
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
     for name, digest in files.items():
         suffix = Path(name).suffix
@@ -228,21 +228,21 @@ def _digests(files: Files) -> tuple[str, str]:
 
 
 def _files(place: Path) -> dict[str, Callable[[], bytes]]:
-    """Return the files of a checkpoint directory or the GGUF file, without the index of shards."""
+    """Return the files of a checkpoint directory, or the GGUF file; the index of shards is left out."""
     entries = [place] if place.is_file() else sorted(place.iterdir())
     return {e.name: functools.partial(_digest, e) for e in entries if e.is_file() and e.name != INDEX}
 
 
 def _hub_files(listed: Listing) -> dict[str, Callable[[], bytes]]:
-    """Return what `_files` would after everything was fetched."""
+    """Return what `_files` would return if everything were downloaded."""
     return {file.name: file.digest.encode for file in listed.files if file.name != INDEX}
 
 
 def _files_of_index(place: Path, files: Files) -> dict[str, Callable[[], bytes]]:
     """Return the index of shards, and the shards that it names elsewhere than in the checkpoint's directory.
 
-    An index that names all weight files of the directory and no others is left out, for it says nothing that they do
-    not: no tensor may be in two of them. (So fingerprints of such models are what they were in the first journals.)
+    An index that names exactly the weight files of the directory is left out: no tensor may be in two of them, so it
+    adds nothing, and the fingerprints of such models stay those of the first journals.
     """
     index = place / INDEX
     weights = {name for name in files if name.endswith(WEIGHTS_SUFFIX)}

@@ -110,6 +110,8 @@ def by_xla(runs: Sequence[Run]) -> str:
         return ""
     steps, evaluations = (sum(counts) for counts in zip(*found, strict=True))
     own = sum(run.flops for run in runs)
+    if not own:
+        return ""
     return (
         f"; XLA counts {steps:.3g} FLOPs for the same training steps ({steps / own:.2f} times as many, "
         f"padding included) and {evaluations:.3g} for evaluations"

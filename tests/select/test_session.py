@@ -88,6 +88,19 @@ def test_runs_of_other_versions_are_pointed_out(settings, trained, tmp_path, mon
     assert "note: 3 records of the journal were made with jax 0.4.1; installed now: jax 0.9.0." in note
 
 
+def test_records_without_some_facts_still_give_an_answer(settings, trained, tmp_path):
+    prepared = prepare(Request(**settings))
+    first = select(Session(prepared, tmp_path / "out", Console(io.StringIO()), isolate=False))
+    path = tmp_path / "out" / JOURNAL
+    stored = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**record, "facts": {}}) + "\n" for record in stored))
+    made = len(trained)
+    again = select(Session(prepared, tmp_path / "out", Console(io.StringIO()), isolate=False))
+    assert len(trained) == made
+    np.testing.assert_array_equal(again.curves.losses, first.curves.losses)
+    assert "--learning-rate" in again.facts["tune_command"]
+
+
 def test_a_long_name_has_a_log(settings, tmp_path, monkeypatch):
     prepared = prepare(Request(**settings))
     session = Session(prepared, tmp_path / "out", Console(io.StringIO(), quiet=True))
