@@ -1,4 +1,4 @@
-"""Packages whose public names are loaded on first use, so that importing one part does not import them all."""
+"""Public names of a package that are imported on first use, so that importing it is quick."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def lazy_names(
     package: str, namespace: dict[str, Any], homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return a package's ``__getattr__`` and ``__dir__`` for names that stand in other modules.
+    """Return a package's ``__getattr__`` and ``__dir__`` for names that other modules define.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Hints at the end of messages about a user's input: the name that was probably meant, how to write a number."""
+"""Hints that end messages about a user's input: a similar name that exists, or how to write a number."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ from pathlib import Path
 
 
 def did_you_mean(given: str, known: Iterable[str], before: str = "") -> str:
-    """Return " Did you mean NAME?" for the known name most like the one given, "" if none is.
+    """Return " Did you mean NAME?" for the known name most like the one given, "" if none is alike.
 
-    What stands before all of them alike, such as the dashes of options, is only put into the hint.
+    Parameters
+    ----------
+    given : str
+    known : iterable of str
+    before : str
+        Put before the name in the hint, such as the dashes of an option; it is not compared.
 
     Examples
     --------
     >>> did_you_mean("Avraged", ["averaged", "lens"])
     ' Did you mean averaged?'
     """
-    return _meant(given, {name.casefold(): f"{before}{name}" for name in known})
+    return _similar(given, {name.casefold(): f"{before}{name}" for name in known})
 
 
 def packaged_like(given: str, tables: Mapping[str, Iterable[str]]) -> str:
-    """Return " Did you mean KIND:NAME?" for the packaged table whose name is most like the one given, "" if none is.
+    """Return " Did you mean KIND:NAME?" for the packaged table most like the name given, "" if none is alike.
 
     Examples
     --------
     >>> packaged_like("novel", {"live": ["novels", "packages"], "published": ["flan"]})
     ' Did you mean live:novels?'
     """
-    return _meant(given, {name.casefold(): f"{kind}:{name}" for kind, names in tables.items() for name in names})
+    return _similar(given, {name.casefold(): f"{kind}:{name}" for kind, names in tables.items() for name in names})
 
 
-def _meant(given: str, known: Mapping[str, str]) -> str:
-    """Return the hint for the key most like a text, by its value."""
+def _similar(given: str, known: Mapping[str, str]) -> str:
+    """Return the hint for the key most similar to a text; the hint shows the key's value."""
     found = difflib.get_close_matches(given.casefold(), known, n=1)
     return f" Did you mean {known[found[0]]}?" if found else ""
 
 
 def nearby(path: Path) -> str:
-    """Return " Did you mean PATH?" for a name like it in the same directory, "" if there is none."""
+    """Return " Did you mean PATH?" for a similar name in the same directory, "" if there is none."""
     try:
         names = [other.name for other in path.parent.iterdir()]
     except OSError:
@@ -49,7 +54,7 @@ def nearby(path: Path) -> str:
 
 
 def ungrouped(number: str) -> str:
-    """Return a number's text without the marks between thousands: 1,600 and 1_600, but not 1,5 and 1,6000.
+    """Return a number's text without separators of thousands: those of 1,600 and 1_600, not those of 1,5 and 1,6000.
 
     Examples
     --------
@@ -61,7 +66,7 @@ def ungrouped(number: str) -> str:
 
 
 def number_hint(text: str) -> str:
-    """Return what may be wrong with a text that is no number, a sentence after a space, or ""."""
+    """Return how to write a text that is no number, as a sentence after a space; "" if that is not known."""
     if re.fullmatch(r"\d{1,3}(\.\d{3}){2,}", text.strip()):
         return f" Write {text.strip().replace('.', '')}."
     found = re.fullmatch(r"(\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?)\s*([kKmMbB%]?)", text.strip())

@@ -1,11 +1,11 @@
-"""Decoding of text files that users give, with the reason where a file is not text."""
+"""Decoding of users' text files, with a reason and a remedy where a file is not text."""
 
 from __future__ import annotations
 
 LFS = b"version https://git-lfs"
 POINTER = "it is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-"""Byte order marks of UTF-16 and UTF-32; UTF-8's is no harm."""
+"""Byte order marks of UTF-16 and UTF-32; that of UTF-8 is skipped."""
 MAGIC = {
     b"PK\x03\x04": "it is a spreadsheet or a zip archive: export it as CSV, or unpack it",
     b"PAR1": "it is a Parquet file: end its name in .parquet",
@@ -13,6 +13,7 @@ MAGIC = {
     b"%PDF": "it is a PDF file: save its text",
     LFS: POINTER,
 }
+"""First bytes of files of other kinds, and what to do with them."""
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -22,7 +23,7 @@ def decode(raw: bytes) -> str:
     Raises
     ------
     ValueError
-        If it is no UTF-8 text; the message says what it is and how to mend it.
+        If it is no UTF-8 text; the message says what it is and what to do.
     """
     if raw.startswith(BYTE_ORDER_MARKS):
         raise ValueError("it is UTF-16 text: save it as UTF-8")
@@ -41,7 +42,7 @@ def decode(raw: bytes) -> str:
 
 
 def wrong_delimiter(text: str) -> str:
-    """Return what separates the columns in the first line of a CSV file instead of commas, in words, or "".
+    """Return the name of the character that separates columns instead of commas in a CSV file's first line, or "".
 
     Examples
     --------

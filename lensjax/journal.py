@@ -1,23 +1,30 @@
-"""The journal of a selection: every finished fine-tuning run is a line on disk before the next one starts."""
+"""The journal of a selection: each finished fine-tuning run is a line on disk before the next run starts."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lensjax._files import PARTIAL, lock_directory, sync_directory, write_atomically
+from lensjax._files import PARTIAL, append_line, lock_directory, parse_json, write_atomically
 from lensjax.errors import InputError, SelectionError
 
 SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
+
+TEXTS = ("key", "candidate", "reason", "part_of")
+COUNTS = ("size", "steps", "tokens", "samples")
+AMOUNTS = ("flops", "seconds")
+NUMERIC_FACTS = ("parameters", "learning_rate", "batch_size", "steps_run", "step_flops", "evaluation_flops")
+"""Facts that others calculate with, if they are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +34,12 @@ class Run:
     Attributes
     ----------
     key : str
-        Identifies what defines the run: candidate, task, size, seed, plan.
+        Digest of what defines the run: candidate, task, size, seed, plan.
     candidate : str
     size : int
         Training samples.
     test_loss : float or None
-        Mean token cross-entropy on the test set, nats; None if the run failed: such a run is made again.
+        Mean token cross-entropy on the test set, nats; None if the run failed. A failed run is repeated.
     steps : int
         Optimiser steps up to the weights kept by early stopping (t of eq. 9).
     tokens : int
@@ -44,12 +51,12 @@ class Run:
     reason : str
         Why training ended, or why the run failed.
     facts : mapping
-        Everything else worth keeping (validation losses, hyper-parameters, peak memory, versions).
+        Everything else (validation losses, hyper-parameters, peak memory, versions).
     samples : int
         Samples trained on, all epochs.
     part_of : str
-        If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
+        For a trial (one learning rate and batch size of a search) the key of its run; for other measurements one of
+        `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
     """
 
     key: str
@@ -67,8 +74,118 @@ class Run:
 
 
 def key_of(definition: Mapping[str, Any]) -> str:
-    """Return a short stable name for what defines a run; `definition` must be JSON-serialisable."""
+    """Return a digest of what defines a run, 16 hexadecimal digits; `definition` must be JSON-serialisable."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a journal's file.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    run : Run or None
+        None if the line is no record of a run.
+    problem : str
+        Why it is none.
+    complete : bool
+        Whether the line has its end; only the last one may have none, after a kill in the middle of a write.
+    """
+
+    number: int
+    run: Run | None
+    problem: str = ""
+    complete: bool = True
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Read a journal's file line by line, in linear time; empty lines are left out.
+
+    Parameters
+    ----------
+    path : Path
+
+    Yields
+    ------
+    Line
+        Also those that are no records of runs, with the reason: what to do about them is up to the caller.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
+            complete = content.endswith(b"\n")
+            if not content.strip():
+                continue
+            try:
+                yield Line(number, run_of(parse_json(content)), complete=complete)
+            except ValueError as error:
+                yield Line(number, None, str(error), complete)
+
+
+def run_of(record: Any) -> Run:
+    """Return the run that a record describes, each field checked by its type and range.
+
+    Parameters
+    ----------
+    record : object
+        As from JSON.
+
+    Raises
+    ------
+    ValueError
+        If it is no record of a run; the message says why.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a {type(record).__name__}, not an object")
+    fields = {field.name: field for field in dataclasses.fields(Run)}
+    unknown = sorted(set(record) - set(fields))
+    missing = [name for name in ("key", "candidate", "size", "test_loss") if name not in record]
+    if unknown or missing:
+        raise ValueError(f"it has no {missing[0]}" if missing else f"{reprlib.repr(unknown[0])} is no field of it")
+    checked = dict(record)
+    for names, check in ((TEXTS, _text), (COUNTS, _count), (AMOUNTS, _amount)):
+        checked |= {name: check(name, record[name]) for name in names if name in record}
+    if record["test_loss"] is not None:
+        checked["test_loss"] = _amount("test_loss", record["test_loss"])
+    facts = record.get("facts", {})
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts is a {type(facts).__name__}, not an object")
+    for name in NUMERIC_FACTS:
+        if facts.get(name) is not None:
+            _number(name, facts[name])
+    return Run(**checked)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not text")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a number")
+    return float(value)
+
+
+def _amount(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a finite number from 0")
+    return number
+
+
+def _count(name: str, value: Any) -> int:
+    number = _amount(name, value)
+    if not number.is_integer() or number >= 2**63:
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a count")
+    return int(value)
 
 
 class Journal:
@@ -77,17 +194,22 @@ class Journal:
     Parameters
     ----------
     directory : Path
-        Created if it does not exist. If it holds the journal of the same specification, its runs are kept.
+        Made if it does not exist. If it holds the journal of the same specification, that is continued.
     specification : mapping
-        What is being selected, JSON-serialisable: two selections share a directory only if it is equal.
+        What defines the selection, JSON-serialisable; only selections of equal specifications share a directory.
     read_only : bool
-        Only look: nothing is made, locked or mended, whoever writes there; a line that is being written is left out.
+        Nothing is made, locked or repaired, whoever writes there; a line that is being written is left out.
+
+    Attributes
+    ----------
+    notices : list of str
+        Lines that were left out, for the user.
 
     Raises
     ------
     InputError
-        If the directory is a file, holds something else or the journal of another selection; the message says what
-        differs.
+        If the directory is a file, holds other files or the journal of another selection (the message says what
+        differs), cannot be written, or is in use by another process.
     """
 
     def __init__(self, directory: Path, specification: Mapping[str, Any], *, read_only: bool = False) -> None:
@@ -97,39 +219,62 @@ class Journal:
         self._lines: list[Run] = []
         self._release: Callable[[], object] = lambda: None
         wanted = json.loads(json.dumps(specification))
-        begun = self._check(wanted)
-        if not begun:
-            if read_only:
+        # Before locking too: waiting for another selection to end would be of no use.
+        exists = self._check_specification(wanted)
+        if read_only:
+            if not exists:
+                self._check_empty()
                 self._check_place()
-            else:
-                self._make(wanted)
-        if not read_only:
-            self._release = lock_directory(directory, self, "lensjax.select", by=SPECIFICATION)
-        self._read()
+        else:
+            self._lock(wanted)
+        try:
+            self._read()
+        except BaseException:
+            self._release()
+            raise
 
-    def _check(self, wanted: Mapping[str, Any]) -> bool:
-        """Refuse a directory of anything else; return whether it is one of this selection, not one to be made."""
+    def _lock(self, wanted: Mapping[str, Any]) -> None:
+        """Make the directory, lock it, check it and write the specification; no other process can come between."""
+        try:
+            self._release = lock_directory(self.directory, self, "lensjax.select")
+            if not self._check_specification(wanted):
+                self._check_empty()
+                write_atomically(self.directory / SPECIFICATION, json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
+            self._release()
+            raise InputError(
+                f"--out {self.directory}: cannot be written ({error.strerror}). Name another directory."
+            ) from error
+        except BaseException:
+            self._release()
+            raise
+
+    def _check_specification(self, wanted: Mapping[str, Any]) -> bool:
+        """Refuse a directory of another selection; return whether it is one of this selection."""
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"--out {self.directory}: is a file; name a directory.")
         path = self.directory / SPECIFICATION
-        if path.exists():
-            try:
-                found = json.loads(path.read_text())
-            except (OSError, ValueError, RecursionError):
-                found = None
-            if not isinstance(found, dict):
-                raise InputError(f"--out {self.directory}: {SPECIFICATION} is damaged; name a new directory.")
-            if found != wanted:
-                differs = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
-                raise InputError(
-                    f"--out {self.directory}: holds another run ({', '.join(differs)} differ). Name a new directory, "
-                    "or repeat the options of that run to continue it. "
-                    f"It has {'; '.join(_differences(found, wanted))}."
-                )
-            return True
+        try:
+            found = parse_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"--out {self.directory}: {SPECIFICATION} is damaged; name a new directory.")
+        if found != wanted:
+            differs = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
+            raise InputError(
+                f"--out {self.directory}: holds another run ({', '.join(differs)} differ). Name a new directory, "
+                "or repeat the options of that run to continue it. "
+                f"It has {'; '.join(_differences(found, wanted))}."
+            )
+        return True
+
+    def _check_empty(self) -> None:
+        """Refuse a directory that holds other files."""
         if self.directory.exists() and any(p.suffix != PARTIAL for p in self.directory.iterdir()):
             raise InputError(f"--out {self.directory}: is not empty and holds no lensjax run. Name a new directory.")
-        return False
 
     def _check_place(self) -> None:
         """Refuse a directory that could not be made or written to."""
@@ -137,15 +282,6 @@ class Journal:
         if not (present.is_dir() and os.access(present, os.W_OK)):
             what = "cannot be written" if present.is_dir() else "is a file"
             raise InputError(f"--out {self.directory}: {present} {what}. Name another directory.")
-
-    def _make(self, wanted: Mapping[str, Any]) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.directory / SPECIFICATION, json.dumps(wanted, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"--out {self.directory}: cannot be written ({error.strerror}). Name another directory."
-            ) from error
 
     def close(self) -> None:
         """Let other processes use the directory."""
@@ -155,23 +291,28 @@ class Journal:
         path = self.directory / JOURNAL
         if not path.exists():
             return
-        raw = path.read_bytes()
-        whole, _, torn = raw.rpartition(b"\n")
-        if torn and not self.read_only:
-            # A kill in the middle of a write leaves a line without its end: that run is repeated.
-            self.notices.append(f"{path}: the last line was cut off and is dropped; its run is repeated")
-            with path.open("r+b") as file:
-                file.truncate(len(raw) - len(torn))
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                run = Run(**json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                raise InputError(
-                    f"{self.directory / JOURNAL}, line {number}: not a run record. Remove that line, or name a new "
-                    "directory."
-                ) from None
-            self._runs[run.key] = run
-            self._lines.append(run)
+        for line in read_lines(path):
+            if not line.complete:
+                self._drop_incomplete(path)
+            elif line.run is None:
+                self.notices.append(
+                    f"{path}, line {line.number}: not a run record ({line.problem}). It is left out; if it was a run, "
+                    "that is repeated"
+                )
+            else:
+                self._keep(line.run)
+
+    def _drop_incomplete(self, path: Path) -> None:
+        """Remove the last line, whose end a kill in the middle of a write has cut off: that run is repeated."""
+        if self.read_only:
+            return
+        self.notices.append(f"{path}: the last line was cut off and is dropped; its run is repeated")
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+    def _keep(self, run: Run) -> None:
+        self._runs[run.key] = run
+        self._lines.append(run)
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -182,46 +323,37 @@ class Journal:
 
     @property
     def lines(self) -> tuple[Run, ...]:
-        """Everything recorded, failures and trials included, in the order in which it was done."""
+        """All records, failures and trials included, in the order in which they were written."""
         return tuple(self._lines)
 
     def trials_of(self, key: str) -> tuple[Run, ...]:
-        """Return the trials recorded for the run of that key; each once, the latest."""
+        """Return the trials recorded for the run of that key; of equal trials the last."""
         return tuple(run for run in self._runs.values() if run.part_of == key)
 
     def append(self, run: Run) -> None:
-        """Put a run on disk; when this returns, it survives a crash.
+        """Write a run to disk; when this returns, it survives a crash.
 
         Raises
         ------
         SelectionError
             If it cannot be written (a full disk, say); the journal is then as it was.
         ValueError
-            If it is only looked at.
+            If it was opened with `read_only`.
         """
         if self.read_only:
             raise ValueError(f"{self.directory}: the journal was opened to be looked at only")
-        line = json.dumps(dataclasses.asdict(run)) + "\n"
         path = self.directory / JOURNAL
-        before = path.stat().st_size if path.exists() else 0
         try:
-            with path.open("ab", buffering=0) as file:
-                file.write(line.encode())
-                os.fsync(file.fileno())
-            sync_directory(self.directory)
+            append_line(path, json.dumps(dataclasses.asdict(run)).encode())
         except OSError as error:
-            # Half a line would be glued to the next one.
-            with contextlib.suppress(OSError):
-                os.truncate(path, before)
             raise SelectionError(
                 f"{path}: cannot be written ({error.strerror}). Make room and give the same command again."
             ) from error
-        self._runs[run.key] = run
-        self._lines.append(run)
+        self._keep(run)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], before: str = "") -> list[str]:
-    """Say what another specification has instead of what is wanted."""
+    """Return in words, for each difference, what another specification has instead of what is wanted."""
     said = []
     for name in sorted({*found, *wanted}):
         there, here, label = found.get(name), wanted.get(name), f"{before}{name}"

@@ -1,4 +1,4 @@
-"""How the commands end: with an exit status, and on the standard error stream what went wrong."""
+"""How the commands end: one message on the standard error stream, and an exit status, for every kind of error."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import sys
 from collections.abc import Callable
 
 from lensjax._display import printable_lines
+from lensjax._files import NO_ROOM
 from lensjax.errors import InputError, SelectionError, UnsupportedBackendError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
-    """Do a command's work and return its exit status; an error that it raises becomes a message.
+    """Do a command's work and return its exit status; an expected error becomes a message.
 
     Parameters
     ----------
     program : str
-        Begins the message.
+        Name of the command, at the beginning of the message.
     work : callable () -> int
     interrupted : str
-        Said after an interrupt: what is kept, and how to go on.
+        What to say after an interrupt: what is kept, and how to go on.
+
+    Returns
+    -------
+    int
+        That of `work`; `BAD_INPUT` where something given cannot be used, `FAILED` where the selection failed or the
+        disk is full, `INTERRUPTED`.
     """
     try:
         return work()
@@ -30,7 +37,10 @@ def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
         message, status = str(error), FAILED
     except OSError as error:
         what = error.filename or "a file"
-        message, status = f"{what}: {error.strerror or error}. Check that it exists and may be used.", BAD_INPUT
+        if error.errno in NO_ROOM:
+            message, status = f"{what}: {error.strerror}. Make room and give the same command again.", FAILED
+        else:
+            message, status = f"{what}: {error.strerror or error}. Check that it exists and may be used.", BAD_INPUT
     except KeyboardInterrupt:
         # What was written before the interrupt may not have ended its line.
         sys.stderr.write("\n")

@@ -1,4 +1,4 @@
-"""The models to choose from, and what is known of them before they are loaded."""
+"""The models to choose from, checked and described before their weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lensjax import data, models
@@ -17,6 +18,7 @@ from lensjax.jobs.defaults import ADAPTED, DEMO_MODELS
 from lensjax.models import Lora
 from lensjax.models.checkpoints.gguf import is_gguf
 from lensjax.models.checkpoints.hub import Listing, listing
+from lensjax.models.checkpoints.safetensors_files import INDEX, shards_of
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -28,6 +30,9 @@ TOKENIZER_FILES = (
     "sentencepiece",
     "chat_template",
 )
+"""How names of files begin that decide what a tokenizer does."""
+WEIGHTS_SUFFIX, SINGLE_FILE = ".safetensors", "model.safetensors"
+HUB_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1 of a Git blob, SHA-256 of a large file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +44,21 @@ class Candidate:
     name : str
         In the report.
     path : Path
-        Where its files are, those of a hub id in the hub's cache; or its GGUF file.
+        Directory of its files (in the hub's cache if it was named by an id), or its GGUF file.
     config : ModelConfig
     parameters : int
     trainable : int
-        Parameters that fine-tuning changes: all, or those of the adapters.
+        Parameters that fine-tuning changes: all of them, or those of the adapters.
     fingerprint : str
-        Changes whenever a file of the checkpoint or the adapters' settings do.
+        Digest of the files that are loaded and of the adapters' settings.
     tokenizer : str
-        Changes with what its tokenizer does, whatever files it is made from; encoder-decoders have their own.
+        Digest of what its tokenizer does, whatever files it is made from; other for encoder-decoders.
     lora : Lora, optional
         Its adapters.
     listing : Listing, optional
         Of a model on the hub whose weights were not fetched: `path` holds its configuration and tokenizer only.
     asked : str
-        What the user typed for it; of a demo model its path.
+        How the user named it; for a demo model, its path.
     """
 
     name: str
@@ -85,10 +90,10 @@ def find_candidates(
     lora : Lora
         Of those with `ADAPTED`.
     fetch : bool
-        Whether to fetch the weights of models on the hub that are not here yet. Without them all is checked that they
-        are here for: the headers of the weight files are read on the hub.
+        Whether to download the weights of models on the hub that are not in the cache. Otherwise the headers of their
+        weight files are read on the hub, and the checks are the same.
     locate : callable (path) -> path
-        Returns where a path is to be opened, if it is meant from another directory than the current one.
+        Returns where to open a path that is relative to another directory than the current one.
 
     Raises
     ------
@@ -113,13 +118,13 @@ def find_candidates(
 
 
 def name_of(path: str) -> str:
-    """Return what a candidate is called in reports, if no other is called so."""
+    """Return the name of a candidate in reports, as long as no other candidate has the same."""
     plain = path.removesuffix(ADAPTED)
     return os.path.basename(os.path.abspath(plain)) + path[len(plain) :] if os.path.exists(plain) else path
 
 
 def _check_spelling(asked: str) -> None:
-    """Refuse what is neither a path nor an id because several models, or adapters, are written in another way."""
+    """Refuse a name that is neither a path nor an id: several models joined by commas, or a wrong ending."""
     plain = asked.removesuffix(ADAPTED)
     if Path(plain).expanduser().exists():
         return
@@ -158,7 +163,8 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
         listed = None
     config = models.check_checkpoint(path, listing=listed)
     place = Path(path).expanduser() if is_gguf(path) else models.resolve(path, weights=listed is None)
-    fingerprint, tokenizer = _digests(_files(place) if listed is None else _hub_files(listed))
+    files = _files(place) if listed is None else _hub_files(listed)
+    fingerprint, tokenizer = _digests(files | _files_of_index(place, files))
     tokenizer = _tokenizer_digest(place, fingerprint, tokenizer)
     if getattr(config, "is_encoder_decoder", False):
         tokenizer += "-separate"  # it reads the same tokens in another arrangement
@@ -173,7 +179,7 @@ def find_candidate(asked: str, lora: Lora, name: str | None = None, *, fetch: bo
 
 @functools.lru_cache(maxsize=64)
 def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
-    """Return what identifies a tokenizer by what it does: class, vocabulary and rules, special tokens, chat template.
+    """Return a digest of what a tokenizer does: class, vocabulary and rules, special tokens, chat template.
 
     transformers makes other tokenizers of the same tokenizer.json when config.json has another model type, and equal
     ones of different files.
@@ -182,9 +188,9 @@ def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
     ----------
     place : Path
     fingerprint : str
-        Of all files: what is remembered of a place is forgotten when one of them changes.
+        Of all files of the checkpoint: when one changes, the tokenizer is loaded again.
     files : str
-        Of the tokenizer's files, for tokenizers that do not tell their rules.
+        Digest of the tokenizer's files, for tokenizers whose rules cannot be read as text.
     """
     tokenizer = models.load_tokenizer(place)
     rules = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else files
@@ -194,13 +200,17 @@ def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str]:
-    """Return what identifies a checkpoint, and its tokenizer alone: the contents of the files that matter."""
+Files = Mapping[str, Callable[[], bytes]]
+"""Names of files, and what returns a digest of each one's contents."""
+
+
+def _digests(files: Files) -> tuple[str, str]:
+    """Return digests of a checkpoint and of its tokenizer's files: of the files that loading reads."""
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
-    for name, digest in files:
+    for name, digest in files.items():
         suffix = Path(name).suffix
         of_tokenizer = name.startswith(TOKENIZER_FILES) or suffix in (".model", ".gguf")
-        if not (of_tokenizer or name == "config.json" or suffix == ".safetensors"):
+        if not (of_tokenizer or name in ("config.json", INDEX) or suffix == WEIGHTS_SUFFIX):
             continue
         contents = name.encode() + digest()
         whole.update(contents)
@@ -209,24 +219,40 @@ def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str
     return whole.hexdigest()[:16], tokenizer.hexdigest()[:16]
 
 
-def _files(place: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield name and `_contents` of the files of a checkpoint."""
-    for file in [place] if place.is_file() else sorted(place.iterdir()):
-        if file.is_file():
-            yield file.name, functools.partial(_contents, file)
+def _files(place: Path) -> dict[str, Callable[[], bytes]]:
+    """Return the files of a checkpoint directory, or the GGUF file; the index of shards is left out."""
+    entries = [place] if place.is_file() else sorted(place.iterdir())
+    return {e.name: functools.partial(_digest, e) for e in entries if e.is_file() and e.name != INDEX}
 
 
-def _hub_files(listed: Listing) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield what `_files` would after everything was fetched."""
-    for file in listed.files:
-        yield file.name, file.digest.encode
+def _hub_files(listed: Listing) -> dict[str, Callable[[], bytes]]:
+    """Return what `_files` would return if everything were downloaded."""
+    return {file.name: file.digest.encode for file in listed.files if file.name != INDEX}
 
 
-def _contents(file: Path) -> bytes:
-    """Return what changes with a file's contents."""
-    # The hub's cache names a file after its contents: there is no need to read it.
+def _files_of_index(place: Path, files: Files) -> dict[str, Callable[[], bytes]]:
+    """Return the index of shards, and the shards that it names elsewhere than in the checkpoint's directory.
+
+    An index that names exactly the weight files of the directory is left out: no tensor may be in two of them, so it
+    adds nothing, and the fingerprints of such models stay those of the first journals.
+    """
+    index = place / INDEX
+    weights = {name for name in files if name.endswith(WEIGHTS_SUFFIX)}
+    if SINGLE_FILE in weights or not index.is_file():
+        return {}
+    named = shards_of(index)
+    if set(named) == weights:
+        return {}
+    elsewhere = {name: functools.partial(_digest, place / name) for name in named if name not in weights}
+    return {INDEX: functools.partial(_digest, index), **elsewhere}
+
+
+def _digest(file: Path) -> bytes:
+    """Return a digest of a file's contents."""
+    # The hub's cache names a file after a digest of its contents: there is no need to read it.
     blob = file.resolve()
-    if blob.parent.name == "blobs":
+    in_cache = file.is_symlink() and blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
+    if in_cache and HUB_DIGEST.fullmatch(blob.name):
         return blob.name.encode()
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").digest()

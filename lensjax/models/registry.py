@@ -18,6 +18,11 @@ import numpy as np
 
 from lensjax.errors import InputError
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+MOST_LAYERS = 10_000
+MOST = 2**31 - 1
+"""The largest size that indices of 32 bits reach."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -79,6 +84,11 @@ def positive(raw: Mapping[str, Any], name: str, default: int, source: str) -> in
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{source}: {name} is {value!r}; it must be a positive whole number: correct config.json.")
+    # A configuration may hold something for every layer, before any weights file is looked at.
+    if name in LAYER_COUNTS and value > MOST_LAYERS:
+        raise InputError(f"{source}: {name} is {value}; no model has more than {MOST_LAYERS}: correct config.json.")
+    if value > MOST:
+        raise InputError(f"{source}: {name} is {value}; no size is more than {MOST}: correct config.json.")
     return value
 
 

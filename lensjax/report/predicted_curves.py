@@ -12,7 +12,7 @@ from lensjax.laws import LAWS
 from lensjax.losses.curves import Curves
 from lensjax.selection import Selection
 from lensjax.selectors import CREDIBLE_LEVEL, METHODS, SELECTORS, Scores
-from lensjax.selectors.bayesian_average import log_relative_loss, posterior
+from lensjax.selectors.bayesian_average import law_grid, log_relative_loss, posterior
 
 POINTS = 48
 AGREEMENT = 1e-6  # relative; a curve further from the prediction at the target is not the one that was scored

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lensjax._files import write_atomically
+from lensjax._files import read_json, write_atomically
 from lensjax.commands.completion import write_completion
 from lensjax.commands.exit_codes import FAILED, guarded
 from lensjax.commands.options import LORA_OPTIONS, TASK_OPTIONS, check_text, lora_of, plan_of
@@ -100,7 +100,7 @@ def resumed(directory: Path, arguments: Sequence[str], given: argparse.Namespace
     """
     path = directory / COMMAND
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         before, place = [str(a) for a in stored["arguments"]], Path(stored["directory"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(

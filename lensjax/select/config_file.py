@@ -55,6 +55,9 @@ def read_config(path: Path) -> list[str]:
         raise InputError(f"--config {path}: is not UTF-8 (byte {error.start}); save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"--config {path}: is no TOML: {error}. Text stands in quotes, lists in brackets.") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise InputError(f"--config {path}: cannot be read, for {reason}. Correct it.") from None
     groups = _groups(parser())
     actions = {action.dest: action for members in groups.values() for action in members}
     arguments: list[str] = []

@@ -23,7 +23,7 @@ from lensjax.progress.console import Console
 from lensjax.select.budget import Budget, paid
 from lensjax.select.extra_measurements import measure_scores, measure_tangents, with_residuals
 from lensjax.select.from_losses import score_all
-from lensjax.select.records import by_xla
+from lensjax.select.records import by_xla, version_notes
 from lensjax.select.request import Request, prepare
 from lensjax.select.session import COMPILED, LOGS, Session
 from lensjax.select.strategies import descend, race
@@ -115,7 +115,7 @@ def select(session: Session) -> Selection:
         If fewer than two candidates could be measured, or the journal could not be written.
     """
     prepared, console = session.prepared, session.console
-    for notice in [*session.journal.notices, *prepared.notes]:
+    for notice in [*session.journal.notices, *version_notes(session.journal.lines), *prepared.notes]:
         console.line(f"note: {notice}")
     console.line(
         f"{len(prepared.candidates)} candidates, task {prepared.task.name}: subsets of "

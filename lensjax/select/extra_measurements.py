@@ -234,7 +234,7 @@ def with_residuals(measured: Mapping[str, Mapping[str, Any]], runs: Iterable[Run
             residuals = {
                 str(run.size): float(kernel_residual(run.steps, eigenvalues, residual, run.facts["learning_rate"]))
                 for run in runs
-                if run.candidate == name and run.size
+                if run.candidate == name and run.size and "learning_rate" in run.facts
             }
         found[name] = {**own, "kernel_residual": residuals}
     return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lensjax.environment import versions
 from lensjax.finetune import Trial
 from lensjax.finetune.results import PRUNED
+from lensjax.finetune.search import Point
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Result
 from lensjax.journal import Run, key_of
@@ -56,7 +59,38 @@ def read_trial(stored: dict[str, Any]) -> Trial:
     history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
     # What pruned trials were called in journals written before.
     status = PRUNED if stored["status"] == "hopeless" else stored["status"]
-    return Trial(**{**stored, "status": status, "validation_history": history})
+    trial = Trial(**{**stored, "status": status, "validation_history": history})
+    for name in ("learning_rate", "batch_size", "steps", "steps_run", "steps_per_epoch", "samples", "tokens", "flops"):
+        if isinstance(getattr(trial, name), bool) or not isinstance(getattr(trial, name), int | float):
+            raise TypeError(f"{name} is {getattr(trial, name)!r}, not a number")
+    return trial
+
+
+def known_trials(records: Iterable[Run]) -> dict[Point, Trial]:
+    """Return the trials among the records of a run by their hyper-parameters; one that cannot be read is made again."""
+    known = {}
+    for record in records:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            trial = read_trial(record.facts["trial"])
+            known[float(trial.learning_rate), int(trial.batch_size)] = trial
+    return known
+
+
+def version_notes(records: Iterable[Run]) -> list[str]:
+    """Say which recorded runs were made by other versions of the packages than those installed now."""
+    now, counts = versions(), collections.Counter[str]()
+    for record in records:
+        then = record.facts.get("versions")
+        if isinstance(then, dict):
+            others = [f"{name} {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
+            counts[", ".join(others)] += bool(others)
+    return [
+        f"{count} record{'s' * (count > 1)} of the journal {'were' if count > 1 else 'was'} made with {others}; "
+        f"installed now: {', '.join(f'{name} {now[name]}' for name in now if f'{name} ' in others)}. "
+        "Choose a new --out to measure all with the same versions"
+        for others, count in counts.items()
+        if count
+    ]
 
 
 def run_record(prepared: Prepared, candidate: Candidate, size: int, result: Result, why: str, seconds: float) -> Run:
@@ -79,6 +113,8 @@ def by_xla(runs: Sequence[Run]) -> str:
         return ""
     steps, evaluations = (sum(counts) for counts in zip(*found, strict=True))
     own = sum(run.flops for run in runs)
+    if not own:
+        return ""
     return (
         f"; XLA counts {steps:.3g} FLOPs for the same training steps ({steps / own:.2f} times as many, "
         f"padding included) and {evaluations:.3g} for evaluations"

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from lensjax._display import duration
-from lensjax.finetune import Progress, Trial
-from lensjax.finetune.search import Point
+from lensjax.finetune import Progress
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import Callbacks, FineTuning, Result, RunFailedError, Runner, RunnerConfig, Trials
 from lensjax.jobs.process import CandidateProcess
@@ -32,7 +31,7 @@ from lensjax.select.records import (
     common_facts,
     describe_run,
     describe_trial,
-    read_trial,
+    known_trials,
     run_key,
     run_record,
     trial_record,
@@ -322,10 +321,7 @@ class Session:
             for trial in ended:
                 self.console.detail(f"{label}: {describe_trial(trial)}")
 
-        known: dict[Point, Trial] = {}
-        for line in self.journal.trials_of(key):
-            trial = read_trial(line.facts["trial"])
-            known[trial.learning_rate, trial.batch_size] = trial
+        known = known_trials(self.journal.trials_of(key))
         callbacks = replace(self.callbacks, progress=progress, trials=trials)
         runner = self.runner_for(candidate)
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 
 from lensjax._display import duration
-from lensjax._files import write_atomically
+from lensjax._files import read_json, write_atomically
 from lensjax.select.request import Prepared
 
 
@@ -48,8 +49,10 @@ class Clock:
 
 def elapsed(path: Path, otherwise: float) -> float:
     """Return the seconds that a stopwatch's file says were taken; `otherwise` where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return float(json.loads(path.read_text())["seconds"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        seconds = float(read_json(path)["seconds"])
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
     return otherwise
 
 

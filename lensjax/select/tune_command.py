@@ -48,7 +48,7 @@ def tune_command(prepared: Prepared, name: str, runs: Iterable[Run], directory: 
         arguments += _flags(LORA_OPTIONS, candidate.lora, Lora(), cut="lora_")
     arguments += _flags(TASK_OPTIONS, dataclasses.replace(request, max_length=prepared.max_length), Request())
     largest = max((r for r in runs if r.candidate == name and r.size), key=lambda r: r.size, default=None)
-    if largest is not None:
+    if largest is not None and {"learning_rate", "batch_size"} <= largest.facts.keys():
         rates, sizes = [largest.facts["learning_rate"]], [largest.facts["batch_size"]]
     else:
         sizes, rates = _searched(prepared)

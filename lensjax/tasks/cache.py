@@ -17,17 +17,27 @@ from lensjax.tasks.encoding import Encoded
 from lensjax.tasks.task import ENCODING, Example
 
 VARIABLE = "LENSJAX_CACHE"
+FACTS, NOT_PACKED = ("truncated", "separate", "target_bytes", "packed"), -1
 
 
 def directory() -> Path:
-    """Return where lensjax keeps what can be made again: `LENSJAX_CACHE`, or the user's cache directory."""
+    """Return where lensjax keeps files that it can make again: `LENSJAX_CACHE`, or the user's cache directory."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lensjax"
 
 
 def key_of(examples: Sequence[Example], tokenizer: str, *settings: object) -> str:
-    """Return what names an encoding: the texts, the tokenizer's fingerprint, and all else it depends on."""
+    """Return a name for an encoding, from all that it depends on.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+    tokenizer : str
+        Its fingerprint.
+    *settings
+        All else; each needs a stable `repr`.
+    """
     libraries = version("transformers"), version("tokenizers")
     digest = hashlib.sha256(repr((ENCODING, *libraries, tokenizer, *settings)).encode())
     for example in examples:
@@ -38,12 +48,13 @@ def key_of(examples: Sequence[Example], tokenizer: str, *settings: object) -> st
 def cached(key: str, make: Callable[[], Encoded]) -> Encoded:
     """Return an encoding from disk, or make it and put it there.
 
-    A file that cannot be read is made again; a directory that cannot be written is done without.
+    A file that cannot be read, or holds no encoding, is replaced. Where the directory cannot be written, nothing is
+    kept.
     """
     path = directory() / "tokens" / f"{key}.npz"
     try:
         return _read(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError):
         encoded = make()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +64,8 @@ def cached(key: str, make: Callable[[], Encoded]) -> Encoded:
 
 def _write(path: Path, encoded: Encoded) -> None:
     lengths = encoded.token_counts
-    packed = -1 if encoded.packed is None else encoded.packed
-    facts = [encoded.truncated, encoded.separate, encoded.target_bytes, packed]
+    packed = NOT_PACKED if encoded.packed is None else encoded.packed
+    facts = [encoded.truncated, encoded.separate, encoded.target_bytes, packed]  # in the order of `FACTS`
     # Two selections may write the same file at once: each its own, and the last rename wins.
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
@@ -73,11 +84,39 @@ def _write(path: Path, encoded: Encoded) -> None:
 
 
 def _read(path: Path) -> Encoded:
-    with path.open("rb") as file, np.load(file) as stored:
-        truncated, separate, target_bytes, packed = map(int, stored["facts"])
-        lengths, ids, prompts = stored["lengths"], stored["ids"], stored["prompt_lengths"]
-    if lengths.sum() != len(ids) or len(prompts) != len(lengths):
+    """Read an encoding back.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it holds no encoding.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            _check_sizes(stored.zip.infolist(), path.stat().st_size)
+            facts, lengths, ids, prompts = (stored[name] for name in ("facts", "lengths", "ids", "prompt_lengths"))
+    except OSError:
+        raise
+    except Exception as error:
+        # Of many types: NumPy, zipfile and zlib each have their own for damaged archives.
+        raise ValueError(f"{path}: is no archive of tokens ({error})") from error
+    whole = (array.dtype.kind in "iu" and array.ndim == 1 for array in (facts, lengths, ids, prompts))
+    if not all(whole) or ids.dtype != np.int32 or len(facts) != len(FACTS) or len(prompts) != len(lengths):
+        raise ValueError(f"{path}: arrays are of another kind")
+    truncated, separate, target_bytes, packed = map(int, facts)
+    sensible = (lengths >= 0).all() and (prompts >= 0).all() and (prompts <= lengths).all() and (ids >= 0).all()
+    if not sensible or lengths.sum() != len(ids) or separate not in (0, 1) or truncated < 0 or target_bytes < 0:
         raise ValueError(f"{path}: lengths do not fit")
+    if packed != NOT_PACKED and packed < 1:
+        raise ValueError(f"{path}: rows of {packed} tokens")
     ends = np.cumsum(lengths)
     samples = tuple(ids[end - length : end] for end, length in zip(ends, lengths, strict=True))
     return Encoded(samples, prompts, truncated, bool(separate), target_bytes, None if packed < 0 else packed)
+
+
+def _check_sizes(members: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Refuse an archive that unpacks to more than it holds: arrays are stored as they are, not compressed."""
+    if any(member.file_size > size for member in members):
+        raise ValueError("it unpacks to more than its own size")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lensjax._files import parse_json
 from lensjax._messages import did_you_mean, nearby
 from lensjax._textfiles import LFS, POINTER, decode, wrong_delimiter
 from lensjax.errors import InputError
@@ -75,8 +75,8 @@ def file_rows(path: Path) -> Iterator[Row]:
             yield where, {"text": line.removesuffix("\r")}
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = parse_json(line, surrogates=False)
+        except ValueError as error:
             reason = f"not JSON ({str(error).partition(': line')[0]})"
             if number == 1 and line.strip() in ("[", "{", "[{"):
                 reason += ", for it goes on in the next lines"

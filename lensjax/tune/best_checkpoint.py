@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lensjax._files import PARTIAL, lock_directory, sync_directory, write_atomically
+from lensjax._files import PARTIAL, lock_directory, read_json, sync_directory, write_atomically
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
 
@@ -52,8 +52,8 @@ class Saved:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """Return the record of a directory that this command wrote; None if it holds none that can be read."""
     try:
-        found = json.loads((directory / RECORD).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(directory / RECORD)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -126,12 +126,20 @@ class BestCheckpoint:
         self._files: list[str] = []
         check_directory(directory, overwrite=overwrite)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             self._release = lock_directory(directory, self, "lensjax.tune")
+            # Another process may have finished there since the first check.
+            self._check_again(overwrite=overwrite)
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
         except OSError as error:
             raise InputError(f"--out {directory}: cannot be written ({error.strerror}); name another.") from error
+
+    def _check_again(self, *, overwrite: bool) -> None:
+        try:
+            check_directory(self.directory, overwrite=overwrite)
+        except InputError:
+            self._release()
+            raise
 
     def update(self, found: Weights) -> bool:
         """Save weights if they are the best so far, see `lensjax.finetune.tune`; return whether they are on disk now.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
 from lensjax.report.schema import upgrade
@@ -85,7 +85,7 @@ def read_comparison(
     """
     path = source / SELECTION if source.is_dir() else source
     try:
-        document = upgrade(json.loads(path.read_text("utf-8")))
+        document = upgrade(read_json(path))
         facts, method = document["facts"], document["methods"][document["method"]]
         ranking = {entry["name"]: _predicted(entry) for entry in method["ranking"]}
         certainty = None if method.get("certainty") is None else float(method["certainty"])

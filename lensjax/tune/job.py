@@ -16,6 +16,7 @@ import numpy as np
 
 from lensjax import environment, models
 from lensjax._display import duration, printable
+from lensjax._files import NO_ROOM, disk_error
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
@@ -190,6 +191,7 @@ class Tuning:
         if job.comparison is not None and job.comparison.loss is not None and not job.comparison.per_byte:
             self.board.ranking = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
         self.checkpoint: BestCheckpoint | None = None
+        self.disk_failed = False
         self.first: tuple[float, float] | None = None  # time and fraction done at the first progress report
         self.trials: list[Trial] = []
 
@@ -202,6 +204,8 @@ class Tuning:
     def kept(self) -> str:
         """What is on disk, in a sentence."""
         saved = None if self.checkpoint is None else self.checkpoint.saved
+        if saved is None and self.disk_failed:
+            return "No weights were saved."
         if saved is None:
             return "No weights were saved: the validation loss had not improved yet."
         return f"{self.job.out} holds the best weights so far ({saved})."
@@ -257,6 +261,12 @@ class Tuning:
             raise
         except Exception as error:
             # Of many types: memory that ran out, a disk that is full.
+            failure = disk_error(error)
+            if failure is not None:
+                self.disk_failed = True
+                where = failure.filename or job.out
+                advice = ". Make room and give the same command again" if failure.errno in NO_ROOM else ""
+                raise TuningError(f"{where}: {failure.strerror}{advice}. {self.kept}") from error
             raise TuningError(f"{first_line(error)}. {self.kept}") from error
         finally:
             if status != FINISHED and self.checkpoint.saved is not None:

@@ -1,18 +1,23 @@
 """What a candidate and a task can be: adapters, GGUF files, texts, losses per byte."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 
 import gguf
 import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lensjax import models
+from lensjax.errors import InputError
 from lensjax.jobs import job, runner, tokens
 from lensjax.jobs.candidates import find_candidate, find_candidates
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
+from lensjax.models.checkpoints.safetensors_files import INDEX
 from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.select import request as request_module
 from lensjax.select import session
@@ -213,3 +218,110 @@ def test_a_directory_may_have_any_name(tiny_models, tmp_path, monkeypatch):
         shutil.copytree(tiny_models[0], tmp_path / name)
         for asked in (tmp_path / name, f"~/{name}"):
             assert find_candidate(str(asked), Lora()).path == tmp_path / name
+
+
+def scale(file, by):
+    save_file({name: array * by for name, array in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def write_index(directory, file):
+    names = load_file(directory / file)
+    (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+
+
+def fingerprint(directory):
+    return find_candidate(str(directory), Lora()).fingerprint
+
+
+@pytest.fixture
+def copied(tiny_models, tmp_path):
+    """Return a copy of a tiny model, in a directory called blobs."""
+    return shutil.copytree(tiny_models[0], tmp_path / "blobs")
+
+
+def test_weights_in_a_directory_called_blobs_are_read(copied, tiny_models):
+    before = find_candidate(str(copied), Lora())
+    assert before.fingerprint == fingerprint(tiny_models[0])
+    scale(copied / "model.safetensors", 30)
+    assert fingerprint(copied) != before.fingerprint
+    tokenizer = json.loads((copied / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert find_candidate(str(copied), Lora()).tokenizer != before.tokenizer
+
+
+def test_shards_in_sub_folders_are_read(copied):
+    (copied / "weights").mkdir()
+    (copied / "model.safetensors").rename(copied / "weights" / "w.safetensors")
+    write_index(copied, "weights/w.safetensors")
+    before = fingerprint(copied)
+    assert fingerprint(copied) == before
+    scale(copied / "weights" / "w.safetensors", 30)
+    assert fingerprint(copied) != before
+
+
+def test_it_matters_which_shards_the_index_names(copied):
+    (copied / "model.safetensors").rename(copied / "a.safetensors")
+    shutil.copy(copied / "a.safetensors", copied / "b.safetensors")
+    scale(copied / "b.safetensors", 30)
+    found = []
+    for file in ("a.safetensors", "b.safetensors"):
+        write_index(copied, file)
+        found.append(fingerprint(copied))
+    assert found[0] != found[1]
+
+
+def first_fingerprint(directory):
+    """As the first versions made it: of all files of the directory itself but the index."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def test_fingerprints_that_were_right_are_what_they_were_in_the_first_journals(copied):
+    assert {f.name for f in copied.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    assert fingerprint(copied) == first_fingerprint(copied)
+    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
+    write_index(copied, "model-00001-of-00001.safetensors")
+    assert fingerprint(copied) == first_fingerprint(copied)
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/w.safetensors", "../w.safetensors", "a/../../w.safetensors", ""])
+def test_an_index_names_no_files_outside_of_its_directory(copied, name):
+    scale(copied / "model.safetensors", 1)
+    shutil.move(copied / "model.safetensors", copied.parent / "w.safetensors")
+    (copied / INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+    with pytest.raises(InputError, match=r"index\.json: names .* which is not below"):
+        find_candidate(str(copied), Lora())
+
+
+@pytest.mark.parametrize(
+    "content", ['{"weight_map": {"a": 5}}', '{"weight_map": {"a": null}}', "[" * 100000, "9" * 5000, "\xe9"]
+)
+def test_a_damaged_index_is_refused(copied, content):
+    (copied / "model.safetensors").unlink()
+    (copied / INDEX).write_text(content, "latin-1")
+    with pytest.raises(InputError, match="is not a valid index of shards"):
+        find_candidate(str(copied), Lora())
+
+
+def test_only_the_hubs_own_blobs_are_known_by_their_names(copied, tiny_models, tmp_path):
+    """A link into the cache costs no reading; one into another directory called blobs does."""
+    cache = tmp_path / "hub" / "models--owner--name"
+    for place in (cache, tmp_path / "hub" / "mine"):
+        (place / "blobs").mkdir(parents=True)
+        snapshot = place / "snapshots" / "main"
+        snapshot.mkdir(parents=True)
+        for file in copied.iterdir():
+            blob = place / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    own = find_candidate(str(tmp_path / "hub" / "mine" / "snapshots" / "main"), Lora())
+    assert own.fingerprint == fingerprint(tiny_models[0])
+    listed = find_candidate(str(cache / "snapshots" / "main"), Lora())
+    assert listed.fingerprint != own.fingerprint  # made of names, as it always was
+    assert listed.tokenizer == own.tokenizer

@@ -248,8 +248,10 @@ def test_the_stopwatch_counts_all_sessions_and_forgives_a_bad_file(tmp_path, mon
     watch.save()  # and then it is killed
     later = timing.Stopwatch(path, 0.0)
     assert later.seconds == 10
-    path.write_text("")
-    assert timing.Stopwatch(path, 4.0).seconds == 4
+    damages = ("", "[]", '{"seconds": NaN}', '{"seconds": -1}', '{"seconds": 1e999}', '{"seconds": null}', "[" * 100000)
+    for damage in (*damages, '{"seconds": ' + "9" * 5000 + "}", "\xff"):
+        path.write_text(damage, "latin-1")
+        assert timing.Stopwatch(path, 4.0).seconds == 4
     path.unlink()
     path.mkdir()
     damaged = timing.Stopwatch(path, 5.0)

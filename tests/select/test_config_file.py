@@ -113,6 +113,9 @@ class TestReadConfig:
                 "is no TOML: Expected '=' after a key in a key/value pair (at line 1, column 6). Text stands in "
                 "quotes, lists in brackets.",
             ),
+            ("seed = " + "9" * 5000, "cannot be read, for a number has too many digits. Correct it."),
+            ("seed = " + "[" * 100000, "cannot be read, for it is nested too deep. Correct it."),
+            ("seed = " + "{a=" * 100000, "cannot be read, for it is nested too deep. Correct it."),
         ],
     )
     def test_refuses(self, file, text, message):

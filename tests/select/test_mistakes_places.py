@@ -78,16 +78,12 @@ def test_a_candidate_that_has_changed(begun):
 
 
 def test_damaged_run_directories(begun):
-    Path("old/runs.jsonl").write_text('{"key": "a"}\n{}\n')
-    assert begun("--out", "old") == (
-        "old/runs.jsonl, line 1: not a run record. Remove that line, or name a new directory."
-    )
     Path("old/specification.json").write_text("{")
     assert begun("--out", "old") == "--out old: specification.json is damaged; name a new directory."
 
 
 def test_a_run_directory_in_use(begun):
-    handle = os.open("old/specification.json", os.O_RDONLY)
+    handle = os.open("old", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert begun("--out", "old") == (
         "--out old: another lensjax.select is running there. Wait for it or name a new directory."
@@ -107,10 +103,11 @@ def test_nothing_to_resume(begun, tmp_path):
     assert begun("--resume", "old", good=False) == (
         f"--resume {tmp_path / 'old'}: was started in /gone/away, which is no directory now; make it again."
     )
-    command.write_text("{")
-    assert begun("--resume", "old", good=False) == (
-        f"--resume {tmp_path / 'old'}: holds no command.json of a selection; {remedy}"
-    )
+    for damaged in ("{", "[" * 100000, '{"arguments": ' + "9" * 5000 + "}", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
+        command.write_text(damaged, "latin-1")
+        assert begun("--resume", "old", good=False) == (
+            f"--resume {tmp_path / 'old'}: holds no command.json of a selection; {remedy}"
+        )
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--out", "new"), ("--losses", "published:flan")])

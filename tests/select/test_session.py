@@ -1,14 +1,21 @@
 """The state of a selection: curves in the unit asked for, runs taken over from the journal."""
 
 import io
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 import lensjax
 from lensjax.errors import InputError
+from lensjax.finetune import Trial
 from lensjax.jobs import job, runner
+from lensjax.journal import JOURNAL, Run
 from lensjax.progress.console import Console
+from lensjax.select import records
+from lensjax.select.driver import select
+from lensjax.select.records import known_trials
 from lensjax.select.request import Request, prepare
 from lensjax.select.session import Session
 
@@ -49,6 +56,49 @@ def test_a_finished_run_is_taken_over_and_not_repeated(settings, trained, tmp_pa
         assert session.loss(prepared.candidates[0], 20, "for the test") == 3.0 / 21**0.1
         session.close()
     assert len(trained) == 1
+
+
+def test_a_trial_that_cannot_be_read_is_made_again():
+    trial = Trial(
+        learning_rate=0.1, batch_size=4, status="finished", reason="r", test_loss=2.0, validation_loss=2.0,
+        validation_history=((0, 3.0),), steps=1, steps_run=2, steps_per_epoch=2, samples=8, tokens=9, flops=1.0,
+        step_flops=None, evaluation_flops=None,
+    )  # fmt: skip
+    stored = json.loads(json.dumps(asdict(trial)))
+    changes = [{"learning_rate": "x"}, {"steps": "1"}, {"validation_history": [[0]]}, {"batch_size": None}, {"new": 1}]
+    others = [None, [], "x", {}, *({**stored, **change} for change in changes)]
+    records = [Run(f"{n}", "a", 10, 2.0, facts={"trial": of}) for n, of in enumerate([*others, stored])]
+    assert known_trials([*records, Run("z", "a", 10, 2.0)]) == {(0.1, 4): trial}
+
+
+def test_runs_of_other_versions_are_pointed_out(settings, trained, tmp_path, monkeypatch):
+    prepared = prepare(Request(**settings))
+    said = {}
+    for jax in ("0.4.1", "0.9.0", "0.9.0"):
+        monkeypatch.setattr(records, "versions", lambda jax=jax: {"python": "3.11", "lensjax": "1", "jax": jax})
+        progress = io.StringIO()
+        select(Session(prepared, tmp_path / "out", Console(progress), isolate=False))
+        said[jax] = [line for line in progress.getvalue().splitlines() if "of the journal" in line]
+        if jax == "0.4.1":
+            assert said[jax] == []
+            path = tmp_path / "out" / JOURNAL
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(lines[:3]))
+    (note,) = said["0.9.0"]
+    assert "note: 3 records of the journal were made with jax 0.4.1; installed now: jax 0.9.0." in note
+
+
+def test_records_without_some_facts_still_give_an_answer(settings, trained, tmp_path):
+    prepared = prepare(Request(**settings))
+    first = select(Session(prepared, tmp_path / "out", Console(io.StringIO()), isolate=False))
+    path = tmp_path / "out" / JOURNAL
+    stored = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**record, "facts": {}}) + "\n" for record in stored))
+    made = len(trained)
+    again = select(Session(prepared, tmp_path / "out", Console(io.StringIO()), isolate=False))
+    assert len(trained) == made
+    np.testing.assert_array_equal(again.curves.losses, first.curves.losses)
+    assert "--learning-rate" in again.facts["tune_command"]
 
 
 def test_a_long_name_has_a_log(settings, tmp_path, monkeypatch):

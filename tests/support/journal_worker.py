@@ -11,36 +11,17 @@ import os
 import pathlib
 import random
 import signal
+import stat
 import sys
 from functools import partial
 
+from lensjax import _files
 from lensjax import journal as journal_module
 
 KILLS = 60
 SIZES = (200, 400, 800, 1600)
 CANDIDATES = ("a", "b", "c", "d", "e", "f")
 SPECIFICATION = {"task": "t", "sizes": SIZES}
-
-
-class Torn:
-    """A file of which only a part of one write reaches the disk."""
-
-    def __init__(self, file, share):
-        self.file, self.share = file, share
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, content):
-        self.file.write(content[: int(len(content) * self.share)])
-        self.file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(directory, report):
@@ -60,11 +41,11 @@ def work(directory, report):
 
 
 def kill_at_line(number):
-    """Kill this process before it runs so many more lines of the journal's code."""
+    """Kill this process before it runs so many more lines of the journal's code and of what it writes by."""
     left = [number]
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename != journal_module.__file__:
+        if frame.f_code.co_filename not in (journal_module.__file__, _files.__file__):
             return None
         if event == "line":
             left[0] -= 1
@@ -76,18 +57,18 @@ def kill_at_line(number):
 
 
 def kill_in_write(number, share):
-    """Kill this process in the middle of so manieth write."""
-    left, whole = [number], pathlib.Path.open
+    """Kill this process in the middle of so manieth write to a file; only a part of it reaches the file."""
+    left, whole = [number], os.write
 
-    def torn(self, mode="r", *args, **options):
-        file = whole(self, mode, *args, **options)
-        if "a" in mode or "w" in mode:
+    def torn(handle, content):
+        if stat.S_ISREG(os.fstat(handle).st_mode):
             left[0] -= 1
             if left[0] <= 0:
-                return Torn(file, share)
-        return file
+                whole(handle, content[: int(len(content) * share)])
+                os.kill(os.getpid(), signal.SIGKILL)
+        return whole(handle, content)
 
-    pathlib.Path.open = torn
+    os.write = torn
 
 
 def attempt(directory, prepare):
@@ -117,7 +98,7 @@ def main():
         if kills % 3 == 0:
             killed, reported = attempt(directory, partial(kill_in_write, rng.randint(1, 3), rng.random()))
         else:
-            killed, reported = attempt(directory, partial(kill_at_line, rng.randint(1, 60)))
+            killed, reported = attempt(directory, partial(kill_at_line, rng.randint(1, 250)))
         if not killed:
             # All is done: begin anew, so that the kills fall on every stage of a selection.
             if len(safe) != len(set(safe)):

@@ -57,6 +57,56 @@ def test_a_damaged_file_is_made_again(own, damage):
     assert_same(mended, made)
 
 
+def archive(path, **changes):
+    arrays = {
+        "ids": np.arange(5, dtype=np.int32),
+        "lengths": np.array([3, 2]),
+        "prompt_lengths": np.array([1, 2]),
+        "facts": np.array([0, 0, 0, -1]),
+    } | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": None},
+        {"ids": np.arange(5.0)},
+        {"ids": np.arange(5)},
+        {"ids": np.arange(-1, 4, dtype=np.int32)},
+        {"ids": np.array(["a"])},
+        {"ids": np.array([{}], dtype=object)},
+        {"lengths": np.array([6, -1])},
+        {"lengths": np.array([3, 3])},
+        {"lengths": np.array([[3, 2]])},
+        {"lengths": np.array([3.0, 2.0])},
+        {"prompt_lengths": np.array([1])},
+        {"prompt_lengths": np.array([4, 2])},
+        {"prompt_lengths": np.array([-1, 2])},
+        {"facts": np.array([0, 0, 0])},
+        {"facts": np.array([0, 0, 0, 0])},
+        {"facts": np.array([0, 2, 0, -1])},
+        {"facts": np.array([-1, 0, 0, -1])},
+        {"facts": np.array(0)},
+    ],
+)
+def test_arrays_that_are_no_encoding_are_made_again(own, changes):
+    own.mkdir(parents=True)
+    archive(own / "k.npz")
+    assert len(cached("k", lambda: pytest.fail("it was made again"))) == 2
+    archive(own / "k.npz", **changes)
+    made = Encoded((np.arange(5, dtype=np.int32),), np.array([2]), 0)
+    assert cached("k", lambda: made) is made
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_made_again(own, monkeypatch):
+    own.mkdir(parents=True)
+    zeros = np.zeros(10**6, np.int32)
+    np.savez_compressed(own / "k.npz", ids=zeros, lengths=[10**6], prompt_lengths=[0], facts=[0, 0, 0, -1])
+    made = Encoded((np.arange(5, dtype=np.int32),), np.array([2]), 0)
+    assert cached("k", lambda: made) is made
+
+
 def test_where_nothing_can_be_written_tokens_are_made_each_time(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LENSJAX_CACHE", str(tmp_path / "file"))

@@ -124,6 +124,10 @@ def test_an_unreadable_task_is_named(tmp_path):
         load(tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"squad: no such file\. --task takes a file .* or one of flan, wikitext"):
         load("squad")
+    for line in ("[" * 100000, "9" * 5000, '{"input": "a\\ud800", "target": "b"}', '{"input": 1' + "0" * 400 + "}"):
+        (tmp_path / "t.jsonl").write_text(line + "\n")
+        with pytest.raises(InputError, match=r"line 1: not JSON \(it "):
+            load(tmp_path / "t.jsonl")
     (tmp_path / "t.jsonl").write_text('{"q": "x"\n')
     with pytest.raises(InputError, match=r"line 1: not JSON"):
         load(tmp_path / "t.jsonl")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lensjax._files import lock_directory
 from lensjax.errors import InputError
 from lensjax.finetune import Trial, Weights
 from lensjax.tune import best_checkpoint
@@ -295,6 +296,22 @@ def test_two_processes_do_not_share_a_directory(open_checkpoint):
         open_checkpoint()
     kept.close()
     assert not kept.directory.exists()  # nothing came of it
+
+
+def test_a_model_that_another_process_has_just_finished_is_not_overwritten(open_checkpoint, tmp_path, monkeypatch):
+    whole, calls = best_checkpoint.check_directory, []
+
+    def finished_meanwhile(directory, **options):
+        whole(directory, **options)
+        calls.append(directory)
+        if len(calls) == 1:
+            directory.mkdir()
+            (directory / RECORD).write_text(json.dumps({"status": "finished", "saved": {"step": 1}}))
+
+    monkeypatch.setattr(best_checkpoint, "check_directory", finished_meanwhile)
+    with pytest.raises(InputError, match="holds a fine-tuned model already"):
+        open_checkpoint()
+    lock_directory(tmp_path / "out", calls.append, "lensjax.tune")()
 
 
 def test_a_record_holds_no_number_that_json_has_not(open_checkpoint):

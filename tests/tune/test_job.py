@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lensjax import models
@@ -244,12 +245,15 @@ def test_divergence_and_a_full_disk_end_with_one_line(arguments, tune_command, t
     assert "holds the best weights so far (step 1, validation loss 6.0000)." in progress
     assert json.loads((tmp_path / "out" / RECORD).read_text())["status"] == "failed"
     scripted([5.0])
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(models, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(full))
-    status, text, progress = tune_command(*arguments, "--overwrite", "--verbose")
-    assert (status, text) == (1, "")
-    assert "lensjax.tune: OSError: [Errno 28] No space left on device. No weights were saved" in progress
-    assert "Traceback" in progress
+    out = tmp_path / "out"
+    message = f"lensjax.tune: {out}: No space left on device. Make room and give the same command again. No weights "
+    in_rust = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for full in (OSError(28, "No space left on device"), in_rust):
+        monkeypatch.setattr(models, "save_pretrained", lambda *_, full=full, **__: (_ for _ in ()).throw(full))
+        status, text, progress = tune_command(*arguments, "--overwrite", "--verbose")
+        assert (status, text) == (1, "")
+        assert f"{message}were saved.\n" in progress
+        assert "Traceback" in progress
     assert json.loads((tmp_path / "out" / RECORD).read_text())["saved"]["step"] == 1  # the earlier run's
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.models.base import Seq2SeqConfig
 from lensjax.models.execution import unstack_layers
@@ -183,8 +184,8 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
 
 def _settings(source: Path) -> dict[str, Any]:
     try:
-        config = json.loads((source / CONFIG).read_text("utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(source / CONFIG)
+    except (OSError, InputError) as error:
         raise InputError(f"{source / CONFIG}: cannot be read ({error}); name a directory that peft wrote.") from error
     wrong = [] if config.get("peft_type") == "LORA" else [f"peft_type is {config.get('peft_type')!r}"]
     wrong += [f"{name} is {config[name]!r}" for name, value in PLAIN.items() if config.get(name) not in (None, value)]

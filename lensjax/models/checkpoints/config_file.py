@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.models.checkpoints.gguf import GGUFFile, gguf_config, is_gguf
 from lensjax.models.checkpoints.hub import resolve
@@ -52,10 +52,7 @@ def load_config(
     file = resolve(name_or_path, revision=revision, weights=False) / "config.json"
     if not file.is_file():
         raise InputError(f"{os.fspath(name_or_path)}: has no config.json; {_instead(file.parent)}.")
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: is not valid JSON ({error}); download it again.") from error
+    raw = read_json(file, "download it again")
     if not isinstance(raw, dict):
         raise InputError(f"{file}: must hold a JSON object, found {type(raw).__name__}; download it again.")
     return _config(raw, os.fspath(name_or_path))
@@ -65,7 +62,7 @@ def _instead(directory: Path) -> str:
     """Say what to name instead of a directory without a config.json."""
     if (directory / ADAPTER).is_file():
         try:
-            base = f" {json.loads((directory / ADAPTER).read_text('utf-8'))['base_model_name_or_path']}"
+            base = f" {read_json(directory / ADAPTER)['base_model_name_or_path']}"
         except (OSError, ValueError, KeyError, TypeError):
             base = ""
         return (

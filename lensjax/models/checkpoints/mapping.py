@@ -23,6 +23,7 @@ from lensjax.models.base import LanguageModel
 from lensjax.models.lora import Lora, add_lora
 from lensjax.models.registry import Family, ModelConfig, Table, family
 
+FEW_LAYERS = 64
 MOST = 20
 """Problems of a checkpoint that are listed."""
 
@@ -124,6 +125,22 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType({".".join(map(str, path)): leaf.shape for path, leaf in flat})
 
 
+def check_layer_count(config: ModelConfig, tensors: Tensors, source: str) -> None:
+    """Refuse a number of layers far beyond that of the tensors, before so many layers are built.
+
+    Raises
+    ------
+    InputError
+        If there are more layers than tensors. A few missing layers are left to `match`, which names all that lacks.
+    """
+    layers, count = config.layers + getattr(config, "decoder_layers", 0), len(tensors.shapes)
+    if layers > max(count, FEW_LAYERS):
+        raise InputError(
+            f"{source}: its configuration says {layers} layers, but its weight files hold {count} tensors; correct the "
+            "configuration or download the model again."
+        )
+
+
 def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> LanguageModel:
     """Return the model of a configuration, filled from a checkpoint.
 
@@ -144,6 +161,7 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
         raise InputError(
             f"{source}: dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one, such as float32."
         )
+    check_layer_count(config, tensors, source)
     table = family_of(config).table(config)
     graph, *states = nnx.split(abstract_model(config, dtype=dtype), nnx.Param, ...)
     abstract, rest = states

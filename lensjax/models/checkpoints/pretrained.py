@@ -16,7 +16,15 @@ from lensjax.models.base import LanguageModel
 from lensjax.models.checkpoints.config_file import load_config
 from lensjax.models.checkpoints.gguf import GGUFFile, GGUFTensors, gguf_config, gguf_tokenizer, is_gguf, load_gguf
 from lensjax.models.checkpoints.hub import TOKENIZER_ANY, Listing, resolve, without_advice
-from lensjax.models.checkpoints.mapping import Tensors, assemble, family_of, fitting_config, match, parameter_shapes
+from lensjax.models.checkpoints.mapping import (
+    Tensors,
+    assemble,
+    check_layer_count,
+    family_of,
+    fitting_config,
+    match,
+    parameter_shapes,
+)
 from lensjax.models.checkpoints.safetensors_files import HubTensors, SafeTensors
 from lensjax.models.registry import ModelConfig
 
@@ -96,6 +104,7 @@ def check_checkpoint(
             config = fitting_config(config, tensors)
         else:
             tensors = HubTensors(listing, config)
+    check_layer_count(config, tensors, source)
     table = family_of(config).table(config)
     match(table, parameter_shapes(config), tensors, source)
     if isinstance(tensors, SafeTensors):
@@ -121,7 +130,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], *, revision: str | None
             # transformers would make an empty tokenizer without a word.
             raise OSError(f"none of {', '.join(TOKENIZER_ANY)} is there")
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Of damaged files transformers and tokenizers raise errors of every type, tokenizers plain Exception too.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{os.fspath(name_or_path)}: its tokenizer cannot be loaded ({reason}); put tokenizer.json and "

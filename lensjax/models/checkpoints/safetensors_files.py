@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lensjax._files import read_json
 from lensjax._textfiles import LFS, POINTER
 from lensjax.errors import InputError
 from lensjax.models.base import Seq2SeqConfig
@@ -127,10 +127,7 @@ def weight_files(directory: Path, config: ModelConfig, source: str) -> list[Path
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
+        names = shards_of(index)
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise InputError(
@@ -148,3 +145,21 @@ def weight_files(directory: Path, config: ModelConfig, source: str) -> list[Path
         "only (pytorch_model.bin), convert it once where you trust it: "
         f"{conversion(isinstance(config, Seq2SeqConfig))}"
     )
+
+
+def shards_of(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards names, sorted.
+
+    Raises
+    ------
+    InputError
+        If it is no such index, or names a file that is not below its own directory.
+    """
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        wrong = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index}: is not a valid index of shards ({error!r}); download it again.") from error
+    if wrong:
+        raise InputError(f"{index}: names {wrong[0]!r}, which is not below {index.parent}; move it there.")
+    return names

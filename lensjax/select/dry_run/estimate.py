@@ -70,8 +70,10 @@ def dry_run(request: Request, directory: Path | None = None, *, machine: Machine
     if directory is None and prepared.summary is None:
         directory = prepared.default_directory
     runs_there: tuple[Run, ...] = ()
+    notices: list[str] = []
     if directory is not None and prepared.summary is None:
-        runs_there = Journal(directory, prepared.specification, read_only=True).lines
+        journal = Journal(directory, prepared.specification, read_only=True)
+        runs_there, notices = journal.lines, journal.notices
     machine = machine or this_machine(request.plan.precision)
     shapes = {key: Shapes(tokens) for key, tokens in prepared.tokens.items()}
     memory = [MemoryEstimate(prepared, c, shapes[c.tokenizer], machine) for c in prepared.candidates]
@@ -112,7 +114,7 @@ def dry_run(request: Request, directory: Path | None = None, *, machine: Machine
         budget=budget,
         places=tuple(places),
         basis={"FLOPs": _counted(prepared), "Time": clock.basis, "Memory": memory[0].basis},
-        notes=(*prepared.notes, *notes),
+        notes=(*prepared.notes, *notices, *notes),
         problems=tuple(problems),
     )
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
+from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.tangents.kernel.compute import Outputs, check_bounded, checked, choose, layer_kernels
 from lensjax.tangents.kernel.memory_limit import Blocks, Way, too_little, within
@@ -206,13 +207,21 @@ class _Store:
             self.array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
             self._write()
             return
-        kept = json.loads(self.list.read_text())
-        if kept["fingerprint"] != self.fingerprint:
+        kept = read_json(self.list, f"remove it and {path}")
+        if not isinstance(kept, dict) or kept.get("fingerprint") != self.fingerprint:
             raise InputError(
                 f"{path} holds blocks of another function, parameters, examples or block size; give another file."
             )
-        self.array = np.lib.format.open_memmap(path, mode="r+")
-        self.done = {(i, j) for i, j in kept["done"]}
+        try:
+            self.array = np.lib.format.open_memmap(path, mode="r+")
+            self.done = {(int(i), int(j)) for i, j in kept["done"]}
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise InputError(f"{path}: cannot be continued ({error}); remove it and {self.list}.") from error
+        if self.array.shape != shape or self.array.dtype != dtype:
+            raise InputError(
+                f"{path} holds {self.array.dtype} {self.array.shape}, but the kernel is {np.dtype(dtype)} {shape}; "
+                f"remove it and {self.list}."
+            )
 
     def finish(self, pair: tuple[int, int]) -> None:
         self.done.add(pair)

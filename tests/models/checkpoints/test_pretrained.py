@@ -34,6 +34,7 @@ from lensjax.models import (
 )
 from lensjax.models.checkpoints.mapping import parameter_shapes
 from lensjax.models.checkpoints.saving import export_tensors
+from lensjax.models.families.gpt2 import GPT2
 from lensjax.models.registry import Rule, Table, family, transposed
 from support.families import FAMILIES, flat, make_config
 from support.paths import SOURCES
@@ -392,11 +393,35 @@ def test_a_file_is_not_a_model_directory(saved):
         resolve(saved / "m.gguf")
 
 
+@pytest.mark.parametrize("layers", [65, 10000])
+def test_layers_are_held_against_the_weights_before_any_is_built(saved, monkeypatch, layers):
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**raw, "n_layer": layers}))
+    monkeypatch.setattr(GPT2, "__init__", lambda *_: pytest.fail("a model was built"))
+    for load in (check_checkpoint, load_model):
+        with pytest.raises(InputError, match=rf"says {layers} layers, but its weight files hold \d+ tensors"):
+            load(saved)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "has no config.json; name a directory in Hugging Face format"),
         ("{", "is not valid JSON"),
+        ("[" * 100000, "is not valid JSON .*nested"),
+        ('{"n_embd": ' + "9" * 5000 + "}", "is not valid JSON .*an integer of 5000 digits"),
+        ("\N{GREEK SMALL LETTER ALPHA}", "is not valid JSON"),
+        ('{"model_type": "gpt2", "n_layer": 1000000}', "n_layer is 1000000; no model has more than 10000"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000000}', "num_hidden_layers is 1000000000000; no model"),
+        ('{"model_type": "qwen2", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
+        ('{"model_type": "mistral", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
+        ('{"model_type": "gemma3_text", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
+        ('{"model_type": "opt", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
+        ('{"model_type": "phi", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
+        ('{"model_type": "t5", "num_layers": 10001}', "num_layers is 10001; no model has more"),
+        ('{"model_type": "switch_transformers", "num_layers": 10001}', "num_layers is 10001; no model has more"),
+        ('{"model_type": "bart", "decoder_layers": 10001}', "decoder_layers is 10001; no model has more"),
+        ('{"model_type": "gpt2", "vocab_size": 2147483648}', "vocab_size is 2147483648; no size is more than"),
         ("[]", "must hold a JSON object, found list"),
         ("{}", "config.json has no model_type; add it"),
         ('{"model_type": "mamba"}', "model_type 'mamba' is not supported; supported: .*gpt2"),
@@ -410,6 +435,7 @@ def test_unusable_configurations_are_refused_by_name(text, message, tmp_path):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=message) as error:
         load_config(tmp_path)
+    assert len(str(error.value)) < 1000
     assert str(tmp_path) in str(error.value)
 
 

@@ -36,8 +36,9 @@ def hub(tiny_models, tmp_path, monkeypatch):
     """One model on the hub, with a cache as the library keeps it; `hub.fetched` says which patterns were asked for."""
     files = {f.name: f for f in sorted(tiny_models[1].iterdir())}
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / COMMIT
-    blobs.mkdir()
+    cache = tmp_path / "models--someone--model"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / COMMIT
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     state = SimpleNamespace(fetched=[], snapshot=snapshot, files=files, weights=True, error=None)

@@ -92,6 +92,34 @@ def test_another_computation_does_not_continue_the_file(tmp_path):
         ntk_blocks(one, p, x, block=2, file=file)
 
 
+def test_a_damaged_file_is_not_returned_as_the_kernel(tmp_path):
+    p, x = inputs(4)
+    file, record = tmp_path / "kernel.npy", tmp_path / "kernel.npy.json"
+    ntk_blocks(one, p, x, block=2, file=file)
+    kernel, kept = np.load(file), record.read_text()
+    arrays = (kernel[:3], kernel[None], kernel.astype(np.float16), kernel.astype(complex), np.zeros(0, kernel.dtype))
+    for array in arrays:
+        np.save(file, array)
+        with pytest.raises(InputError, match=r"kernel\.npy holds .* but the kernel is float32 \(4, 4\); remove it and"):
+            ntk_blocks(one, p, x, block=2, file=file)
+    for content in (b"", b"\x93NUMPY", b"rubbish"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"kernel\.npy: cannot be continued \(.*\); remove it and"):
+            ntk_blocks(one, p, x, block=2, file=file)
+    np.save(file, kernel)
+    fingerprint = json.loads(kept)["fingerprint"]
+    for done in (None, 5, [1], [["a", "b"]], [[1, 2, 3]]):
+        record.write_text(json.dumps({"fingerprint": fingerprint, "done": done}))
+        with pytest.raises(InputError, match=r"kernel\.npy: cannot be continued \("):
+            ntk_blocks(one, p, x, block=2, file=file)
+    for content in ("[" * 100000, "{", '{"done": ' + "9" * 5000 + "}"):
+        record.write_text(content)
+        with pytest.raises(InputError, match=r"kernel\.npy\.json: is not valid JSON \(.*; remove it and"):
+            ntk_blocks(one, p, x, block=2, file=file)
+    record.write_text(kept)
+    np.testing.assert_array_equal(ntk_blocks(one, p, x, block=2, file=file), kernel)
+
+
 def with_a_constant(scale):
     """A function whose array belongs to a program that it calls."""
     factors = jnp.full(4, scale)

@@ -15,7 +15,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.models.checkpoints.gguf.file import GGUFFile
 from lensjax.models.layers import Rotary
-from lensjax.models.registry import ModelConfig, family
+from lensjax.models.registry import MOST_LAYERS, ModelConfig, family
 
 ROPE_FACTORS = "rope_freqs.weight"
 """What the frequencies of the rotary embedding are divided by: the scaling of Llama 3.1 and later, written out."""
@@ -99,6 +99,12 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     if fields("expert_count", 0):
         raise InputError(
             f"{file.path}: is a mixture of {fields('expert_count')} experts; only dense models are supported."
+        )
+    count = fields("block_count", 0)
+    if not isinstance(count, int) or count > MOST_LAYERS:
+        raise InputError(
+            f"{file.path}: block_count is {count!r}; it must be a number of layers up to {MOST_LAYERS}: download the "
+            "file again."
         )
     raw = ARCHITECTURES[architecture](fields)
     table = file.tensors.get("token_embd.weight")

@@ -96,15 +96,15 @@ class GGUFFile:
         with file.open("rb") as stream:
             try:
                 fields, tensors = _Reader(stream).header()
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 stream.seek(0)
                 pointer = stream.read(len(LFS)) == LFS
                 reason = f": {POINTER}" if pointer else f" ({error}); download it again"
                 raise InputError(f"{source}: cannot be read as GGUF{reason}.") from error
         parts = fields.get("split.count", 1)
-        if parts > 1:
+        if not isinstance(parts, int) or parts > 1:
             raise InputError(
-                f"{source}: is one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge."
+                f"{source}: is one of {parts!r} parts of a model; join them with llama.cpp's llama-gguf-split --merge."
             )
         return cls(str(file), fields, tensors)
 

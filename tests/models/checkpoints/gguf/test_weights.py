@@ -1,6 +1,7 @@
 """GGUF files, written here with the gguf package's own writer and quantisation as llama.cpp's converter does."""
 
 import json
+import struct
 
 import gguf
 import jax
@@ -22,6 +23,7 @@ from lensjax.models import (
 from lensjax.models.checkpoints.gguf import GGUFFile, load_gguf
 from lensjax.models.checkpoints.gguf.config import LLAMA3, llama3_scaling
 from lensjax.models.checkpoints.saving import export_tensors
+from lensjax.models.families.llama import Llama
 from lensjax.models.layers import Rotary
 
 BLOCK = {
@@ -503,6 +505,19 @@ def test_everything_that_does_not_fit_is_said_at_once(tmp_path):
             {"raw": GEMMA3, "architecture": "gemma3", "fields": lambda w: w.add_final_logit_softcapping(30.0)},
             r"final_logit_softcapping is 30\.0; only models without it are supported",
         ),
+        ({"fields": lambda writer: writer.add_string("split.count", "x")}, "is one of 'x' parts of a model"),
+        (
+            {"fields": lambda writer: replace(writer, "llama.block_count", 2**64 - 1, "UINT64")},
+            "block_count is 18446744073709551615; it must be a number of layers up to 10000: download",
+        ),
+        (
+            {
+                "raw": GEMMA3,
+                "architecture": "gemma3",
+                "fields": lambda writer: replace(writer, "gemma3.block_count", 10**12, "UINT64"),
+            },
+            "block_count is 1000000000000; it must be a number of layers up to 10000: download",
+        ),
         (
             {"fields": lambda writer: writer.kv_data[0].pop("llama.block_count")},
             r"has no field llama\.block_count; convert the model again",
@@ -523,6 +538,22 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path):
             load(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"no model at all, only words, and a few more of them")
     with pytest.raises(InputError, match=r"cannot be read as GGUF \(it does not begin with GGUF\); download it again"):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_layers_are_held_against_the_tensors_before_any_is_built(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", fields=lambda writer: replace(writer, "llama.block_count", 10000, "UINT32"))
+    monkeypatch.setattr(Llama, "__init__", lambda *_: pytest.fail("a model was built"))
+    for load in (check_checkpoint, load_model):
+        with pytest.raises(InputError, match=r"says 10000 layers, but its weight files hold \d+ tensors"):
+            load(tmp_path / "m.gguf")
+
+
+def test_arrays_nested_too_deep_are_refused(tmp_path):
+    array = struct.pack("<IQ", 9, 1) * 100_000
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + array
+    (tmp_path / "m.gguf").write_bytes(header)
+    with pytest.raises(InputError, match="cannot be read as GGUF"):
         load_gguf(tmp_path / "m.gguf")
 
 
