@@ -285,13 +285,13 @@ def test_a_finished_model_is_not_overwritten_unless_asked_for(tuned, selected, r
 def test_doubts_about_the_forecast_are_said(selected, tiny_models, tiny_task, tmp_path):
     request = Request(models=(str(tiny_models[0]),), task=tiny_task, validation=20, test=20, max_length=24)
     request = dataclasses.replace(request, plan=Plan(batch_size=8, max_epochs=3))
-    found = job.prepare_job(request, tmp_path / "out", samples=50, selection=selected.directory).expectation
+    found = job.prepare_job(request, tmp_path / "out", samples=50, selection=selected.directory).comparison
     assert found.caveats == (
         "the data, the samples set aside or the seed are others",
         "it was made for another max_epochs",
         "it is for 100 samples",
     )
-    assert " But the data, the samples" in found.verdict(1.0)
+    assert " But the data, the samples" in found.compare(1.0)
     changed = tmp_path / "tiny-8"
     shutil.copytree(tiny_models[0], changed)
     (changed / "tokenizer_config.json").write_text((changed / "tokenizer_config.json").read_text() + " ")
@@ -302,13 +302,13 @@ def test_doubts_about_the_forecast_are_said(selected, tiny_models, tiny_task, tm
 
 def test_forecasts_are_judged_in_their_own_unit():
     sure = SelectionComparison("m", 2.0, (1.5, 2.5), 0.9, False, 100.0)
-    assert sure.verdict(2.5) == "The selection expected 2.0000 (90 % interval 1.5000 to 2.5000): the loss is within it."
-    assert "ABOVE" in sure.verdict(2.6)
-    assert "BELOW" in sure.verdict(1.4)
+    assert sure.compare(2.5) == "The selection expected 2.0000 (90 % interval 1.5000 to 2.5000): the loss is within it."
+    assert "ABOVE" in sure.compare(2.6)
+    assert "BELOW" in sure.compare(1.4)
     bare = dataclasses.replace(sure, interval=None)
-    assert bare.verdict(2.5) == "The selection expected 2.0000: 0.5000 too low."
-    assert bare.verdict(1.5) == "The selection expected 2.0000: 0.5000 too high."
-    assert "predicts no loss" in dataclasses.replace(sure, loss=None).verdict(1.0)
+    assert bare.compare(2.5) == "The selection expected 2.0000: 0.5000 too low."
+    assert bare.compare(1.5) == "The selection expected 2.0000: 0.5000 too high."
+    assert "predicts no loss" in dataclasses.replace(sure, loss=None).compare(1.0)
 
 
 def test_bad_input_is_refused_in_one_line(refused, arguments, tiny_models, selected, tmp_path):
