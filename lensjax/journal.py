@@ -49,7 +49,7 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         If this is no run by itself: the key of the run that it is a trial of (one learning rate and batch size), or
-        one of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
+        one of `lensjax.jobs.defaults.EXTRA_MEASUREMENTS`.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""How the commands end: a message on the standard error stream and an exit status for whatever went wrong."""
+"""How the commands end: one line on the standard error stream and an exit status for each kind of failure."""
 
 from __future__ import annotations
 

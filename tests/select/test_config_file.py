@@ -15,8 +15,9 @@ from lensjax.errors import InputError
 from lensjax.jobs import runner
 from lensjax.select.cli import run
 from lensjax.select.config_file import print_config, read_config
-from lensjax.select.options import METHODS, SCRIPT, parser
+from lensjax.select.options import SCRIPT, parser
 from lensjax.selectors import DEFAULT, SELECTORS
+from lensjax.selectors.methods import NAMES
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ class TestPrintConfig:
     def test_names_every_option_of_its_way_of_choosing(self):
         texts = print_config(given()), print_config(given("--losses", "x"))
         once = {"config", "print_config", "completion", "help", "dry_run", "resume"}
-        for action in parser()._actions:
+        for action in parser().options:
             lines = [text.count(f"\n{action.dest} =") + text.count(f"\n# {action.dest} =") for text in texts]
             assert (sum(lines) > 0) == (action.dest not in once), action.dest
             assert max(lines) <= 1
@@ -235,7 +236,7 @@ class TestCompletion:
     def test_knows_every_option(self, shell):
         script = completion(parser(), SCRIPT, shell)
         # fish writes long options without their dashes.
-        assert all(action.option_strings[-1].removeprefix("--") in script for action in parser()._actions)
+        assert all(action.option_strings[-1].removeprefix("--") in script for action in parser().options)
 
     def test_completes_in_bash(self, tmp_path):
         (tmp_path / "completion").write_text(completion(parser(), SCRIPT, "bash"))
@@ -272,8 +273,8 @@ class TestHelp:
         assert text.index("--dry-run\n      say what would") < text.index("-h, --help")
 
     def test_the_methods_it_names_are_those_there_are(self):
-        assert set(METHODS) == {*SELECTORS, "all"}
-        assert METHODS[0] == DEFAULT
+        assert set(NAMES) == {*SELECTORS, "all"}
+        assert NAMES[0] == DEFAULT
 
     def test_an_unknown_option_gets_a_near_one(self, refused):
         hint = "Did you mean --learning-rate? See python -m lensjax.select --help."

@@ -10,11 +10,10 @@ from lensjax._files import write_atomically
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
 from lensjax.report.figures.data import file_stems, tangents_by_row
+from lensjax.report.figures.formats import FORMATS
 from lensjax.report.figures.svg_figures import cost, curve, frame, ranking, spectrum, traces
 from lensjax.report.predicted_curves import paths
 from lensjax.selection import Selection
-
-FORMATS = ("svg", "png")
 
 
 def check_formats(formats: Sequence[str]) -> None:

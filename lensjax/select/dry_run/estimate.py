@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.job import EXTRA_MEASUREMENTS, TANGENTS
+from lensjax.jobs.defaults import EXTRA_MEASUREMENTS, TANGENTS
 from lensjax.jobs.tangent_measurements import COUNTED
 from lensjax.journal import Journal, Run
-from lensjax.select.budget import Ledger, paid
+from lensjax.select.budget import Ledger, charged_records
 from lensjax.select.dry_run.duration import DurationEstimate, Shapes, layers_of
 from lensjax.select.dry_run.forecast import (
     AS_IT_IS,
@@ -79,7 +79,7 @@ def dry_run(request: Request, directory: Path | None = None, *, machine: Machine
     clock = DurationEstimate(prepared, shapes, machine, {m.candidate.name: m.devices for m in memory}, runs_there)
     planned = _planned(prepared, shapes, clock, runs_there)
     ledger = prepared.ledger()
-    otherwise = sum(run.seconds for run in paid(runs_there))
+    otherwise = sum(run.seconds for run in charged_records(runs_there))
     ledger.update(runs_there, otherwise if directory is None else elapsed(directory / STOPWATCH, otherwise))
     runs, flops, seconds, notes = _affordable(prepared, planned, ledger)
     # What is finished needs no room any more.
