@@ -22,9 +22,9 @@ class JobRequest:
     Attributes
     ----------
     models : tuple of str
-        Directories, GGUF files or Hugging Face ids; empty: the demo models.
+        Directories, GGUF files or Hugging Face ids; empty: the demo's models.
     task : str, Path or None
-        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
+        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the demo's WordNet definitions.
     input_field, target_field, text_field, template : str or None
         See `lensjax.tasks.load_task`, as are the next two.
     dataset_config, split, validation_split, test_split, revision : str or None
@@ -70,7 +70,7 @@ class JobRequest:
         return Path.cwd() if self.base is None else self.base
 
     def located(self, name: str | Path) -> str | Path:
-        """Return a model or data set as it can be opened from the current directory; a hub id stays as it is."""
+        """Return a model's or data set's path as seen from the current directory; a hub id is returned unchanged."""
         text = str(name)
         path = self.base_directory / text.removesuffix(ADAPTED)
         if self.base_directory == Path.cwd() or not path.exists():

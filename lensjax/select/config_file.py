@@ -116,16 +116,16 @@ def errors_name_file(path: Path, from_file: Sequence[str], typed: Sequence[str])
 
 def _values(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Return option -> values of command-line arguments; options are named as in a file."""
-    found: dict[str, list[str]] = {}
+    options: dict[str, list[str]] = {}
     name = ""
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
             name = re.sub("^--(no-)?", "", flag).replace("-", "_")
-            found[name] = [value] if equals else []
+            options[name] = [value] if equals else []
         elif name:
-            found[name].append(argument)
-    return found
+            options[name].append(argument)
+    return options
 
 
 def _mentions(message: str, name: str, values: Sequence[str]) -> bool:
@@ -153,7 +153,7 @@ def _entries(
             continue
         if key not in groups:
             raise InputError(f"--config {path}: there is no table [{key}].{_hint(key, groups)}")
-        entries += [(f"{key}.", inner, found) for inner, found in value.items()]
+        entries += [(f"{key}.", inner, setting) for inner, setting in value.items()]
     seen: set[str] = set()
     for where, key, _ in entries:
         name = key.replace("-", "_")
@@ -250,20 +250,20 @@ def _defaults(given: argparse.Namespace) -> dict[str, Any]:
 
     plan, search = plan_of(given, demo=False)
     request = dataclasses.asdict(Request())
-    found = {name: request[name] for name in ("validation", "test", "seed", "max_length", "method", "gamma", "tau")}
-    found["loss_unit"] = request["loss_unit"]
+    options = {name: request[name] for name in ("validation", "test", "seed", "max_length", "method", "gamma", "tau")}
+    options["loss_unit"] = request["loss_unit"]
     if given.figures is not None:
-        found["figure_format"] = list(FORMATS[:1])
-    found |= {name: getattr(plan, name) for name in PLAN_OPTIONS}
+        options["figure_format"] = list(FORMATS[:1])
+    options |= {name: getattr(plan, name) for name in PLAN_OPTIONS}
     if given.models:
-        found |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
-    found |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
+        options |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
+    options |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
     if given.task is not None:
-        found["smallest"] = SMALLEST
+        options["smallest"] = SMALLEST
     if any(model.endswith(ADAPTED) for model in given.models or ()):
         # They are refused unless a candidate has adapters.
-        found |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
-    return found
+        options |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
+    return options
 
 
 def _demo_defaults(given: argparse.Namespace) -> dict[str, Any]:
@@ -271,12 +271,12 @@ def _demo_defaults(given: argparse.Namespace) -> dict[str, Any]:
     from lensjax.jobs.defaults import DEMO_FIELDS, DEMO_LEARNING_RATE
     from lensjax.select.request import DEMO_SMALLEST
 
-    found: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}
+    options: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}
     if given.task is None:
-        found["smallest"] = DEMO_SMALLEST
+        options["smallest"] = DEMO_SMALLEST
         if given.text_field is None:
-            found |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
-    return found
+            options |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
+    return options
 
 
 def _toml(value: Any) -> str:

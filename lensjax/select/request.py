@@ -105,7 +105,7 @@ class Prepared:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """Everything that a run's loss depends on, except its candidate and size; a part of what keys of runs digest."""
+        """Everything that a run's loss depends on except its candidate and size; a run's key is made of all three."""
         request = self.request
         return {
             "task": self.task.fingerprint,

@@ -157,7 +157,7 @@ def _rows(dataset: str, config: str | None, split: str, info: Any) -> int | None
 
     if not info.splits:
         return None
-    lengths = {name: found.num_examples for name, found in info.splits.items()}
+    lengths = {name: described.num_examples for name, described in info.splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError, KeyError) as error:

@@ -10,21 +10,21 @@ from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
 
 PROMPT = "{input}: "
-"""The text before the target; a space at the end of a template goes with the target's first word."""
+"""The default template; the space at its end is scored together with the target's first word."""
 
 CHAT = "chat"
-"""The template that stands for the tokenizer's own chat template."""
+"""As a template: the tokenizer's own chat template is used."""
 
 ENCODING = 2
-"""Changes with what `encode` makes of a sample; fingerprints of tasks and names of cached tokens change with it."""
+"""Version of `encode`'s way of making tokens; a part of what tasks' fingerprints and cached tokens' names digest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One sample: the model reads `input` and is scored on `target`, both as they were written.
 
-    A template is all that stands between them: nothing is added, and nothing is stripped. Its spaces at the end are the
-    separator, which is scored together with the target, for most tokenizers make one token of a space and the word
+    Only the template stands between them: nothing is added, and nothing is stripped. The spaces at its end are the
+    separator, which is scored together with the target, because most tokenizers make one token of a space and the word
     after it. With `PROMPT` a model reads ``question:`` and is scored on `` answer``; with ``{input}``, the target
     follows at once, as source code and its indentation do.
 
@@ -37,12 +37,12 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The text before the separator, unless the template is `CHAT`; what an encoder reads."""
+        """The text before the separator, which an encoder reads; not used if the template is `CHAT`."""
         return self.template.rstrip(" ").replace("{input}", self.input)
 
     @property
     def separator(self) -> str:
-        """The spaces at the end of the template; a decoder that reads no prompt is not given them."""
+        """The spaces at the end of the template; left out for a decoder that reads no prompt."""
         return self.template[len(self.template.rstrip(" ")) :]
 
     @property
@@ -86,9 +86,9 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
     value: Any = row
     for name in [field] if field in row else field.split("."):
         if not isinstance(value, Mapping) or name not in value:
-            found = ", ".join(repr(k) for k in row)
+            fields = ", ".join(repr(k) for k in row)
             raise InputError(
-                f"{where}: no field {field!r} (found: {found}). Name the fields with --input-field and "
+                f"{where}: no field {field!r} (found: {fields}). Name the fields with --input-field and "
                 f"--target-field, or --text-field.{did_you_mean(field, _fields(row))}"
             )
         value = value[name]
@@ -105,15 +105,15 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
     raise InputError(f"{where}: field {field!r} is {shown}. {remedy}.")
 
 
-def _shortened(value: object, most: int = 60) -> str:
-    """Return a value as Python writes it, no longer than `most` characters and "..."."""
+def _shortened(value: object, limit: int = 60) -> str:
+    """Return a value as Python writes it, cut after `limit` characters."""
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _fields(row: Mapping[str, Any], before: str = "") -> list[str]:
-    """Return the names of a sample's fields, nested ones with a dot between."""
-    found = []
+def _fields(row: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the names of a row's fields; names of nested fields are joined by dots."""
+    names = []
     for name, value in row.items():
-        found += _fields(value, f"{before}{name}.") if isinstance(value, Mapping) else [f"{before}{name}"]
-    return found
+        names += _fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [f"{prefix}{name}"]
+    return names

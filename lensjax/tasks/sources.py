@@ -184,14 +184,14 @@ def dataset_rows(
     if place.is_dir() and not any(place.iterdir()):
         raise InputError(f"--task {name}: the directory is empty. --task takes {KINDS}.")
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision)
+        table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:
         # The library raises many types, depending on the hub's answer, the file's format and the network.
         raise cannot_load(name, config, split, error) from error
-    rows = range(len(found))
-    if limit is not None and limit < len(found):
+    rows = range(len(table))
+    if limit is not None and limit < len(table):
         import numpy as np
 
-        rows = np.random.default_rng(seed).permutation(len(found))[:limit].tolist()
+        rows = np.random.default_rng(seed).permutation(len(table))[:limit].tolist()
     for number in rows:
-        yield f"{name}, {split} row {number}", found[number]
+        yield f"{name}, {split} row {number}", table[number]

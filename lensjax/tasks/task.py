@@ -24,14 +24,14 @@ class Task:
     ----------
     name : str
     train : tuple of Example
-        In an order drawn once by `seed`: the subset of size n is the first n, so that subsets are nested.
+        In an order drawn once from `seed`: the subset of size n is the first n, so that subsets are nested.
     validation, test : tuple of Example
-        For early stopping and for the losses that are compared; never in `train`.
+        Samples for early stopping, and for the losses that are compared; none of them is in `train`.
     seed : int
     fingerprint : str
         Changes whenever a sample, the split or the order changes.
     notes : tuple of str
-        What was done to the data, for the report.
+        For the report: which samples were left out, and why.
     text_only : bool
         Language modelling: there are no inputs, and texts may be packed into rows of full length.
     """
@@ -152,9 +152,9 @@ def read_task(source: TaskSource) -> Task:
             )
             for part, split in resolved.splits.items()
         }
-    read = {part: [resolved.read(where, row) for where, row in found] for part, found in rows.items()}
-    samples = {part: [example for example in examples if example is not None] for part, examples in read.items()}
-    empty = sum(map(len, read.values())) - sum(map(len, samples.values()))
+    examples = {part: [resolved.read(where, row) for where, row in part_rows] for part, part_rows in rows.items()}
+    samples = {part: [example for example in found if example is not None] for part, found in examples.items()}
+    empty = sum(map(len, examples.values())) - sum(map(len, samples.values()))
     notes = [f"{empty} empty texts were left out"] if empty else []
     return _split(source, resolved, samples, notes)
 

@@ -18,10 +18,19 @@ from lensjax.journal import JOURNAL, Journal, Run
 from lensjax.models import Lora
 from lensjax.select.budget import Budget
 from lensjax.select.dry_run import estimate as module
-from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, Shapes
+from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, BatchShapes
 from lensjax.select.dry_run.estimate import dry_run
-from lensjax.select.dry_run.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
-from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
+from lensjax.select.dry_run.forecast import (
+    AS_IT_IS,
+    CHOICE,
+    KERNEL,
+    LATER,
+    VERIFICATION,
+    format_bytes,
+    format_weights,
+    rough_duration,
+)
+from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, inspect_machine, matmul_speed
 from lensjax.select.records import run_key
 from lensjax.select.request import Request, prepare
 from lensjax.tasks import Encoded, batches
@@ -149,7 +158,7 @@ def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
 def test_runs_that_took_as_long_as_was_foretold_change_nothing(request_of):
     request = request_of(verify=True)
     fresh = dry_run(request, request.out, machine=HERE)
-    shapes = Shapes(next(iter(prepare(request).tokens.values())))
+    shapes = BatchShapes(next(iter(prepare(request).tokens.values())))
     start = START_SECONDS + len(shapes.buckets) * (COMPILE_SECONDS[0] + COMPILE_SECONDS[1])  # of one layer
     of = {(r.candidate, r.size): r.seconds for r in fresh.runs}
     for size, more in ((10, start), (20, 0.0)):
@@ -291,13 +300,13 @@ def test_a_budget_leaves_out_the_sizes_that_it_does_not_pay_for(foretold):
 def test_batches_are_those_that_training_makes(request_of):
     prepared = prepare(request_of())
     tokens = next(iter(prepared.tokens.values()))
-    shapes = Shapes(tokens)
+    shapes = BatchShapes(tokens)
     for part, size in ((tokens.train, 20), (tokens.train, 10), (tokens.validation, 20)):
         made = [b["labels"].shape for b in batches(part.first(size), batch_size=8, buckets=tokens.buckets, pad_id=0)]
         assert shapes.batches(part, size, 8) == {length: made.count((8, length)) for _, length in set(made)}
-    assert shapes.trained(20) == sum(len(ids) for ids in tokens.train.ids[:20])
+    assert shapes.training_tokens(20) == sum(len(ids) for ids in tokens.train.ids[:20])
     texts = Encoded(tuple(np.ones(n, np.int32) for n in (5, 30, 17, 9)), np.zeros(4, int), 0, packed=16)
-    packed = Shapes(dataclasses.replace(tokens, train=texts, validation=texts, test=texts))
+    packed = BatchShapes(dataclasses.replace(tokens, train=texts, validation=texts, test=texts))
     made = [b["labels"].shape for b in batches(texts, batch_size=2, buckets=(16,), pad_id=0)]
     assert packed.batches(texts, 4, 2) == {16: len(made)}
 
@@ -355,7 +364,7 @@ def test_the_remedy_is_the_first_that_works_and_it_works(
     bad = found.needs[0]
     assert not bad.fits
     assert not found.fits
-    assert bad.problem == f"it needs about {amount(need.memory)} of memory, and {amount(less)} are free."
+    assert bad.problem == f"it needs about {format_bytes(need.memory)} of memory, and {format_bytes(less)} are free."
     # What is to be typed is what was typed.
     assert bad.remedy.startswith(f"Remedy: {first.replace('wide', str(wide_model))}")
     assert applied(request, found, tight).fits
@@ -474,7 +483,7 @@ def test_available_memory_is_what_the_system_and_the_control_groups_leave(tmp_pa
 
 
 def test_this_machine_says_what_it_has():
-    found = this_machine("auto")
+    found = inspect_machine("auto")
     assert (found.platform, found.devices) == ("cpu", 1)
     assert found.memory > 0
     assert found.speed == {"float32": matmul_speed("float32", 1024)}
@@ -517,7 +526,7 @@ def test_the_text_can_be_read_in_a_terminal(foretold, wide_model, tiny_models):
 
 
 def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_of, command, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "this_machine", lambda _: HERE)
+    monkeypatch.setattr(module, "inspect_machine", lambda _: HERE)
     file = tmp_path / "found.json"
     status, text = command(*flags(request_of()), "--dry-run", "--json", file)
     assert status == 0
@@ -530,30 +539,30 @@ def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_o
     assert document["flops"]["sure"] == document["flops"]["at_most"] == sum(r["flops"] for r in document["runs"])
     assert set(document["basis"]) == {"FLOPs", "Time", "Memory"}
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "this_machine", lambda _: dataclasses.replace(HERE, memory=1000))
+    monkeypatch.setattr(module, "inspect_machine", lambda _: dataclasses.replace(HERE, memory=1000))
     assert command(*flags(request_of()), "--dry-run")[0] == 1
 
 
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (amount, 0, "0 B"),
-        (amount, 5 * 2**20, "5 MiB"),
-        (amount, int(5.26 * GIB), "5.3 GiB"),
-        (amount, int(37.4 * GIB), "37 GiB"),
-        (amount, 1023 * GIB, "1023 GiB"),
-        (count, 999, "999"),
-        (count, 999_499, "999K"),
-        (count, 999_500, "1M"),
-        (count, 999_960_000, "1B"),
-        (count, 124_439_808, "124M"),
-        (count, 6_700_000_000, "6.7B"),
-        (span, 0.2, "1 s"),
-        (span, 61, "61 s"),
-        (span, 91, "2 min"),
-        (span, 5400, "1 h 30 min"),
-        (span, 36001, "10 h"),
-        (span, 5 * 86400, "5.0 days"),
+        (format_bytes, 0, "0 B"),
+        (format_bytes, 5 * 2**20, "5 MiB"),
+        (format_bytes, int(5.26 * GIB), "5.3 GiB"),
+        (format_bytes, int(37.4 * GIB), "37 GiB"),
+        (format_bytes, 1023 * GIB, "1023 GiB"),
+        (format_weights, 999, "999"),
+        (format_weights, 999_499, "999K"),
+        (format_weights, 999_500, "1M"),
+        (format_weights, 999_960_000, "1B"),
+        (format_weights, 124_439_808, "124M"),
+        (format_weights, 6_700_000_000, "6.7B"),
+        (rough_duration, 0.2, "1 s"),
+        (rough_duration, 61, "61 s"),
+        (rough_duration, 91, "2 min"),
+        (rough_duration, 5400, "1 h 30 min"),
+        (rough_duration, 36001, "10 h"),
+        (rough_duration, 5 * 86400, "5.0 days"),
     ],
 )
 def test_numbers_are_short(function, value, text):
