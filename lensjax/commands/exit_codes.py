@@ -11,15 +11,15 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def guarded(program: str, work: Callable[[], int], *, interrupted: str) -> int:
-    """Do a command's work and return its exit status; what it raises becomes one line.
+    """Do a command's work and return its exit status; an error is written as one line to the standard error stream.
 
     Parameters
     ----------
     program : str
-        Begins the line.
+        Name of the command, which begins the line.
     work : callable () -> int
     interrupted : str
-        What to say after an interrupt: what is kept, and how to go on.
+        Sentence after an interrupt that says which results are kept and how to continue.
     """
     try:
         return work()

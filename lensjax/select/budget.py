@@ -1,4 +1,4 @@
-"""What a selection may spend, and what its runs may cost at most: no run starts that could exceed the budget."""
+"""The budget of a selection, and its ledger: no run starts that could exceed the budget."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def charged_records(records: Sequence[Run]) -> list[Run]:
 
 
 class Ledger:
-    """Keeps account of what is spent of a budget.
+    """Keeps account of a budget: how much of it is spent, and which runs may still start.
 
     It depends on the journal alone, so that a resumed selection decides as one that was not interrupted.
 
@@ -160,7 +160,7 @@ class Ledger:
         return self.amount - self.spent
 
     def pays(self, flops: float) -> bool:
-        """Return whether a measurement that costs so many FLOPs may start."""
+        """Return whether a measurement that costs `flops` may start."""
         if self.budget is None:
             return True
         return self.left > 0 and not (self.budget.kind == "flops" and flops > self.left)
@@ -181,7 +181,7 @@ class Ledger:
         prices : callable (size) -> sequence of float
             Prices of the runs at that size that count.
         needed : int
-            How many sizes the method needs at least; a time budget, whose prices are estimates, keeps so many.
+            How many sizes the method needs at least. A time budget keeps that many, for its prices are estimates.
         """
         total, affordable = 0.0, list[int]()
         for size in sizes:
@@ -215,7 +215,7 @@ class Ledger:
         )
 
     def update(self, records: Sequence[Run], elapsed: float = 0.0) -> None:
-        """Compute anew what is spent.
+        """Compute the amount spent from all records.
 
         Parameters
         ----------

@@ -35,7 +35,7 @@ class Encoded:
     target_bytes : int
         UTF-8 bytes of the targets, without separators, as far as they were kept; 0 if not known.
     packed : int or None
-        Instead of padding, the samples are joined, and cut into rows of so many tokens.
+        Tokens of a row if the samples are joined and cut into rows; None if each sample is padded to a row of its own.
     """
 
     ids: tuple[np.ndarray, ...]

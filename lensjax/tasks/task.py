@@ -160,7 +160,7 @@ def read_task(source: TaskSource) -> Task:
 
 
 def _split(source: TaskSource, resolved: ResolvedSource, parts: Mapping[str, list[Example]], notes: list[str]) -> Task:
-    """Draw the samples of training, validation and test, all different; `notes` says what was done before."""
+    """Draw the training, validation and test samples, no sample twice; adds to `notes` which ones were left out."""
     name, validation, test, seed = resolved.label, source.validation, source.test, source.seed
     if not parts["train"]:
         raise InputError(f"{name}: holds no sample. Name a file with at least {validation + test + 1} of them.")
@@ -168,7 +168,7 @@ def _split(source: TaskSource, resolved: ResolvedSource, parts: Mapping[str, lis
     repeated = sum(map(len, parts.values())) - sum(map(len, kept.values()))
     if repeated:
         notes.append(f"{repeated} repeated samples were kept once")
-    # Test samples stay, for they are what is compared; the others go.
+    # A sample in several splits stays in the test split, so that test losses do not change.
     seen: set[Example] = set()
     for part in ("test", "validation", "train"):
         if part in kept:

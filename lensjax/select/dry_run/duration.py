@@ -143,7 +143,7 @@ class DurationEstimate:
         return candidate.flops_per_token * self.shapes[candidate.tokenizer].training_tokens(size) * passes
 
     def _arithmetic(self, candidate: Candidate, flops: float) -> float:
-        """Return the seconds that so many floating-point operations take at this machine's speed."""
+        """Return the seconds that a number of floating-point operations takes at this machine's speed."""
         width = candidate.config.width
         utilisation = self.utilisation * width / (width + HALF_SPEED_WIDTH) * self.devices.get(candidate.name, 1)
         return flops / (self.matmul * utilisation)
@@ -185,7 +185,7 @@ class DurationEstimate:
         return slowdown * self.training(candidate, size)
 
     def measurement(self, candidate: Candidate, flops: float) -> float:
-        """Return the seconds of a measurement beside fine-tuning that takes so many floating-point operations."""
+        """Return the seconds of a measurement other than fine-tuning, from its floating-point operations."""
         return self.start(candidate) + self._slowdown(candidate) * self._arithmetic(candidate, flops)
 
 

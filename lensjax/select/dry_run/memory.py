@@ -101,7 +101,7 @@ class MemoryEstimate:
         return per_device, copies
 
     def _parallel_trials(self, plan: Plan, devices: int) -> int:
-        """Return how many learning rates a plan trains at once if so many devices share a batch."""
+        """Return how many learning rates a plan trains at once if a batch is shared by that number of devices."""
         search = self.prepared.request.search
         total, trained = weight_counts(self.candidate.config, plan.lora)
         return parallel_trials(
