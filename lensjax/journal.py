@@ -56,7 +56,7 @@ class Run:
         Samples trained on, all epochs.
     part_of : str
         For a trial (one learning rate and batch size of a search) the key of its run; for other measurements one of
-        `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
+        `lensjax.jobs.defaults.EXTRA_MEASUREMENTS`.
     """
 
     key: str

@@ -1,1 +1,1 @@
-"""What the commands share: options, shell completion, exit codes."""
+"""Shared by the commands: options, shell completion, exit codes."""

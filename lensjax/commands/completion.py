@@ -9,8 +9,8 @@ from typing import TextIO
 from lensjax.commands.options import Parser, add_completion
 from lensjax.selectors.methods import NAMES
 
-FILES = frozenset({"config", "losses", "html", "json", "task", "model", "models"})
-"""Options that take a file, or may."""
+FILE_OPTIONS = frozenset({"config", "losses", "html", "json", "task", "model", "models"})
+"""Options whose values are files, or may be."""
 
 
 def completion(p: Parser, script: str, shell: str) -> str:
@@ -19,7 +19,7 @@ def completion(p: Parser, script: str, shell: str) -> str:
     Parameters
     ----------
     p : Parser
-        Of the command; changed, so not for parsing any more.
+        Of the command. It is changed and cannot parse arguments afterwards.
     script : str
         What the command is called in the shell.
     shell : str
@@ -28,27 +28,27 @@ def completion(p: Parser, script: str, shell: str) -> str:
     import shtab
 
     p.prog = script
-    for action in p._actions:
-        if action.dest in FILES or action.type is Path:
-            action.complete = shtab.FILE if action.dest in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+    for action in p.options:
+        if action.dest in FILE_OPTIONS or action.type is Path:
+            action.complete = shtab.FILE if action.dest in FILE_OPTIONS else shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.dest == "method":
             action.choices = NAMES
     return shtab.complete(p, shell=shell)
 
 
 def write_completion(p: Parser, script: str, arguments: Sequence[str], out: TextIO) -> bool:
-    """Write what `completion` returns if the arguments ask for it by ``--completion``; return whether they do.
+    """If the arguments hold ``--completion``, write what `completion` returns; return whether they do.
 
-    Whatever else the command requires, it needs not be there.
+    Options that the command requires may be missing then.
 
     Raises
     ------
     InputError
         If there is no such shell.
     """
-    asked = Parser(prog=p.prog, add_help=False, allow_abbrev=False)
-    add_completion(asked, script)
-    shell = asked.parse_known_args(arguments)[0].completion
+    completion_only = Parser(prog=p.prog, add_help=False, allow_abbrev=False)
+    add_completion(completion_only, script)
+    shell = completion_only.parse_known_args(arguments)[0].completion
     if shell is not None:
         out.write(completion(p, script, shell))
     return shell is not None

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lensjax._messages import did_you_mean, number_hint, ungrouped
 from lensjax.errors import InputError
+from lensjax.finetune.choices import PRECISIONS, SCHEDULES, SHARDINGS
 from lensjax.jobs.defaults import DEMO_LEARNING_RATE
 
 if TYPE_CHECKING:
     from lensjax.finetune import Plan, Search
     from lensjax.models import Lora
 
-
-SCHEDULES, PRECISIONS, SHARDINGS = (
-    ("constant", "linear", "cosine"),
-    ("auto", "float32", "bfloat16"),
-    ("auto", "none", "data", "full"),
-)
 DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")
-"""What options begin with, and what word processors make of it."""
+"""The character that options begin with, and those that word processors replace it by."""
 ALIASES = {
     "--lr": "--learning-rate",
     "--data": "--task",
@@ -33,7 +28,7 @@ ALIASES = {
     "--samples": "--target",
     "--dtype": "--precision",
 }
-"""Options of other programs."""
+"""What other programs call these options."""
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 TASK_OPTIONS = (
     *("task", "input_field", "target_field", "text_field", "template", "dataset_config", "split", "validation_split"),
@@ -46,7 +41,23 @@ LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `InputError` where argparse would end the process, and says which option may have been meant."""
+    """Raises `InputError` where argparse would end the process, and says which option may have been meant.
+
+    Its properties offer what argparse keeps, but has no public way to ask for.
+    """
+
+    @property
+    def options(self) -> tuple[argparse.Action, ...]:
+        """All options and arguments, in the order in which they were added."""
+        return tuple(self._actions)
+
+    @property
+    def options_by_group(self) -> dict[str, list[argparse.Action]]:
+        """The same, by the titles of their groups; ``--help`` and the like are in a group of argparse's own."""
+        groups: dict[str, list[argparse.Action]] = {}
+        for option in self.options:
+            groups.setdefault(option.container.title, []).append(option)  # type: ignore[attr-defined]
+        return groups
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Refuse the arguments.
@@ -55,14 +66,14 @@ class Parser(argparse.ArgumentParser):
         ------
         InputError
         """
-        head, listing, choices = message.partition(" (choose from ")
+        head, phrase, choices = message.partition(" (choose from ")
         # Newer versions of argparse leave the quotes out.
-        message = head + listing + choices.replace("'", "")
+        message = head + phrase + choices.replace("'", "")
         end = "" if message.endswith((".", "?")) else "."
         raise InputError(f"{message}{end}{self._hint(message)} See {self.prog} --help.")
 
     def _hint(self, message: str) -> str:
-        """Return what may have been meant, a sentence after a space, or ""."""
+        """Return a sentence, after a space, on what may have been meant; "" if there is no guess."""
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         if choice:
             return did_you_mean(choice[1], choice[2].split(", "))
@@ -75,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         name = "--" + name.lstrip("".join(DASHES)).replace("_", "-")
         if name in ALIASES:
             return f" Did you mean {ALIASES[name]}?"
-        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        known = [flag[2:] for action in self.options for flag in action.option_strings if flag.startswith("--")]
         return did_you_mean(name[2:], known, "--")
 
 
@@ -152,14 +163,14 @@ def add_training_options(group: Any, *, demo: bool = True) -> None:
 
 
 def add_completion(group: Any, script: str) -> None:
-    """Add the option that `lensjax.commands.completion.write_completion` answers."""
+    """Add ``--completion``, which `lensjax.commands.completion.write_completion` carries out."""
     group.add_argument(
         "--completion", choices=SHELLS, help=f"print what makes that shell complete {script}'s options, and stop"
     )
 
 
 def plan_of(given: argparse.Namespace, *, demo: bool) -> tuple[Plan, Search]:
-    """Return the training that options ask for.
+    """Return the plan and the search that options ask for.
 
     Parameters
     ----------
@@ -172,7 +183,7 @@ def plan_of(given: argparse.Namespace, *, demo: bool) -> tuple[Plan, Search]:
 
     settings: dict[str, Any] = {"learning_rate": DEMO_LEARNING_RATE} if demo else {}
     settings |= {n: getattr(given, n) for n in PLAN_OPTIONS if getattr(given, n) is not None}
-    # One value is the plan's, several are searched.
+    # A single value goes into the plan; several are searched.
     rates, sizes = tuple(given.learning_rate or ()), tuple(given.batch_size or ())
     settings |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
     settings |= {"batch_size": max(sizes)} if sizes else {}
@@ -188,7 +199,7 @@ def lora_of(given: argparse.Namespace) -> Lora:
 
 
 def check_text(arguments: Iterable[str]) -> None:
-    """Refuse names of files that no record and no report could hold, before any long work.
+    """Refuse arguments that are not UTF-8, before any long work: neither the journal nor a report could hold them.
 
     Raises
     ------
@@ -202,7 +213,7 @@ def check_text(arguments: Iterable[str]) -> None:
 
 
 def number(text: str) -> float:
-    """Read a number."""
+    """Parse a number given on the command line."""
     try:
         return float(text)
     except ValueError:
@@ -211,14 +222,14 @@ def number(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """Read a seed."""
+    """Parse a seed given on the command line."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
     return int(text)
 
 
 def samples(text: str) -> int:
-    """Read a whole number of samples; 1e6 and 1_000_000 are fine."""
+    """Parse a whole number above 0 given on the command line; 1e6 and 1_000_000 are fine."""
     try:
         value = float(ungrouped(text))
     except ValueError:

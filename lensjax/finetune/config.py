@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lensjax.errors import InputError
+from lensjax.finetune.choices import PRECISIONS, SCHEDULES, SHARDINGS
 from lensjax.models import Lora
-
-SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("auto", "float32", "bfloat16")
-SHARDINGS = ("auto", "none", "data", "full")
 
 FIRST_NAMES = {"parallel_trials": "lanes", "prune_after": "hopeless_after"}
 """Fields of `Search` that had another name when the first journals were written."""

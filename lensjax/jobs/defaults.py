@@ -1,6 +1,12 @@
-"""Constants of jobs that the commands' options need too; nothing is imported here."""
+"""Constants of jobs that the commands' options need too; nothing heavy is imported here."""
 
 from __future__ import annotations
+
+from lensjax.selectors.methods import PRETRAINED_SCORES
+
+TANGENTS = "tangents"
+EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
+"""Measurements of a candidate that are recorded beside its fine-tuning runs."""
 
 ADAPTED = "+lora"
 """Ends the name of a model that is fine-tuned by low-rank adapters."""

@@ -15,13 +15,8 @@ from typing import Any, Protocol
 from lensjax.finetune import Outcome, Plan, Progress, Search, Trial
 from lensjax.finetune.search import Point
 from lensjax.jobs.tokens import Tokens
-from lensjax.selectors.methods import PRETRAINED_SCORES
 
 Trials = tuple[Trial, ...]
-
-TANGENTS = "tangents"
-EXTRA_MEASUREMENTS = (TANGENTS, *PRETRAINED_SCORES)
-"""Measurements of a candidate that are recorded beside its fine-tuning runs."""
 
 
 @dataclasses.dataclass(frozen=True)

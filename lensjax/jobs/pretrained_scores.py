@@ -1,4 +1,4 @@
-"""What is measured of a candidate without fine-tuning it: the spectra of its weights, the evidence of its features."""
+"""Scores of a pretrained candidate without fine-tuning: from the spectra of its weights, from its features (LogME)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lensjax.models.checkpoints.mapping import parameter_shapes
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded
 
-MIN_EIGENVALUES = 50  # as the metrics' authors: fewer show no tail; the same for all candidates, or none compare
+MIN_EIGENVALUES = 50  # as the metrics' authors; fewer show no tail. Scores compare only if it is the same for all.
 POSITIONS = 4_000  # target tokens
 FORWARD_FLOPS = 2  # per weight and token
 EXPONENTS = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda")
@@ -28,30 +28,30 @@ def spectra(model: Any) -> dict[str, Any]:
     Parameters
     ----------
     model : lensjax.models.LanguageModel
-        Its `nnx.Param`s are looked at, embeddings among them.
+        Its `nnx.Param`s are measured, embeddings included.
 
     Returns
     -------
     dict
         ``pl_alpha``, ``e_tpl_alpha``, ``e_tpl_lambda``: means over the matrices, see `lensjax.selectors.nlp_metrics`;
-        ``matrices``: how many there are; ``min_eigenvalues``: those with a smaller side are left out.
+        ``matrices``: how many were measured; ``min_eigenvalues``: matrices with a smaller side are left out.
 
     Raises
     ------
     InputError
-        If there is no such matrix, or one has no tail.
+        If there is no such matrix, or the spectrum of one has no tail.
     """
-    found = nlp_metrics(nnx.state(model, nnx.Param), min_eigenvalues=MIN_EIGENVALUES)
-    _finite("pl_alpha", found.mean("pl_alpha"))
-    means = {name: found.mean(name) for name in EXPONENTS}
+    metrics = nlp_metrics(nnx.state(model, nnx.Param), min_eigenvalues=MIN_EIGENVALUES)
+    _finite("pl_alpha", metrics.mean("pl_alpha"))
+    means = {name: metrics.mean(name) for name in EXPONENTS}
     finite = {name: value for name, value in means.items() if math.isfinite(value)}
-    return {**finite, "matrices": len(found.names), "min_eigenvalues": MIN_EIGENVALUES}
+    return {**finite, "matrices": len(metrics.names), "min_eigenvalues": MIN_EIGENVALUES}
 
 
 def spectra_flops(config: models.ModelConfig) -> float:
     """Count the floating-point operations of `spectra`, from the shapes alone.
 
-    Of a matrix with sides m >= n, the product takes 2 m n^2, its eigenvalues 4/3 n^3.
+    For a matrix W with sides m >= n, the product W^T W takes 2 m n^2, its eigenvalues 4/3 n^3.
     """
     total = 0.0
     for shape in parameter_shapes(config).values():
@@ -87,20 +87,21 @@ def evidence(model: Any, samples: Encoded, buckets: Sequence[int], pad_id: int) 
     return {"log_me": score, "positions": len(tokens), "classes": len(np.unique(tokens))}
 
 
-def samples_for(train: Encoded, most: int) -> int:
-    """Return how many of the first training samples hold `POSITIONS` target tokens; at most `most`."""
-    # Without a prompt, the first token is predicted from nothing.
-    unread = np.maximum(train.prompt_lengths[:most], 0 if train.separate else 1)
-    held = np.cumsum(train.token_counts[:most] - unread)
-    return min(int(np.searchsorted(held, POSITIONS)) + 1, len(held))
+def samples_for(train: Encoded, limit: int) -> int:
+    """Return how many of the first training samples it takes for `POSITIONS` target tokens; at most `limit`."""
+    # The first token of a single sequence has no features: nothing comes before it.
+    uncounted = np.maximum(train.prompt_lengths[:limit], 0 if train.separate else 1)
+    targets_up_to = np.cumsum(train.token_counts[:limit] - uncounted)
+    return min(int(np.searchsorted(targets_up_to, POSITIONS)) + 1, len(targets_up_to))
 
 
 def evidence_flops(parameters: int, samples: Encoded) -> float:
-    """Count the floating-point operations of the forward pass that `evidence` makes, without attention's scores."""
+    """Count the floating-point operations of the forward pass in `evidence`, attention's scores left out."""
     return float(FORWARD_FLOPS) * parameters * float(samples.token_counts.sum())
 
 
 def _finite(name: str, value: float) -> float:
+    """Return a score, or raise `InputError` if it is not finite."""
     if not math.isfinite(value):
         raise InputError(f"{name} is {value:g}; check the model's weights.")
     return value

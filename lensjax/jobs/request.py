@@ -1,17 +1,18 @@
-"""What a user asks of a job: which models, which data, how to train. Shared by choosing a model and tuning one."""
+"""What the user asked for: which models, which data, how to train; shared by the commands that select and tune."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from lensjax import data
 from lensjax.finetune import Plan, Search
 from lensjax.jobs.defaults import ADAPTED, DEMO_FIELDS, DEMO_TASK
 from lensjax.models import Lora
-from lensjax.tasks import Task, load_task
+from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary, summarize_dataset
+from lensjax.tasks.specification import TaskSource
+from lensjax.tasks.task import read_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class JobRequest:
     Attributes
     ----------
     models : tuple of str
-        Directories, GGUF files or Hugging Face ids; empty: the demo models.
+        Directories, GGUF files or Hugging Face ids; empty: the demo's models.
     task : str, Path or None
-        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the WordNet sample.
+        A file, a data set or a preset, see `lensjax.tasks.load_task`. None: the demo's WordNet definitions.
     input_field, target_field, text_field, template : str or None
         See `lensjax.tasks.load_task`, as are the next two.
     dataset_config, split, validation_split, test_split, revision : str or None
@@ -39,7 +40,7 @@ class JobRequest:
     search : Search
         Learning rates and batch sizes to try for each run.
     base : Path or None
-        Directory that relative paths of models and data are meant from; None: the current one.
+        Directory that relative paths of models and data start from; None: the current one.
     """
 
     models: tuple[str, ...] = ()
@@ -65,11 +66,11 @@ class JobRequest:
 
     @property
     def base_directory(self) -> Path:
-        """Directory that relative paths are meant from."""
+        """Directory that relative paths start from."""
         return Path.cwd() if self.base is None else self.base
 
     def located(self, name: str | Path) -> str | Path:
-        """Return a model or data set as it can be opened from the current directory; a hub id stays as it is."""
+        """Return a model's or data set's path as seen from the current directory; a hub id is returned unchanged."""
         text = str(name)
         path = self.base_directory / text.removesuffix(ADAPTED)
         if self.base_directory == Path.cwd() or not path.exists():
@@ -79,28 +80,33 @@ class JobRequest:
 
 def task_of(request: JobRequest) -> Task:
     """Load the task that a request names, the demo's if it names none."""
-    source, options = _source(request)
-    return load_task(source, **options)
+    return read_task(task_source(request))
 
 
 def dataset_summary_of(request: JobRequest) -> DatasetSummary | None:
     """Summarize the data set that a request names from its metadata; None if it is here already."""
-    source, options = _source(request)
-    return summarize_dataset(source, **options)
+    return summarize_dataset(task_source(request))
 
 
-def _source(request: JobRequest) -> tuple[str | Path, dict[str, Any]]:
-    """Return what `load_task` and `summarize_dataset` are given."""
-    names = ("text_field", "template", "split", "validation_split", "test_split", "revision", "limit")
-    options: dict[str, Any] = {name: getattr(request, name) for name in names}
-    options |= {"input_field": request.input_field, "target_field": request.target_field}
-    source: str | Path
-    if request.task is None:
-        source = data.path(*DEMO_TASK)
-        if request.text_field is None:
-            fields = zip(("input_field", "target_field"), DEMO_FIELDS, strict=True)
-            options |= {name: options[name] or default for name, default in fields}
-    else:
-        source = request.located(request.task)
-    options |= {"config": request.dataset_config, "validation": request.validation, "test": request.test}
-    return source, options | {"seed": request.seed}
+def task_source(request: JobRequest) -> TaskSource:
+    """Return what a request says about the data; the demo's file and fields if it names no task."""
+    source = request.located(request.task) if request.task is not None else data.path(*DEMO_TASK)
+    input_field, target_field = request.input_field, request.target_field
+    if request.task is None and request.text_field is None:
+        input_field, target_field = input_field or DEMO_FIELDS[0], target_field or DEMO_FIELDS[1]
+    return TaskSource(
+        source,
+        input_field=input_field,
+        target_field=target_field,
+        text_field=request.text_field,
+        template=request.template,
+        config=request.dataset_config,
+        split=request.split,
+        validation_split=request.validation_split,
+        test_split=request.test_split,
+        revision=request.revision,
+        limit=request.limit,
+        validation=request.validation,
+        test=request.test,
+        seed=request.seed,
+    )

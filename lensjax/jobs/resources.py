@@ -1,4 +1,4 @@
-"""What a process that runs a candidate knows of itself: its peak memory, and its programs kept for the next one."""
+"""Peak memory of the process that runs a candidate, and its cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 
 
 def reset_peak() -> bool:
-    """Let the system measure this process's peak memory anew; return whether it does."""
+    """Reset the peak memory that the system has recorded for this process; return whether it could be done."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         return True
@@ -23,22 +23,28 @@ def reset_peak() -> bool:
 
 
 def peak(was_reset: bool) -> dict[str, Any]:
-    """Return the peak memory in bytes, and of what: of this run, or of its process since it began."""
-    found = {}
+    """Return the peak memory in bytes: of this run if `was_reset`, else of its process since it began.
+
+    Returns
+    -------
+    dict
+        ``peak_bytes``; ``peak_of``: "run" or "process"; ``device_peak_bytes_of_process`` if the devices tell it.
+    """
+    on_device = {}
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("peak_bytes_in_use" in s for s in stats):
-        found["device_peak_bytes_of_process"] = max(int(s["peak_bytes_in_use"]) for s in stats)
+        on_device["device_peak_bytes_of_process"] = max(int(s["peak_bytes_in_use"]) for s in stats)
     if was_reset:
         with contextlib.suppress(OSError):  # some containers hide it
-            high = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            if high:
-                return {**found, "peak_bytes": int(high[1]) * 1024, "peak_of": "run"}
+            high_water = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            if high_water:
+                return {**on_device, "peak_bytes": int(high_water[1]) * 1024, "peak_of": "run"}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {**found, "peak_bytes": most, "peak_of": "process"}
+    return {**on_device, "peak_bytes": most, "peak_of": "process"}
 
 
 def keep_compiled(directory: Path) -> None:
-    """Keep this process's compiled programs in a directory, for the next process on the same kind of machine."""
+    """Cache compiled programs in a directory, for later processes on machines of the same kind."""
     kind = f"{platform.machine()} {platform.node()} {_processor()}"
     own = directory / hashlib.sha256(kind.encode()).hexdigest()[:8]
     for name, value in (
@@ -50,9 +56,9 @@ def keep_compiled(directory: Path) -> None:
 
 
 def _processor() -> str:
-    """Return the CPU's features: programs compiled for others might not run."""
+    """Return the CPU's features: a program compiled for other features might not run."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[0]
+        flags = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if flags:
+            return flags[0]
     return platform.processor()

@@ -1,4 +1,4 @@
-"""The neural tangent kernel and the Hessian trace of a candidate, before fine-tuning."""
+"""Neural tangent kernel and Hessian trace of a candidate before fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lensjax.tasks import Encoded, batches
 PROBES = 4
 KERNEL_FLOPS = 6  # per weight and token: one gradient
 HVP_FLOPS = 12  # per weight and token: a quadratic form of the Hessian costs two gradients
-COUNTED = f"{KERNEL_FLOPS + HVP_FLOPS * PROBES} for each weight and token, 2 for each weight and pair of samples"
+FLOPS_TEXT = f"{KERNEL_FLOPS + HVP_FLOPS * PROBES} for each weight and token, 2 for each weight and pair of samples"
 
 
 def tangent_flops(parameters: int, tokens: int, samples: int) -> float:
@@ -68,7 +68,7 @@ def measure(model: Any, samples: Encoded, pad_id: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _plain_attention(model: Any) -> Iterator[None]:
-    """Let a model compute attention without the flash kernel, which has no second derivative, and set it back."""
+    """Have a model compute attention without the flash kernel, which has no second derivative, while in use."""
     before = model.attention
     model.attention = "plain"
     try:
@@ -79,5 +79,5 @@ def _plain_attention(model: Any) -> Iterator[None]:
 
 @jax.jit
 def _each_example(function: Any, params: Any, batch: Any) -> jax.Array:
-    """Return the function's value for each example; it is an argument so that frozen weights are not constants."""
+    """Return a function's values for each example; it is an argument, so that jit takes its weights as inputs."""
     return jax.vmap(function, in_axes=(None, 0))(params, batch)

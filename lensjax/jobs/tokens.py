@@ -1,4 +1,4 @@
-"""A task as the token ids of one tokenizer."""
+"""A task's samples as token ids of one tokenizer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from lensjax.tasks.dataset_info import DatasetSummary
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """The task as one tokenizer sees it; candidates with the same tokenizer share it.
+    """A task's samples as one tokenizer's tokens; candidates with the same tokenizer share them.
 
     Attributes
     ----------
     train, validation, test : Encoded
     visible : int
-        Training samples of the largest subset; the others are there for verification only.
+        Training samples of the largest subset; those after them are for verification only.
     pad_id : int
+        Token for padding.
     """
 
     train: Encoded
@@ -43,12 +44,13 @@ class Tokens:
     def buckets(self) -> tuple[int, ...]:
         """Padded lengths that hold every sample.
 
-        Samples for verification only never change how the others are batched: a longer one gets a length of its own.
+        Samples for verification only do not change how the others are batched: if one of them is longer than all
+        others, one more length is added.
         """
-        seen = np.concatenate([part.lengths for part in (self.train.first(self.visible), self.validation, self.test)])
-        found = bucket_lengths(seen)
+        visible = [part.lengths for part in (self.train.first(self.visible), self.validation, self.test)]
+        buckets = bucket_lengths(np.concatenate(visible))
         longest = int(self.train.lengths.max())
-        return found if longest <= found[-1] else (*found, -(-longest // 8) * 8)
+        return buckets if longest <= buckets[-1] else (*buckets, -(-longest // 8) * 8)
 
     @property
     def mean(self) -> float:
@@ -56,12 +58,12 @@ class Tokens:
         return float(self.train.token_counts.mean())
 
     def most_per_sample(self, sizes: tuple[int, ...]) -> float:
-        """Return the most tokens for each sample that any of these subsets has."""
+        """Return tokens per sample of the subset, of these sizes, where that is highest."""
         sums = self.train.token_counts.cumsum()
         return max(float(sums[size - 1]) / size for size in sizes)
 
     def check_vocabulary(self, option: str, candidate: Candidate) -> None:
-        """Refuse a tokenizer that gives tokens which the model does not know; `option` named the model.
+        """Refuse a tokenizer with tokens outside the model's vocabulary; `option` is the one that named the model.
 
         Raises
         ------
@@ -76,7 +78,7 @@ class Tokens:
 
 
 def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_length: int) -> Tokens:
-    """Encode the first `largest` training samples for a candidate, and those set aside; from the cache if it can be."""
+    """Encode validation, test and the first `largest` training samples for a candidate, or read them from the cache."""
     tokenizer = _tokenizer(candidate)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
 
@@ -93,11 +95,11 @@ def tokens_of(task: Task, candidate: Candidate, visible: int, largest: int, max_
 def placeholder_tokens(
     summary: DatasetSummary, candidate: Candidate, visible: int, largest: int, max_length: int
 ) -> Tokens:
-    """Return tokens of the sizes that those of a task which is not here have at most, or are taken to have."""
+    """Return placeholders for the tokens of a task that was not downloaded, as many as there are at most or assumed."""
     task = summary.task
     tokenizer = _tokenizer(candidate)
     separate = getattr(candidate.config, "is_encoder_decoder", False)
-    encode(task.train[:1], tokenizer, max_length, separate=separate, pack=task.text_only)  # refuses what cannot be read
+    encode(task.train[:1], tokenizer, max_length, separate=separate, pack=task.text_only)  # raises what encoding would
     length = summary.tokens or max_length * (1 + separate)
 
     def encoded(count: int) -> Encoded:
@@ -110,7 +112,7 @@ def placeholder_tokens(
 
 
 def _tokenizer(candidate: Candidate) -> Any:
-    """Load a candidate's tokenizer, which messages then call by the candidate's name."""
-    found = models.load_tokenizer(candidate.path)
-    found.name_or_path = candidate.name
-    return found
+    """Load a candidate's tokenizer; its name, which messages show, is the candidate's."""
+    tokenizer = models.load_tokenizer(candidate.path)
+    tokenizer.name_or_path = candidate.name
+    return tokenizer

@@ -17,8 +17,9 @@ from lensjax.commands.exit_codes import FAILED, guarded
 from lensjax.commands.options import LORA_OPTIONS, TASK_OPTIONS, check_text, lora_of, plan_of
 from lensjax.errors import InputError
 from lensjax.jobs.defaults import ADAPTED
-from lensjax.select.config_file import naming, print_config, read_config
-from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, READING, SCRIPT, parser
+from lensjax.report.figures.formats import FORMATS
+from lensjax.select.config_file import errors_name_file, print_config, read_config
+from lensjax.select.options import FINE_TUNING_ONLY, LOSSES_ONLY, PROGRAM, READING, SCRIPT, parser
 
 if TYPE_CHECKING:
     from lensjax.select.request import Request
@@ -59,7 +60,7 @@ def run(arguments: Sequence[str], out: TextIO, err: TextIO, *, own_process: bool
         return _run(given, arguments, out, err, own_process=own_process)
     now = _without(arguments, ("--config",))
     before = _yielding(read_config(given.config), now)
-    with naming(given.config, before, now):
+    with errors_name_file(given.config, before, now):
         arguments = [*before, *now]
         return _run(parser().parse_args(arguments), arguments, out, err, own_process=own_process)
 
@@ -153,7 +154,7 @@ def _select(
     if given.html is not None:
         write_atomically(given.html, page)
     if given.figures is not None:
-        write_figures(selection, given.figures, given.figure_format or FIGURE_FORMATS[:1])
+        write_figures(selection, given.figures, given.figure_format or FORMATS[:1])
     return FAILED if selection.failures or selection.unverified else 0
 
 
@@ -180,7 +181,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.method != "all":
         get_selector(given.method)
     check_rule(given.gamma, given.tau)
-    wrong = LIVE_ONLY if given.losses is not None else LOSSES_ONLY
+    wrong = FINE_TUNING_ONLY if given.losses is not None else LOSSES_ONLY
     for name in wrong:
         if getattr(given, name) is not None:
             flag = "--" + name.replace("_", "-")

@@ -16,19 +16,22 @@ from typing import Any
 from lensjax._messages import did_you_mean
 from lensjax.commands.options import PLAN_OPTIONS, Parser, plan_of
 from lensjax.errors import InputError
-from lensjax.select.options import FIGURE_FORMATS, LIVE_ONLY, LOSSES_ONLY, PROGRAM, parser
+from lensjax.report.figures.formats import FORMATS
+from lensjax.select.options import FINE_TUNING_ONLY, LOSSES_ONLY, PROGRAM, parser
 
-NOT_IN_FILES = ("config", "print_config", "completion", "help", "dry_run", "resume")
-"""Options that say what to do now, not what to choose from."""
-THIS_TIME = ("out", "quiet", "verbose", "html", "json", "figures", "figure_format")
-"""Options that a file may hold, but one left by a selection does not."""
+COMMAND_LINE_ONLY = ("config", "print_config", "completion", "help", "dry_run", "resume")
+"""Options that a file must not hold: they say what to do now, not what to choose from."""
+OUTPUT_OPTIONS = ("out", "quiet", "verbose", "html", "json", "figures", "figure_format")
+"""Options that a file may hold, but that the one in a run directory does not: they are for one call of the command."""
+INPUT_OPTIONS = ("task", "models", "losses")
+"""Options whose values a message may begin with instead of their names."""
 
 
 def read_config(path: Path) -> list[str]:
-    """Return the command-line arguments that say what a TOML file says.
+    """Return the settings in a TOML file as command-line arguments.
 
     Keys are the options' names, with ``-`` or ``_``, at the top or in tables with the names of the groups of
-    ``--help``; paths are meant from the current directory, as on the command line.
+    ``--help``; relative paths start from the current directory, as on the command line.
 
     Parameters
     ----------
@@ -37,7 +40,7 @@ def read_config(path: Path) -> list[str]:
     Returns
     -------
     list of str
-        To be put before those of the command line, which then win.
+        To be put before the arguments of the command line, which then override them.
 
     Raises
     ------
@@ -45,7 +48,7 @@ def read_config(path: Path) -> list[str]:
         If the file cannot be read, is no TOML, or has an unknown key or a value that does not suit it.
     """
     try:
-        # Some editors put a mark at the beginning.
+        # Some editors begin a file with a byte-order mark.
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"--config {path}: there is no such file; --print-config prints one to begin with.") from None
@@ -67,7 +70,7 @@ def read_config(path: Path) -> list[str]:
         action = actions.get(name)
         if action is None:
             known = [*actions, *(dest.replace("_", "-") for dest in actions)]
-            raise InputError(f"--config {path}: {where}{key} is no option.{_meant(key, known)}")
+            raise InputError(f"--config {path}: {where}{key} is no option.{_hint(key, known)}")
         owner = next(group for group, members in groups.items() if action in members)
         if where and where != f"{owner}.":
             raise InputError(f"--config {path}: {where}{key} belongs in the table [{owner}], or at the top.")
@@ -77,80 +80,83 @@ def read_config(path: Path) -> list[str]:
         parser().parse_args(arguments)
     except InputError as error:
         flag, _, reason = str(error).removeprefix("argument ").partition(": ")
-        said = f"{keys[flag]}: {reason}" if flag in keys else str(error)
-        raise InputError(f"--config {path}: {said}") from None
+        problem = f"{keys[flag]}: {reason}" if flag in keys else str(error)
+        raise InputError(f"--config {path}: {problem}") from None
     return arguments
 
 
-INPUTS = ("task", "models", "losses")
-"""Options whose values a message may begin with instead of their names."""
-
-
 @contextlib.contextmanager
-def naming(path: Path, before: Sequence[str], now: Sequence[str]) -> Iterator[None]:
-    """Let what is refused later name the TOML file, and the keys in it that the message is about.
+def errors_name_file(path: Path, from_file: Sequence[str], typed: Sequence[str]) -> Iterator[None]:
+    """Add to errors raised inside which keys of the TOML file they are about.
 
     Parameters
     ----------
     path : Path
-    before, now : sequence of str
-        What `read_config` made of it; the arguments that come after and win.
+        Of the TOML file.
+    from_file : sequence of str
+        Its settings, as `read_config` returned them.
+    typed : sequence of str
+        Arguments of the command line, which override them.
 
     Raises
     ------
     InputError
-        The one raised inside, with a sentence more if it names an option that the file sets.
+        The one raised inside, with one more sentence if it names an option that the file sets.
     """
     try:
         yield
     except InputError as error:
-        overridden, found = _values(now), _values(before)
-        keys = [name for name in found if name not in overridden and _names(str(error), name, found[name])]
+        overridden, set_by_file = _values(typed), _values(from_file)
+        keys = [
+            name
+            for name, values in set_by_file.items()
+            if name not in overridden and _mentions(str(error), name, values)
+        ]
         if not keys:
             raise
         raise InputError(f"{error} From --config {path}: {', '.join(keys)}.") from error
 
 
 def _values(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Return the options among arguments, called as in a file, and their values."""
-    found: dict[str, list[str]] = {}
+    """Return option -> values of command-line arguments; options are named as in a file."""
+    options: dict[str, list[str]] = {}
     name = ""
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
             name = re.sub("^--(no-)?", "", flag).replace("-", "_")
-            found[name] = [value] if equals else []
+            options[name] = [value] if equals else []
         elif name:
-            found[name].append(argument)
-    return found
+            options[name].append(argument)
+    return options
 
 
-def _names(message: str, name: str, values: Sequence[str]) -> bool:
-    """Return whether a message names an option: by its flag, in words, or by the file or model that is its value."""
+def _mentions(message: str, name: str, values: Sequence[str]) -> bool:
+    """Return whether a message names an option: its flag, its words, or the file or model that is its value."""
     words = name.replace("_", "[-_ ]")
-    ways = [rf"--{name.replace('_', '-')}(?![\w-])"]
-    # A single word may mean anything, but not where the message begins.
-    ways += [rf"\b{words}s?\b" if "_" in name else rf"^(?:the )?{words}\b"]
+    patterns = [rf"--{name.replace('_', '-')}(?![\w-])"]
+    # A single word, such as "test", may mean anything else, except at the beginning of a message.
+    patterns += [rf"\b{words}s?\b" if "_" in name else rf"^(?:the )?{words}\b"]
     if name.startswith("lora_"):
-        ways.append(rf"^LoRA's {name.removeprefix('lora_')}\b")
-    if name in INPUTS:
-        ways += [rf"^{re.escape(value.removesuffix('+lora'))}(?![\w.-])" for value in values]
-    return any(re.search(way, message) for way in ways)
+        patterns.append(rf"^LoRA's {name.removeprefix('lora_')}\b")
+    if name in INPUT_OPTIONS:
+        patterns += [rf"^{re.escape(value.removesuffix('+lora'))}(?![\w.-])" for value in values]
+    return any(re.search(pattern, message) for pattern in patterns)
 
 
 def _entries(
     content: Mapping[str, Any], groups: Mapping[str, Sequence[argparse.Action]], path: Path
 ) -> list[tuple[str, str, Any]]:
-    """Return (table with a dot, key, value) of all that a file says, each key once."""
+    """Return (table name and a dot, or "", key, value) of each setting in a file; keys must not repeat."""
     entries: list[tuple[str, str, Any]] = []
     for key, value in content.items():
-        # Two groups are called like one of their options: the table is meant when there is one.
+        # Two groups have the name of one of their options: a table is always the group.
         if not isinstance(value, dict):
             entries.append(("", key, value))
             continue
         if key not in groups:
-            raise InputError(f"--config {path}: there is no table [{key}].{_meant(key, groups)}")
-        entries += [(f"{key}.", inner, found) for inner, found in value.items()]
+            raise InputError(f"--config {path}: there is no table [{key}].{_hint(key, groups)}")
+        entries += [(f"{key}.", inner, setting) for inner, setting in value.items()]
     seen: set[str] = set()
     for where, key, _ in entries:
         name = key.replace("-", "_")
@@ -160,12 +166,13 @@ def _entries(
     return entries
 
 
-def _meant(word: str, known: Any) -> str:
+def _hint(word: str, known: Any) -> str:
+    """Return a sentence, after a space, on what an unknown word may mean or where to look."""
     return did_you_mean(word, known) or f" See python -m {PROGRAM} --print-config."
 
 
 def _arguments(action: argparse.Action, value: Any, what: str) -> list[str]:
-    """Return a setting as arguments."""
+    """Return a setting as command-line arguments; `what` names it in messages."""
     flag = action.option_strings[0]
     if _is_switch(action):
         if not isinstance(value, bool):
@@ -186,27 +193,28 @@ def _arguments(action: argparse.Action, value: Any, what: str) -> list[str]:
 
 
 def _is_switch(action: argparse.Action) -> bool:
+    """Return whether an option takes no value."""
     return action.nargs == 0
 
 
 def _groups(p: Parser) -> dict[str, list[argparse.Action]]:
     """Return the options that a file may hold, by the titles of their groups."""
-    found = {}
-    for group in p._action_groups:
-        members = [a for a in group._group_actions if a.option_strings and a.dest not in NOT_IN_FILES]
-        if members and group.title is not None:
-            found[group.title] = members
-    return found
+    groups = {}
+    for title, options in p.options_by_group.items():
+        members = [a for a in options if a.option_strings and a.dest not in COMMAND_LINE_ONLY]
+        if members:
+            groups[title] = members
+    return groups
 
 
 def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
-    """Return all options as a TOML file that `read_config` reads: what was given, else the default.
+    """Return all options, given ones and defaults, as a TOML file that `read_config` reads.
 
     Parameters
     ----------
     given : argparse.Namespace
     lasting : bool
-        Leave out what is meant for this time only, such as where reports go.
+        Leave out options that are for one call only, such as where reports go.
 
     Returns
     -------
@@ -215,10 +223,10 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
     """
     demo = _demo_defaults(given)
     chosen = _defaults(given) | {name: value for name, value in vars(given).items() if value is not None}
-    unsuited = LIVE_ONLY if given.losses is not None else ("losses", *LOSSES_ONLY)
+    unsuited = FINE_TUNING_ONLY if given.losses is not None else ("losses", *LOSSES_ONLY)
     lines = [f"# Options of python -m {PROGRAM}; read by --config FILE.", ""]
     for group, members in _groups(parser()).items():
-        left_out = (*unsuited, *(THIS_TIME if lasting else ()))
+        left_out = (*unsuited, *(OUTPUT_OPTIONS if lasting else ()))
         shown = [action for action in members if action.dest not in left_out]
         if not shown:
             continue
@@ -228,7 +236,7 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
             lines += textwrap.wrap(help_text, 116, initial_indent="# ", subsequent_indent="# ")
             value = chosen.get(action.dest, False if _is_switch(action) else None)
             if value is None:
-                # What suits the demo must not stay behind when its task or models are replaced.
+                # A comment only: it must not stay in force when the user replaces the demo's task or models.
                 known = f" {_toml(demo[action.dest])}  # in the demo" if action.dest in demo else ""
                 lines.append(f"# {action.dest} ={known}")
             else:
@@ -238,40 +246,40 @@ def print_config(given: argparse.Namespace, *, lasting: bool = False) -> str:
 
 
 def _defaults(given: argparse.Namespace) -> dict[str, Any]:
-    """Return what an option is where it is not given, if that does not depend on the data."""
+    """Return the defaults that do not depend on the data."""
     from lensjax.jobs.defaults import ADAPTED
     from lensjax.models import Lora
     from lensjax.select.request import SMALLEST, Request
 
     plan, search = plan_of(given, demo=False)
     request = dataclasses.asdict(Request())
-    found = {name: request[name] for name in ("validation", "test", "seed", "max_length", "method", "gamma", "tau")}
-    found["loss_unit"] = request["loss_unit"]
+    options = {name: request[name] for name in ("validation", "test", "seed", "max_length", "method", "gamma", "tau")}
+    options["loss_unit"] = request["loss_unit"]
     if given.figures is not None:
-        found["figure_format"] = list(FIGURE_FORMATS[:1])
-    found |= {name: getattr(plan, name) for name in PLAN_OPTIONS}
+        options["figure_format"] = list(FORMATS[:1])
+    options |= {name: getattr(plan, name) for name in PLAN_OPTIONS}
     if given.models:
-        found |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
-    found |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
+        options |= {"learning_rate": list(search.learning_rates) or [plan.learning_rate]}
+    options |= {"batch_size": list(search.batch_sizes) or [plan.batch_size]}
     if given.task is not None:
-        found["smallest"] = SMALLEST
+        options["smallest"] = SMALLEST
     if any(model.endswith(ADAPTED) for model in given.models or ()):
-        # Refused where no candidate has adapters.
-        found |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
-    return found
+        # They are refused unless a candidate has adapters.
+        options |= {f"lora_{name}": getattr(Lora(), name) for name in ("rank", "alpha", "dropout")}
+    return options
 
 
 def _demo_defaults(given: argparse.Namespace) -> dict[str, Any]:
-    """Return what the demo's task and models bring with them, where they are the ones."""
+    """Return the defaults that hold only for the demo's task and models, if these are used."""
     from lensjax.jobs.defaults import DEMO_FIELDS, DEMO_LEARNING_RATE
     from lensjax.select.request import DEMO_SMALLEST
 
-    found: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}
+    options: dict[str, Any] = {} if given.models else {"learning_rate": [DEMO_LEARNING_RATE]}
     if given.task is None:
-        found["smallest"] = DEMO_SMALLEST
+        options["smallest"] = DEMO_SMALLEST
         if given.text_field is None:
-            found |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
-    return found
+            options |= dict(zip(("input_field", "target_field"), DEMO_FIELDS, strict=True))
+    return options
 
 
 def _toml(value: Any) -> str:
@@ -281,5 +289,5 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    # JSON's text is TOML's, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML string, except that TOML wants DEL escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -16,11 +16,11 @@ import numpy as np
 from lensjax.environment import versions
 from lensjax.errors import InputError, SelectionError
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.job import EXTRA_MEASUREMENTS, TANGENTS
+from lensjax.jobs.defaults import EXTRA_MEASUREMENTS, TANGENTS
 from lensjax.journal import Run
 from lensjax.losses.curves import Curves
 from lensjax.progress.console import Console
-from lensjax.select.budget import Budget, paid
+from lensjax.select.budget import Budget, charged_records
 from lensjax.select.extra_measurements import measure_scores, measure_tangents, with_residuals
 from lensjax.select.from_losses import score_all
 from lensjax.select.records import by_xla, version_notes
@@ -170,7 +170,7 @@ def _selection(session: Session) -> Selection:
     full_flops, truth, how = _full_cost(session, ranked, runs, measured, flops)
     scores, refused = _scores(session, ranked, curves)
     finished = {r.key for r in session.journal.lines if r.test_loss is not None and not r.part_of}
-    spent = [r for r in paid(session.journal.lines) if r.part_of not in EXTRA_MEASUREMENTS]
+    spent = [r for r in charged_records(session.journal.lines) if r.part_of not in EXTRA_MEASUREMENTS]
     score_flops = {
         name: sum(r.flops for r in session.journal.lines if r.part_of == name)
         for name in method(request.method).pretrained_scores

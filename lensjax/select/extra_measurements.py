@@ -15,7 +15,8 @@ import numpy as np
 
 from lensjax._display import duration
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.job import TANGENTS, Measurement, OutOfTimeError, PretrainedScore, RunFailedError, TangentMeasurement
+from lensjax.jobs.defaults import TANGENTS
+from lensjax.jobs.job import Measurement, OutOfTimeError, PretrainedScore, RunFailedError, TangentMeasurement
 from lensjax.jobs.pretrained_scores import MIN_EIGENVALUES, POSITIONS, evidence_flops, samples_for, spectra_flops
 from lensjax.jobs.tangent_measurements import tangent_flops
 from lensjax.journal import Run, key_of
@@ -37,7 +38,7 @@ class ExtraMeasurement:
     Attributes
     ----------
     name : str
-        One of `lensjax.jobs.job.EXTRA_MEASUREMENTS`.
+        One of `lensjax.jobs.defaults.EXTRA_MEASUREMENTS`.
     title : str
         For progress lines.
     job : Measurement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lensjax.commands.options import (
     LORA_OPTIONS,
@@ -19,11 +19,9 @@ from lensjax.commands.options import (
     samples,
 )
 from lensjax.errors import InputError
+from lensjax.report.figures.formats import FORMATS
 from lensjax.select import budget
 from lensjax.selectors.methods import NAMES
-
-if TYPE_CHECKING:
-    pass
 
 PROGRAM, SCRIPT = "lensjax.select", "lensjax-select"
 DESCRIPTION = """\
@@ -52,21 +50,22 @@ exit status: 0 chosen; 1 a candidate failed or does not fit, or the selection co
 be used; 130 interrupted
 """
 
-FIGURE_FORMATS = ("svg", "png")
-
 READING = ("pattern", "samples_column", "model_column", "repeats", "same_step")
+"""Options of reading other tools' runs."""
 LOSSES_ONLY = ("metric", *READING, "lower_is_better", "tokens_per_sample")
-LIVE_ONLY = (
+"""Options that go only with ``--losses``."""
+FINE_TUNING_ONLY = (
     *TASK_OPTIONS,
     *PLAN_OPTIONS,
     *LORA_OPTIONS,
     *("learning_rate", "batch_size", "models", "out", "smallest", "verify", "budget", "in_process", "tangents"),
     *("loss_unit", "dry_run"),
 )
+"""Options that do not go with ``--losses``, for nothing is fine-tuned then."""
 
 
 def parser() -> Parser:
-    """Build the parser. Options default to None, so that one given for the other mode can be refused."""
+    """Build the parser. Options default to None, so that those that do not go with ``--losses`` can be refused."""
     p = Parser(
         prog=f"python -m {PROGRAM}",
         usage=f"python -m {PROGRAM} [options]",
@@ -208,7 +207,7 @@ def _add_output(group: Any) -> None:
     group.add_argument(
         "--figure-format",
         nargs="+",
-        choices=FIGURE_FORMATS,
+        choices=FORMATS,
         help="of the figures (default svg; png needs matplotlib: pip install 'lensjax[figures]')",
     )
     group.add_argument(
@@ -216,13 +215,14 @@ def _add_output(group: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="fine-tune in this process, not in one for each candidate: a crash then ends everything (default off)",
     )
-    talk = group.add_mutually_exclusive_group()
-    talk.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    talk.add_argument("--verbose", action="store_true", help="say more: each evaluation, all options, tracebacks")
+    verbosity = group.add_mutually_exclusive_group()
+    verbosity.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    verbosity.add_argument("--verbose", action="store_true", help="say more: each evaluation, all options, tracebacks")
     add_completion(group, SCRIPT)
 
 
 def _budget(text: str) -> budget.Budget:
+    """Parse a budget given on the command line."""
     try:
         return budget.Budget.parse(text)
     except InputError as error:

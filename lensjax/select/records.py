@@ -1,4 +1,4 @@
-"""Records of runs in the journal: made, read again, and put in words."""
+"""Records of runs in the journal: written, read back, and described in words."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lensjax.select.request import Prepared
 
 
 def run_key(prepared: Prepared, candidate: Candidate, size: int) -> str:
-    """Return what identifies a run: all that decides its loss."""
+    """Return the key of a run: a digest of everything that its loss depends on."""
     return key_of({**prepared.definition, "candidate": candidate.fingerprint, "size": size})
 
 
 def common_facts(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
-    """Return what is recorded with every run of a candidate."""
+    """Return the facts that are recorded with every run of a candidate."""
     return {
         "parameters": candidate.parameters,
         "lora": None if candidate.lora is None else asdict(candidate.lora),
         "fingerprint": candidate.fingerprint,
-        # Of a hub id: a snapshot, which names the commit.
+        # For a hub id this is the snapshot's directory, whose name is the commit.
         "path": str(candidate.path),
         "versions": versions(),
         "definition": prepared.definition,
@@ -37,7 +37,7 @@ def common_facts(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
 
 
 def trial_record(key: str, candidate: Candidate, size: int, trial: Trial) -> Run:
-    """Return the record of a trial of the run of that key."""
+    """Return the record of a trial; `key` is that of its run."""
     point = f"{key} {trial.learning_rate!r} {trial.batch_size}"
     return Run(
         key_of({"trial": point}),
@@ -55,9 +55,9 @@ def trial_record(key: str, candidate: Candidate, size: int, trial: Trial) -> Run
 
 
 def read_trial(stored: dict[str, Any]) -> Trial:
-    """Return a trial as it was before it went to the journal."""
+    """Return the trial that a record in the journal holds."""
     history = tuple((int(step), float(loss)) for step, loss in stored["validation_history"])
-    # What pruned trials were called in journals written before.
+    # The first journals called pruned trials hopeless.
     status = PRUNED if stored["status"] == "hopeless" else stored["status"]
     trial = Trial(**{**stored, "status": status, "validation_history": history})
     for name in ("learning_rate", "batch_size", "steps", "steps_run", "steps_per_epoch", "samples", "tokens", "flops"):
@@ -107,11 +107,11 @@ def run_record(prepared: Prepared, candidate: Candidate, size: int, result: Resu
 
 
 def by_xla(runs: Sequence[Run]) -> str:
-    """Say what XLA's cost analysis counts for the same runs."""
-    found = [(run.facts.get("step_flops"), run.facts.get("evaluation_flops")) for run in runs if run.size]
-    if not found or any(count is None for counts in found for count in counts):
+    """Say how many FLOPs XLA's cost analysis counts for the same runs; "" if it is not known for all of them."""
+    counted = [(run.facts.get("step_flops"), run.facts.get("evaluation_flops")) for run in runs if run.size]
+    if not counted or any(count is None for counts in counted for count in counts):
         return ""
-    steps, evaluations = (sum(counts) for counts in zip(*found, strict=True))
+    steps, evaluations = (sum(counts) for counts in zip(*counted, strict=True))
     own = sum(run.flops for run in runs)
     if not own:
         return ""
@@ -131,7 +131,7 @@ def describe_trial(trial: Trial) -> str:
 
 
 def describe_run(run: Run) -> str:
-    """Describe for `--verbose` where a run was made and what it took."""
+    """Describe a run for `--verbose`: its devices, its precision, its FLOPs and its memory."""
     facts = run.facts
     if "device" not in facts:
         return f"{run.flops:.3g} FLOPs"

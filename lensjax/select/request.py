@@ -1,4 +1,4 @@
-"""A selection by fine-tuning, checked as a whole before any long work: task, candidates, subset sizes, tokens."""
+"""What a selection by fine-tuning needs, all of it checked before long work: task, candidates, subset sizes, tokens."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary
 
 DEMO_SMALLEST, SMALLEST = 50, 200
-RATIO = 8  # by default an eighth of the data is what a selection may spend on one run
+TARGET_TO_VISIBLE = 8  # target / largest subset, by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Request(JobRequest):
-    """What the user asked for; `None` means the default.
+    """What the user asked a selection for; `None` means the default.
 
     Attributes
     ----------
     out : Path or None
         Run directory.
     smallest, visible, target : int or None
-        Smallest subset (`SMALLEST`, for the demo task `DEMO_SMALLEST`), largest subset that may be used (an eighth of
-        the target), and samples the choice is made for (all of the task's).
+        Smallest subset (by default `SMALLEST`, for the demo task `DEMO_SMALLEST`); largest subset that may be used
+        (by default an eighth of the target); samples the choice is made for (by default all of the task's).
     method : str
     gamma, tau : int, float
     budget : Budget or None
-        What the choice may cost: with the method "averaged" the candidates race (`lensjax.selectors.propose`), with
-        others the largest subset is the largest that the budget pays for. None: all are trained on all subset sizes
-        that the method needs. Verification is not part of it.
+        What the choice may cost, verification not included. With the method "averaged" the candidates race
+        (`lensjax.selectors.propose`); with others the budget decides the largest subset. None: all candidates are
+        trained on all subset sizes that the method needs.
     loss_unit : {"token", "byte"}
-        What a loss is the mean over: tokens, as in the paper, or UTF-8 bytes of target text, which are the same for
-        every tokenizer.
+        Whether a loss is the mean over tokens, as in the paper, or over UTF-8 bytes of target text, which are the
+        same for every tokenizer.
     tangents : int
-        Training samples on which each candidate's neural tangent kernel and Hessian trace are measured in the end;
-        0: none.
+        Training samples on which each candidate's neural tangent kernel and Hessian trace are measured at the end;
+        0: they are not measured.
     verify : bool
         Fine-tune every candidate on `target` samples too, and say how good the choice was.
 
@@ -72,9 +72,25 @@ class Request(JobRequest):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A request that was checked as a whole: nothing in it fails for a reason that could have been known before.
+    """A request that was checked as a whole, with all that was loaded or computed for it.
 
-    With a `summary` of a data set that is not here, `task` and `tokens` are placeholders of the same sizes.
+    Attributes
+    ----------
+    request : Request
+    task : Task
+    candidates : tuple of Candidate
+    tokens : mapping of str to Tokens
+        The task's tokens, by the candidates' `tokenizer`.
+    sizes : tuple of int
+        Subset sizes, ascending.
+    target : int
+        Samples the choice is made for.
+    max_length : int
+        Tokens kept of a sample, for the candidates' limits maybe fewer than were asked for.
+    notes : tuple of str
+        For the report.
+    summary : DatasetSummary or None
+        Of a data set that was not downloaded, for a dry run: then `task` and `tokens` are placeholders of its size.
     """
 
     request: Request
@@ -89,7 +105,7 @@ class Prepared:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """What all runs of this selection have in common."""
+        """Everything that a run's loss depends on except its candidate and size; a run's key is made of all three."""
         request = self.request
         return {
             "task": self.task.fingerprint,
@@ -104,7 +120,7 @@ class Prepared:
 
     @property
     def specification(self) -> dict[str, Any]:
-        """What makes this selection itself and no other: two share a run directory only if it is equal."""
+        """Everything that a run directory belongs to: two selections share one only if this is equal."""
         return {
             **self.definition,
             "candidates": {c.name: c.fingerprint for c in self.candidates},
@@ -117,7 +133,7 @@ class Prepared:
 
     @property
     def default_directory(self) -> Path:
-        """Run directory without --out: one for each task and specification, so that the same command continues."""
+        """Run directory without --out; it depends on the specification, so that the same command continues there."""
         return Path("runs") / f"{self.task.name}-{key_of(self.specification)[:8]}"
 
     @property
@@ -147,14 +163,14 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
     ----------
     request : Request
     fetch : bool
-        Whether to fetch what is on the hub and not here yet: weights, rows of data sets. Without it, of models only
-        configuration, tokenizer and the headers of their weights are read, of a data set only what the hub says of it.
+        Whether to download weights and rows of data sets from the hub. If not, only the models' configurations,
+        tokenizers and headers of weight files are read, and only the data set's metadata.
 
     Raises
     ------
     InputError
-        See `load_task`, `lensjax.models.check_checkpoint`; fewer than two or repeated candidates; subset sizes that do
-        not fit the task or each other.
+        As `lensjax.tasks.load_task` and `lensjax.models.check_checkpoint`; if there are fewer than two candidates or
+        one is named twice; if subset sizes do not fit the task or each other.
     """
     environment.require_exact_backend()
     check_rule(request.gamma, request.tau)
@@ -175,18 +191,21 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
                 tokens[candidate.tokenizer] = placeholder_tokens(summary, candidate, sizes[-1], needed, max_length)
             continue
         if candidate.tokenizer not in tokens:
-            found = tokens_of(task, candidate, sizes[-1], needed, max_length)
-            tokens[candidate.tokenizer] = found
-            cut = sum(part.truncated for part in found.parts)
-            if cut:
-                notes.append(f"{cut} samples were cut at {max_length} tokens ({candidate.name}'s tokenizer)")
+            encoded = tokens_of(task, candidate, sizes[-1], needed, max_length)
+            tokens[candidate.tokenizer] = encoded
+            truncated = sum(part.truncated for part in encoded.parts)
+            if truncated:
+                notes.append(f"{truncated} samples were cut at {max_length} tokens ({candidate.name}'s tokenizer)")
         tokens[candidate.tokenizer].check_vocabulary("--models", candidate)
     if len(tokens) > 1 and request.loss_unit == "token":
         notes.append(
             "the candidates have different tokenizers: losses per token are compared as in the paper, but a token is "
             "not the same piece of text for all of them; --loss-unit byte compares the same text"
         )
-    if len({of.removesuffix("-separate") for of in tokens}) > 1 and LOG_ME in method(request.method).pretrained_scores:
+    if (
+        len({tokenizer.removesuffix("-separate") for tokenizer in tokens}) > 1
+        and LOG_ME in method(request.method).pretrained_scores
+    ):
         notes.append(
             "the candidates have different tokenizers: LogME's classes are each candidate's own tokens, so that "
             "method log_me hardly compares them"
@@ -199,7 +218,7 @@ def prepare(request: Request, *, fetch: bool = True) -> Prepared:
 
 
 def _check_budget(prepared: Prepared) -> None:
-    """Refuse a budget that does not pay for the least that a choice needs."""
+    """Refuse a budget that does not pay for the runs that every choice needs."""
     budget, request = prepared.request.budget, prepared.request
     if budget is None:
         return
@@ -228,7 +247,7 @@ def _sizes(request: Request, available: int) -> tuple[tuple[int, ...], int]:
         )
     visible = request.visible
     if visible is None:
-        visible = max(min(target // RATIO, available), smallest)
+        visible = max(min(target // TARGET_TO_VISIBLE, available), smallest)
     if visible < smallest:
         raise InputError(f"--visible {visible} is below the smallest subset ({smallest}); lower --smallest.")
     if visible > available:

@@ -24,7 +24,7 @@ from lensjax.journal import Journal, Run
 from lensjax.losses.curves import FACT_COLUMNS, Curves
 from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import Console
-from lensjax.select.budget import paid
+from lensjax.select.budget import charged_records
 from lensjax.select.from_losses import score_all
 from lensjax.select.interim_ranking import InterimRanking, rankable
 from lensjax.select.records import (
@@ -105,7 +105,7 @@ class Session:
         self.scores_unavailable: dict[str, dict[str, str]] = {name: {} for name in PRETRAINED_SCORES}
         self.clock = Clock(prepared)
         self.ledger = prepared.ledger()
-        self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in paid(self.journal.lines)))
+        self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in charged_records(self.journal.lines)))
         self.callbacks = Callbacks(heartbeat=self.heartbeat)
         self.board = self._board()
         self._runner: Runner | None = None

@@ -2,8 +2,9 @@
 
 from lensjax.tasks.cache import cached
 from lensjax.tasks.encoding import IGNORED, Batch, Encoded, batches, bucket_lengths, encode
+from lensjax.tasks.example import CHAT, PROMPT, Example
 from lensjax.tasks.presets import PRESETS, Preset
-from lensjax.tasks.task import CHAT, PROMPT, Example, Task, load_task
+from lensjax.tasks.task import Task, load_task
 
 __all__ = [
     "CHAT",

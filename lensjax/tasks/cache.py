@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lensjax.tasks.encoding import Encoded
-from lensjax.tasks.task import ENCODING, Example
+from lensjax.tasks.example import ENCODING, Example
 
 VARIABLE = "LENSJAX_CACHE"
 FACTS, NOT_PACKED = ("truncated", "separate", "target_bytes", "packed"), -1

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lensjax.errors import InputError
-from lensjax.tasks.presets import PRESETS
-from lensjax.tasks.sources import SUFFIXES
-from lensjax.tasks.task import PROMPT, Example, Task, _reader
+from lensjax.tasks.example import PROMPT, Example, RowReader
+from lensjax.tasks.sources import cannot_load
+from lensjax.tasks.specification import TaskSource
+from lensjax.tasks.task import Task
 
-TYPICAL_BYTES = 3  # of text for each token, where only the bytes of a data set are known; English has about 4
+BYTES_PER_TOKEN = 3  # assumed where only the bytes of a data set are known; English has about 4
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSummary:
-    """A task whose rows are not here.
+    """What is known of a task whose rows have not been downloaded.
 
     Attributes
     ----------
     task : Task
-        With as many samples as there will be at most, all the same; without a fingerprint.
+        A placeholder: as many samples as there will be at most, all of them equal, and no fingerprint.
     download, disk : int or None
-        Bytes that fetching the data set takes, and those it then fills in the cache of `datasets`.
+        Bytes to download, and bytes that the data set then takes in the cache of `datasets`.
     cache : Path
-        That cache.
+        Directory of the cache of `datasets`.
     tokens : int or None
-        In a text on average, guessed from the bytes of the data set; None where samples have an input and a target.
+        Tokens of a text on average, estimated from the data set's size in bytes; None where samples have an input and
+        a target.
     notes : tuple of str
         What was assumed.
     """
@@ -41,102 +43,46 @@ class DatasetSummary:
     notes: tuple[str, ...]
 
 
-def summarize_dataset(
-    source: str | os.PathLike[str],
-    *,
-    input_field: str | None = None,
-    target_field: str | None = None,
-    text_field: str | None = None,
-    template: str | None = None,
-    config: str | None = None,
-    split: str | None = None,
-    validation_split: str | None = None,
-    test_split: str | None = None,
-    revision: str | None = None,
-    limit: int | None = None,
-    validation: int = 300,
-    test: int = 500,
-    seed: int = 0,
-) -> DatasetSummary | None:
-    """Say how many samples a data set of the hub has, without fetching its rows.
-
-    Parameters
-    ----------
-    source, input_field, ...
-        As in `load_task`.
+def summarize_dataset(source: TaskSource) -> DatasetSummary | None:
+    """Say how many samples a data set of the hub has, without downloading its rows.
 
     Returns
     -------
     DatasetSummary or None
-        None for files, directories and data sets that are in the cache of `datasets`: `load_task` fetches nothing.
+        None for files, directories and data sets that are in the cache of `datasets`: reading them downloads nothing.
 
     Raises
     ------
     InputError
-        As `load_task`, as far as the data set's metadata shows it; if it does not say how many rows there are and
-        `limit` does not either.
+        As `lensjax.tasks.load_task`, as far as the data set's metadata shows it; if it does not say how many rows there
+        are and `limit` does not either.
     """
-    name, path = str(source), Path(source)
-    preset = PRESETS.get(name)
-    if (
-        path.is_file()
-        or name.lower().endswith(SUFFIXES)
-        or (preset is None and (path.is_dir() or name.count("/") != 1))
-    ):
+    resolved = source.resolve()
+    if not resolved.on_hub:
         return None
-    if preset is not None and text_field is None and input_field is None and target_field is None:
-        input_field, target_field, text_field = preset.input_field, preset.target_field, preset.text_field
-    config = config or (preset.config if preset else None)
-    revision = revision or (preset.revision if preset else None)
-    splits = dict(preset.splits if preset else {"train": "train"})
-    asked = {"train": split, "validation": validation_split, "test": test_split}
-    splits |= {part: given for part, given in asked.items() if given is not None}
-    read = _reader(input_field, target_field, text_field, template)
-    dataset = preset.dataset if preset else name
+    name, dataset, config, splits = resolved.label, resolved.dataset, resolved.config, resolved.splits
 
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(dataset, config, revision=revision)
+        builder = datasets.load_dataset_builder(dataset, config, revision=resolved.revision)
     except Exception as error:
-        raise _refusal(dataset, config, splits["train"], error) from error
+        raise cannot_load(dataset, config, splits["train"], error) from error
     if Path(builder.cache_dir).is_dir():
         return None
     info = builder.info
-    _check_fields(read, info.features, f"{dataset}, its fields")
-    rows = {part: _rows(dataset, config, found, info) for part, found in splits.items()}
-    available, notes = rows.pop("train"), []
-    if limit is not None:
-        if available is None:
-            notes.append(f"the hub does not say how many rows {name} has: --limit {limit} is taken for their number")
-        available = min(limit, limit if available is None else available)
-    if available is None:
-        raise InputError(
-            f"--task {name}: the hub does not say how many rows its split {splits['train']!r} has. Give --limit, which "
-            "is then taken for their number, or fetch the data set first."
-        )
-    for part, wanted in (("test", test), ("validation", validation)):
-        known = rows.get(part)
-        if part in rows:
-            if known is not None and known < wanted:
-                raise InputError(
-                    f"{name}: its {part} split has {known} samples, but {wanted} are asked for. Lower --{part}."
-                )
-        else:
-            available -= wanted
-    if available < 1:
-        raise InputError(
-            f"{name}: too few samples to set {validation} aside for validation and {test} for the test loss. Lower "
-            "--validation and --test."
-        )
-    text_only = text_field is not None
+    _check_fields(resolved.read, info.features, f"{dataset}, its fields")
+    notes: list[str] = []
+    train = _training_samples(
+        source, {part: _rows(dataset, config, split, info) for part, split in splits.items()}, notes
+    )
     tokens = None
-    if text_only:
+    if resolved.text_only:
         described = (info.splits or {}).get(splits["train"].partition("[")[0].partition("+")[0])
         if described is not None and described.num_bytes and described.num_examples:
-            tokens = max(1, round(described.num_bytes / described.num_examples / TYPICAL_BYTES))
+            tokens = max(1, round(described.num_bytes / described.num_examples / BYTES_PER_TOKEN))
         notes.append(
-            f"the texts of {name} are not here: {tokens} tokens are assumed for each, {TYPICAL_BYTES} bytes a token"
+            f"the texts of {name} are not here: {tokens} tokens are assumed for each, {BYTES_PER_TOKEN} bytes a token"
             if tokens
             else f"the texts of {name} are not here, and nothing is known of their lengths"
         )
@@ -146,27 +92,63 @@ def summarize_dataset(
             "hours and memory are upper bounds"
         )
     notes.append("repeated and empty samples, which are left out when the data is read, are counted")
-    shape = Example("", "text", "") if text_only else Example("input", "target", template or PROMPT)
+    sample = Example("", "text", "") if resolved.text_only else Example("input", "target", source.template or PROMPT)
     task = Task(
-        name=name.split("/")[-1],
-        train=(shape,) * available,
-        validation=(shape,) * validation,
-        test=(shape,) * test,
-        seed=seed,
+        name=resolved.task_name,
+        train=(sample,) * train,
+        validation=(sample,) * source.validation,
+        test=(sample,) * source.test,
+        seed=source.seed,
         fingerprint="",
-        text_only=text_only,
+        text_only=resolved.text_only,
     )
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     return DatasetSummary(task, info.download_size, info.dataset_size, cache, tokens, tuple(notes))
 
 
-def _refusal(dataset: str, config: str | None, split: str, error: Exception) -> InputError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    of = "" if config is None else f", configuration {config!r}"
-    return InputError(
-        f"--task {dataset}{of}, split {split!r}: cannot be loaded ({reason}). Check the id, the configuration "
-        "(--dataset-config) and the split (--split), or give a local file."
-    )
+def _training_samples(source: TaskSource, rows: Mapping[str, int | None], notes: list[str]) -> int:
+    """Return how many training samples are left at most once validation and test samples are set aside.
+
+    Parameters
+    ----------
+    source : TaskSource
+    rows : mapping
+        Rows of each split, None where the hub does not say.
+    notes : list of str
+        Assumptions are added to it.
+
+    Raises
+    ------
+    InputError
+        If their number is not known, or there are too few.
+    """
+    resolved = source.resolve()
+    name, limit = resolved.label, source.limit
+    available = rows["train"]
+    if limit is not None:
+        if available is None:
+            notes.append(f"the hub does not say how many rows {name} has: --limit {limit} is taken for their number")
+        available = min(limit, limit if available is None else available)
+    if available is None:
+        raise InputError(
+            f"--task {name}: the hub does not say how many rows its split {resolved.splits['train']!r} has. Give "
+            "--limit, which is then taken for their number, or fetch the data set first."
+        )
+    for part, wanted in (("test", source.test), ("validation", source.validation)):
+        if part not in rows:
+            available -= wanted
+            continue
+        known = rows[part]
+        if known is not None and known < wanted:
+            raise InputError(
+                f"{name}: its {part} split has {known} samples, but {wanted} are asked for. Lower --{part}."
+            )
+    if available < 1:
+        raise InputError(
+            f"{name}: too few samples to set {source.validation} aside for validation and {source.test} for the test "
+            "loss. Lower --validation and --test."
+        )
+    return available
 
 
 def _rows(dataset: str, config: str | None, split: str, info: Any) -> int | None:
@@ -175,22 +157,22 @@ def _rows(dataset: str, config: str | None, split: str, info: Any) -> int | None
 
     if not info.splits:
         return None
-    lengths = {name: found.num_examples for name, found in info.splits.items()}
+    lengths = {name: described.num_examples for name, described in info.splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError, KeyError) as error:
-        raise _refusal(dataset, config, split, error) from error
+        raise cannot_load(dataset, config, split, error) from error
     if any(not lengths.get(part.splitname) for part in parts):
         return None
     return sum((lengths[p.splitname] if p.to is None else p.to) - (p.from_ or 0) for p in parts)
 
 
-def _check_fields(read: Any, features: Any, where: str) -> None:
-    """Refuse fields that the data set does not have, by reading a row made up for its features."""
+def _check_fields(read: RowReader, features: Any, where: str) -> None:
+    """Refuse fields that the data set does not have, by reading a row of placeholders of its features' types."""
 
-    def made_up(feature: Any) -> Any:
+    def placeholder(feature: Any) -> Any:
         if isinstance(feature, dict):
-            return {name: made_up(inner) for name, inner in feature.items()}
+            return {name: placeholder(inner) for name, inner in feature.items()}
         if isinstance(feature, list) or hasattr(feature, "feature"):
             return []
         # A translation is a mapping of languages to texts.
@@ -200,4 +182,4 @@ def _check_fields(read: Any, features: Any, where: str) -> None:
         return 0 if getattr(feature, "dtype", "string") not in ("string", "large_string") else "text"
 
     if features:
-        read(where, {name: made_up(feature) for name, feature in features.items()})
+        read(where, {name: placeholder(feature) for name, feature in features.items()})

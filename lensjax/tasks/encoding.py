@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tasks.chat import dialogues, of, shared_length
-from lensjax.tasks.task import CHAT, Example
+from lensjax.tasks.chat import dialogues, shared_length, tokenizer_suffix
+from lensjax.tasks.example import CHAT, Example
 
 IGNORED = -100
 """Label of a position that does not count in the loss, as in transformers."""
@@ -35,7 +35,7 @@ class Encoded:
     target_bytes : int
         UTF-8 bytes of the targets, without separators, as far as they were kept; 0 if not known.
     packed : int or None
-        Instead of padding, the samples are joined, and cut into rows of so many tokens.
+        Tokens of a row if the samples are joined and cut into rows; None if each sample is padded to a row of its own.
     """
 
     ids: tuple[np.ndarray, ...]
@@ -55,12 +55,12 @@ class Encoded:
 
     @functools.cached_property
     def rows(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """What a batch's rows are made of, ids and prompt lengths: the samples, or what they are packed into."""
+        """Token ids and prompt lengths of the rows of batches: of each sample, or of the rows they are packed into."""
         if self.packed is None or not self.ids:
             return self.ids, self.prompt_lengths
         joined = np.concatenate(self.ids)
-        cut = tuple(joined[i : i + self.packed] for i in range(0, len(joined), self.packed))
-        return cut, np.zeros(len(cut), int)
+        packed = tuple(joined[i : i + self.packed] for i in range(0, len(joined), self.packed))
+        return packed, np.zeros(len(packed), int)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class Encoded:
 
     @functools.cached_property
     def counted(self) -> int:
-        """Tokens that have a loss: in one sequence, the first token of all is predicted by nothing."""
+        """Tokens that have a loss; the first token of a single sequence has none, for nothing comes before it."""
         ids, prompts = self.rows
         return sum(len(i) - (int(p) if self.separate else max(int(p), 1)) for i, p in zip(ids, prompts, strict=True))
 
@@ -90,7 +90,16 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """What becomes tokens at once: `whole`, scored from the character `scored` on, with the target at `target`."""
+    """A text to be tokenised in one piece.
+
+    Attributes
+    ----------
+    whole : str
+    scored : int
+        Character from which on the text counts in the loss.
+    target : int
+        Character at which the target begins, after the separator.
+    """
 
     whole: str
     scored: int
@@ -101,14 +110,21 @@ class _Text:
 class _Tokens:
     """Tokens of a text.
 
-    `scored` of them, from the first, hold nothing that is scored; each of `offsets` is where in the text one begins and
-    ends, none for tokenizers that do not know; those from `added` on are no text, but what the tokenizer writes after.
+    Attributes
+    ----------
+    ids : list of int
+    prompt : int
+        Leading tokens that hold no character which counts in the loss.
+    offsets : list of (int, int)
+        Characters at which each token begins and ends; empty for tokenizers that do not tell.
+    text_end : int
+        Index after the last token of text; special tokens follow.
     """
 
     ids: list[int]
-    scored: int
+    prompt: int
     offsets: list[tuple[int, int]]
-    added: int
+    text_end: int
 
 
 def encode(
@@ -146,14 +162,14 @@ def encode(
 
     These differences are meant:
 
-    - The end-of-text token follows each target and each text where the tokenizer does not write it itself, for else no
-      model learns to stop, and packed texts run into each other. It stands once between texts, also where it begins
-      them as well.
+    - The end-of-text token follows each target and each text where the tokenizer does not write it itself; otherwise
+      no model would learn to stop, and packed texts would run into each other. Between two packed texts there is one,
+      even where the tokenizer begins texts with it too.
     - A token that holds the last character of the prompt and the first of the target is scored. The boundary is found
-      by the offsets of the characters; a tokenizer without offsets is asked for the prompt alone, and what its tokens
-      begin with in common is the prompt.
-    - Prompts are never cut: that is an error. A target is cut at `max_length` without an end-of-text token, also that
-      of an encoder-decoder, so that no model learns to stop in the middle.
+      by the offsets of the characters; with a tokenizer without offsets, the prompt is the longest common prefix of
+      the tokens of the whole text and of the prompt alone.
+    - Prompts are never cut: one that is too long is an error. A target is cut at `max_length` without an end-of-text
+      token, also that of an encoder-decoder, so that no model learns to stop in the middle.
     - The last packed row is shorter than the others; it is kept.
     """
     if not examples:
@@ -161,56 +177,66 @@ def encode(
     if separate and not all(e.template for e in examples):
         raise InputError(
             "an encoder-decoder model has no input to read in language modelling; give --input-field and "
-            f"--target-field, or leave this candidate out{of(tokenizer)}."
+            f"--target-field, or leave this candidate out{tokenizer_suffix(tokenizer)}."
         )
     chat = any(e.template == CHAT for e in examples)
-    talks = dialogues(examples, tokenizer) if chat else []
-    read: list[list[int]] = [[] for _ in examples]
+    written = dialogues(examples, tokenizer) if chat else []
+    encoder_ids: list[list[int]] = [[] for _ in examples]
     if separate:
-        prompts = [asked for asked, _, _ in talks] if chat else [e.prompt for e in examples]
-        read = tokenizer(prompts, add_special_tokens=not chat)["input_ids"]
+        prompts = [prompt for prompt, _, _ in written] if chat else [e.prompt for e in examples]
+        encoder_ids = tokenizer(prompts, add_special_tokens=not chat)["input_ids"]
         texts = [_Text(e.target, 0, 0) for e in examples]
     elif chat:
-        pairs = zip(examples, talks, strict=True)
+        pairs = zip(examples, written, strict=True)
         texts = [_Text(whole, at, whole.index(e.target.strip(), at)) for e, (_, whole, at) in pairs]
     else:
         lengths = [len(e.prompt) for e in examples]
         texts = [
             _Text(e.prompt + e.completion, n, n + len(e.separator)) for e, n in zip(examples, lengths, strict=True)
         ]
-    found = _tokens(texts, tokenizer, special=separate or not chat, labels=separate)
+    tokenised = _tokenise(texts, tokenizer, special=separate or not chat, labels=separate)
     end = tokenizer.eos_token_id
     ids: list[np.ndarray] = []
-    firsts: list[int] = []
-    truncated = kept_bytes = 0
-    for example, prompt, text, tokens in zip(examples, read, texts, found, strict=True):
-        written = end is None or (chat and not separate) or end in (*tokens.ids[tokens.added :], *tokens.ids[-1:])
-        first = len(prompt) if separate else tokens.scored
-        whole = [*prompt, *tokens.ids, *([] if written else [end])]
+    prompt_lengths: list[int] = []
+    truncated = target_bytes = 0
+    for example, encoder, text, tokens in zip(examples, encoder_ids, texts, tokenised, strict=True):
+        has_end = end is None or (chat and not separate) or end in (*tokens.ids[tokens.text_end :], *tokens.ids[-1:])
+        prompt_length = len(encoder) if separate else tokens.prompt
+        whole = [*encoder, *tokens.ids, *([] if has_end else [end])]
         if pack and ids and whole[0] == end:
-            whole, first = whole[1:], max(first - 1, 0)
-        most = len(prompt) + max_length if separate else max_length
+            whole, prompt_length = whole[1:], max(prompt_length - 1, 0)
+        limit = len(encoder) + max_length if separate else max_length
         if pack:
-            most = len(whole)
-        elif first >= max_length + separate:
+            limit = len(whole)
+        elif prompt_length >= max_length + separate:
             raise InputError(
-                f"a sample's input alone has {first} tokens, but at most {max_length} tokens fit: "
+                f"a sample's input alone has {prompt_length} tokens, but at most {max_length} tokens fit: "
                 f"{example.input[:60]!r}... Raise --max-length (up to the model's limit) or shorten the input."
             )
-        target_bytes = len(example.target.encode())
-        if len(whole) > most:
+        own_bytes = len(example.target.encode())
+        if len(whole) > limit:
             truncated += 1
-            target_bytes = min(
-                target_bytes, _bytes_kept(text, tokenizer, whole[first:most], tokens.offsets[: most - len(prompt)])
-            )
-        kept_bytes += target_bytes
-        ids.append(np.array(whole[:most], np.int32))
-        firsts.append(first)
-    return Encoded(tuple(ids), np.array(firsts, int), truncated, separate, kept_bytes, max_length if pack else None)
+            kept = whole[prompt_length:limit], tokens.offsets[: limit - len(encoder)]
+            own_bytes = min(own_bytes, _target_bytes_kept(text, tokenizer, *kept))
+        target_bytes += own_bytes
+        ids.append(np.array(whole[:limit], np.int32))
+        prompt_lengths.append(prompt_length)
+    packed = max_length if pack else None
+    return Encoded(tuple(ids), np.array(prompt_lengths, int), truncated, separate, target_bytes, packed)
 
 
-def _tokens(texts: Sequence[_Text], tokenizer: Any, *, special: bool, labels: bool) -> list[_Tokens]:
-    """Tokenise whole texts; with `labels`, as what a decoder is to write."""
+def _tokenise(texts: Sequence[_Text], tokenizer: Any, *, special: bool, labels: bool) -> list[_Tokens]:
+    """Tokenise whole texts.
+
+    Parameters
+    ----------
+    texts : sequence of _Text
+    tokenizer : transformers tokenizer
+    special : bool
+        Whether the tokenizer adds its special tokens.
+    labels : bool
+        Whether they are the labels of an encoder-decoder model.
+    """
     whole = {"text_target" if labels else "text": [t.whole for t in texts]}
     if not getattr(tokenizer, "is_fast", False):
         ids = tokenizer(**whole, add_special_tokens=special)["input_ids"]
@@ -221,21 +247,31 @@ def _tokens(texts: Sequence[_Text], tokenizer: Any, *, special: bool, labels: bo
             _Tokens(list(own), shared_length(own, part), [], len(own)) for own, part in zip(ids, before, strict=True)
         ]
     encoded = tokenizer(**whole, add_special_tokens=special, return_offsets_mapping=True)
-    found = []
+    tokenised = []
     for number, (text, own, offsets) in enumerate(
         zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ):
-        # Special tokens that the tokenizer adds belong to no text; they are before and after it.
-        inside = encoded.sequence_ids(number)
-        start = next((place for place, part in enumerate(inside) if part is not None), len(own))
-        after = len(own) - next((place for place, part in enumerate(reversed(inside)) if part is not None), 0)
-        scored = bisect.bisect_right(offsets, text.scored, start, after, key=lambda span: span[1])
-        found.append(_Tokens(list(own), scored, offsets, after))
-    return found
+        # Special tokens before and after the text have no sequence number.
+        sequences = encoded.sequence_ids(number)
+        start = next((place for place, part in enumerate(sequences) if part is not None), len(own))
+        stop = len(own) - next((place for place, part in enumerate(reversed(sequences)) if part is not None), 0)
+        prompt = bisect.bisect_right(offsets, text.scored, start, stop, key=lambda offset: offset[1])
+        tokenised.append(_Tokens(list(own), prompt, offsets, stop))
+    return tokenised
 
 
-def _bytes_kept(text: _Text, tokenizer: Any, scored: list[int], offsets: list[tuple[int, int]]) -> int:
-    """Return the UTF-8 bytes of a target up to where its tokens were cut."""
+def _target_bytes_kept(text: _Text, tokenizer: Any, scored: list[int], offsets: list[tuple[int, int]]) -> int:
+    """Return the UTF-8 bytes of the beginning of a target that is left after its tokens were cut.
+
+    Parameters
+    ----------
+    text : _Text
+    tokenizer : transformers tokenizer
+    scored : list of int
+        Tokens that are left and count in the loss.
+    offsets : list of (int, int)
+        Offsets of all that are left; empty if the tokenizer does not tell.
+    """
     if offsets:
         return len(text.whole[text.target : max(stop for _, stop in offsets)].encode())
     kept = str(tokenizer.decode(scored, skip_special_tokens=True))
@@ -257,16 +293,15 @@ def bucket_lengths(lengths: np.ndarray, most: int = 3) -> tuple[int, ...]:
     """
     rounded = -(-np.asarray(lengths) // 8) * 8
     values, counts = np.unique(rounded, return_counts=True)
-    # Least padding by dynamic programming: cost[j] = padding if the values up to j are covered and j is a bucket.
-    below = np.concatenate([[0], np.cumsum(counts)])
-    cost = values * below[1:]
+    # Dynamic programming: cost[j] is the least padding of the values up to j if the longest bucket is values[j].
+    samples_up_to = np.concatenate([[0], np.cumsum(counts)])
+    cost = values * samples_up_to[1:]
     choice = [[int(v)] for v in values]
     for _ in range(most - 1):
-        better = cost.copy()
-        picked = list(choice)
+        better, picked = cost.copy(), list(choice)
         for j in range(len(values)):
             for i in range(j):
-                padded = cost[i] + values[j] * (below[j + 1] - below[i + 1])
+                padded = cost[i] + values[j] * (samples_up_to[j + 1] - samples_up_to[i + 1])
                 if padded < better[j]:
                     better[j], picked[j] = padded, [*choice[i], int(values[j])]
         cost, choice = better, picked
@@ -286,7 +321,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Cut samples into batches of fixed shapes, each (batch_size, one of `buckets`).
 
-    A batch holds rows of one bucket only. The last one of a bucket is filled up with rows whose labels are all
+    A batch holds rows of one bucket only. The last batch of a bucket is filled up with rows whose labels are all
     ignored, so that no shape depends on the number of samples.
 
     Parameters
@@ -312,15 +347,15 @@ def batches(
         If a sample is longer than the longest of `buckets`.
     """
     rows, prompt_lengths = encoded.rows
-    place = np.searchsorted(np.asarray(buckets), encoded.lengths)
-    if (place == len(buckets)).any():
+    bucket = np.searchsorted(np.asarray(buckets), encoded.lengths)
+    if (bucket == len(buckets)).any():
         raise InputError(
             f"a sample needs {encoded.lengths.max()} tokens, but the longest of the padded lengths is {max(buckets)}; "
             "make them with bucket_lengths of all samples."
         )
     groups: list[tuple[int, np.ndarray]] = []
     for number, length in enumerate(buckets):
-        members = np.flatnonzero(place == number)
+        members = np.flatnonzero(bucket == number)
         if rng is not None:
             members = rng.permutation(members)
         groups += [(length, members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
@@ -331,10 +366,10 @@ def batches(
         labels = np.full((batch_size, length), IGNORED, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         for row, sample in enumerate(members):
-            ids, split = rows[sample], prompt_lengths[sample]
-            read = ids[:split] if encoded.separate else ids
-            input_ids[row, : len(read)] = read
-            mask[row, : len(read)] = 1
-            first = 0 if encoded.separate else split
-            labels[row, first : first + len(ids) - split] = ids[split:]
+            ids, prompt_length = rows[sample], prompt_lengths[sample]
+            inputs = ids[:prompt_length] if encoded.separate else ids
+            input_ids[row, : len(inputs)] = inputs
+            mask[row, : len(inputs)] = 1
+            first = 0 if encoded.separate else prompt_length
+            labels[row, first : first + len(ids) - prompt_length] = ids[prompt_length:]
         yield {"input_ids": input_ids, "attention_mask": mask, "labels": labels}

@@ -1,4 +1,4 @@
-"""The data sets of the papers by name: where they are on the hub, and which fields to read."""
+"""The data sets of the papers: their ids on the hub, and which fields to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Preset:
     config : str or None
         Its configuration.
     input_field, target_field : str or None
-        Fields to read, a dot between the names of nested ones.
+        Fields to read; names of nested fields are joined by dots.
     text_field : str or None
         Instead of these, for language modelling.
     splits : mapping
@@ -35,18 +35,18 @@ class Preset:
     revision: str | None = None
 
 
-ALL = {"train": "train", "validation": "validation", "test": "test"}
+ALL_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 PRESETS: Mapping[str, Preset] = {
     # The instructions of Wei et al. 2022, as Open-Orca collected them; it has one split.
     "flan": Preset("Open-Orca/FLAN", input_field="inputs", target_field="targets"),
     # Merity et al. 2016.
-    "wikitext": Preset("Salesforce/wikitext", "wikitext-103-raw-v1", text_field="text", splits=ALL),
+    "wikitext": Preset("Salesforce/wikitext", "wikitext-103-raw-v1", text_field="text", splits=ALL_SPLITS),
     # See et al. 2017. The repository itself holds a loading script, which is never run; this is the hub's conversion.
     "gigaword": Preset(
         "Harvard/gigaword",
         input_field="document",
         target_field="summary",
-        splits=ALL,
+        splits=ALL_SPLITS,
         revision="refs/convert/parquet",
     ),
     # Barrault et al. 2019, Chinese to English; its test set is not published there.

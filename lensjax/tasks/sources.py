@@ -19,9 +19,9 @@ from lensjax.tasks.presets import PRESETS
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".txt", ".txt.gz")
 KINDS = f"a file ({', '.join(SUFFIXES)}), the id of a data set (owner/name), or one of {', '.join(PRESETS)}"
 
-SHAPE = 'each line is one object, such as {"input": "2 + 2", "target": "4"}'
+ROW_FORMAT = 'each line is one object, such as {"input": "2 + 2", "target": "4"}'
 REMEDIES = {
-    ".json": f"Save it as .jsonl: {SHAPE}.",
+    ".json": f"Save it as .jsonl: {ROW_FORMAT}.",
     ".ndjson": "If each line is a JSON object, end its name in .jsonl.",
     ".tsv": "Save it as .csv, with commas between the columns.",
     ".xlsx": "Export the sheet as CSV in UTF-8.",
@@ -37,7 +37,7 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Read the rows of a local file; each line of a text file is a row with the field `text`, blank ones are left out.
+    """Read the rows of a local file; each line of a text file is a row with the field `text`, blank lines are skipped.
 
     Raises
     ------
@@ -80,15 +80,15 @@ def file_rows(path: Path) -> Iterator[Row]:
             reason = f"not JSON ({str(error).partition(': line')[0]})"
             if number == 1 and line.strip() in ("[", "{", "[{"):
                 reason += ", for it goes on in the next lines"
-            raise InputError(f"{where}: {reason}. Mend it: {SHAPE}.") from None
+            raise InputError(f"{where}: {reason}. Mend it: {ROW_FORMAT}.") from None
         if not isinstance(row, dict):
             what = f"a {type(row).__name__}, not an object with named fields"
-            raise InputError(f"{where}: {what}. Write the samples one by one: {SHAPE}.")
+            raise InputError(f"{where}: {what}. Write the samples one by one: {ROW_FORMAT}.")
         yield where, row
 
 
 def missing(path: Path) -> InputError:
-    """Return what says that there is no such file, and which may be meant."""
+    """Return an error that says that there is no such file, and which one may be meant."""
     hint = nearby(path) or did_you_mean(path.name, PRESETS)
     return InputError(f"{path}: no such file. --task takes {KINDS}.{hint}")
 
@@ -141,7 +141,17 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
         ) from None
 
 
-def _inside(place: Path) -> str:
+def cannot_load(dataset: str, config: str | None, split: str, error: Exception) -> InputError:
+    """Return an error that says why `datasets` cannot load a data set, and what to check."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    shown = "" if config is None else f", configuration {config!r}"
+    return InputError(
+        f"--task {dataset}{shown}, split {split!r}: cannot be loaded ({reason}). Check the id, the configuration "
+        f"(--dataset-config) and the split (--split), or give a local file{_file_inside(Path(dataset))}."
+    )
+
+
+def _file_inside(place: Path) -> str:
     """Return " such as FILE", a file of samples in a directory, or ""."""
     files = sorted(file for file in place.iterdir() if file.name.endswith(SUFFIXES)) if place.is_dir() else []
     return f" such as {files[0]}" if files else ""
@@ -190,19 +200,14 @@ def dataset_rows(
     if place.is_dir() and not any(place.iterdir()):
         raise InputError(f"--task {name}: the directory is empty. --task takes {KINDS}.")
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision, **_words(place, config))
+        table = datasets.load_dataset(name, config, split=split, revision=revision, **_words(place, config))
     except Exception as error:
-        # What the library raises has many types: by the hub's answer, by the file's format, by the network.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        of = "" if config is None else f", configuration {config!r}"
-        raise InputError(
-            f"--task {name}{of}, split {split!r}: cannot be loaded ({reason}). Check the id, the configuration "
-            f"(--dataset-config) and the split (--split), or give a local file{_inside(place)}."
-        ) from error
-    order = range(len(found))
-    if limit is not None and limit < len(found):
+        # The library raises many types, depending on the hub's answer, the file's format and the network.
+        raise cannot_load(name, config, split, error) from error
+    rows = range(len(table))
+    if limit is not None and limit < len(table):
         import numpy as np
 
-        order = np.random.default_rng(seed).permutation(len(found))[:limit].tolist()
-    for number in order:
-        yield f"{name}, {split} row {number}", found[number]
+        rows = np.random.default_rng(seed).permutation(len(table))[:limit].tolist()
+    for number in rows:
+        yield f"{name}, {split} row {number}", table[number]

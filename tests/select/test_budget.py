@@ -44,7 +44,7 @@ def test_budgets_are_read_with_their_units(text, kind, amount):
 @pytest.mark.parametrize(
     "text", ["", "-1", "0", "100%", "1e400", "5 parsecs", "many", "1.2.3", "nan", "2,5h", "0,05", "1,0000 samples"]
 )
-def test_what_is_no_budget_is_refused(text):
+def test_texts_that_are_no_budget_are_refused(text):
     with pytest.raises(InputError, match=r"is no amount that can be spent; give it as 0\.05 or 5%"):
         Budget.parse(text)
 
@@ -63,7 +63,7 @@ def ledger(text):
     )
 
 
-def test_what_is_spent_follows_from_the_journal():
+def test_the_amount_spent_depends_on_the_journal_alone():
     lines = [
         run("x1", 10, 100.0, part_of="x"),  # in the record of its run
         run("x", 10, 300.0),
@@ -88,7 +88,7 @@ def test_what_is_spent_follows_from_the_journal():
     assert timed.spent == 123.0
 
 
-def test_prices_are_the_most_that_a_run_may_cost():
+def test_a_price_is_an_upper_bound_of_a_runs_cost():
     assert ledger("1e9").price("b", 20) == 5 * 180 * 20
     assert ledger("1e9 samples").price("b", 20) == 5 * 20
     assert ledger("0.5").price("b", 20) == 30 * 20
@@ -105,7 +105,7 @@ def test_prices_are_the_most_that_a_run_may_cost():
     assert timed.refuses("b", 1, needed=True)
 
 
-def test_a_run_that_might_exceed_the_budget_is_refused_in_words():
+def test_a_run_that_might_exceed_the_budget_is_refused_with_a_reason():
     account = ledger("10000")
     assert account.refuses("a", 33) == ""
     assert account.refuses("a", 34) == (

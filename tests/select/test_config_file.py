@@ -35,7 +35,7 @@ def given(*arguments):
 
 
 class TestReadConfig:
-    def test_says_what_the_same_flags_say(self, file):
+    def test_gives_the_same_options_as_flags(self, file):
         path = file(
             """
             max-length = 64
@@ -58,7 +58,7 @@ class TestReadConfig:
         flags += ["b+lora", "--lora-rank", 4, "--budget", "3h", "--verify", "--learning-rate", "0.001", "0.002"]
         assert given(*read_config(path)) == given(*flags, "--no-dropout")
 
-    def test_the_command_line_wins(self, file, command):
+    def test_the_command_line_overrides_the_file(self, file, command):
         path = file('method = "lens"\n[choice]\ntarget = 5\nverify = true\n')
         arguments = ["--config", path, "--target", 7, "--method=ats", "--no-verify"]
         _, text = command(*arguments, "--print-config")
@@ -72,7 +72,7 @@ class TestReadConfig:
             output = tomllib.loads(text)["output"]
             assert (output["quiet"], output["verbose"]) == wanted
 
-    def test_the_mark_that_some_editors_write_is_skipped(self, file):
+    def test_a_byte_order_mark_is_skipped(self, file):
         assert read_config(file("\ufeffseed = 3\n")) == ["--seed=3"]
 
     def test_chooses_as_the_flags_do(self, file, command):
@@ -205,10 +205,10 @@ class TestPrintConfig:
         _, text = command(*arguments, "--print-config")
         assert command("--config", file(text)) == command(*arguments)
 
-    def test_names_every_option_of_its_way_of_choosing(self):
+    def test_prints_every_option_that_a_file_may_hold(self):
         texts = print_config(given()), print_config(given("--losses", "x"))
         once = {"config", "print_config", "completion", "help", "dry_run", "resume"}
-        for action in parser()._actions:
+        for action in parser().options:
             lines = [text.count(f"\n{action.dest} =") + text.count(f"\n# {action.dest} =") for text in texts]
             assert (sum(lines) > 0) == (action.dest not in once), action.dest
             assert max(lines) <= 1
@@ -219,7 +219,7 @@ class TestPrintConfig:
         assert found["choice"]["smallest"] == 200
         assert found["choice"]["method"] == DEFAULT
 
-    def test_what_the_demo_brings_does_not_stay_behind(self, file):
+    def test_the_demos_defaults_do_not_stay_in_force(self, file):
         text = print_config(given())
         assert "# learning_rate = [0.002]  # in the demo" in text
         assert "# smallest = 50  # in the demo" in text
@@ -228,7 +228,7 @@ class TestPrintConfig:
         again = given(*read_config(file(mine)))
         assert (again.learning_rate, again.smallest, again.input_field) == (None, None, None)
 
-    def test_lasting_leaves_out_what_is_for_this_time(self):
+    def test_lasting_leaves_out_options_for_one_call(self):
         found = tomllib.loads(print_config(given("--quiet", "--html", "x", "--out", "y", "--seed", 5), lasting=True))
         assert found["task"]["seed"] == 5
         assert not {"quiet", "html", "out", "verbose", "json"} & set(found.get("output", {}))
@@ -239,7 +239,7 @@ class TestCompletion:
     def test_knows_every_option(self, shell):
         script = completion(parser(), SCRIPT, shell)
         # fish writes long options without their dashes.
-        assert all(action.option_strings[-1].removeprefix("--") in script for action in parser()._actions)
+        assert all(action.option_strings[-1].removeprefix("--") in script for action in parser().options)
 
     def test_completes_in_bash(self, tmp_path):
         (tmp_path / "completion").write_text(completion(parser(), SCRIPT, "bash"))
@@ -254,7 +254,7 @@ class TestCompletion:
     def test_the_command_prints_it(self, command):
         assert command("--completion", "bash") == (0, completion(parser(), SCRIPT, "bash"))
 
-    def test_a_shell_that_there_is_not_gets_a_near_one(self, refused):
+    def test_an_unknown_shell_gets_a_suggestion(self, refused):
         message = "argument --completion: invalid choice: 'bas' (choose from bash, zsh, fish, tcsh). Did you mean bash?"
         assert refused("--completion", "bas") == f"{message} See python -m lensjax.select --help."
 
@@ -275,16 +275,16 @@ class TestHelp:
         assert text.index("examples:") < text.index("--task DATA")
         assert text.index("--dry-run\n      say what would") < text.index("-h, --help")
 
-    def test_the_methods_it_names_are_those_there_are(self):
+    def test_all_methods_are_named_the_default_first(self):
         assert set(NAMES) == {*SELECTORS, "all"}
         assert NAMES[0] == DEFAULT
 
-    def test_an_unknown_option_gets_a_near_one(self, refused):
+    def test_an_unknown_option_gets_a_suggestion(self, refused):
         hint = "Did you mean --learning-rate? See python -m lensjax.select --help."
         assert refused("--learning-rte", "3") == f"unrecognized arguments: --learning-rte 3. {hint}"
 
 
-def test_a_name_that_no_record_could_hold_is_refused(refused):
+def test_a_name_that_is_not_utf8_is_refused(refused):
     message = "'b\\udcffd.jsonl': is not UTF-8; rename the file, and name it as it is then."
     assert refused("--task", "b\udcffd.jsonl") == message
 

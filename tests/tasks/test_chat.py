@@ -127,7 +127,7 @@ def test_a_template_that_fails_is_one_message_with_the_candidates_name(template)
 
 
 def test_a_template_without_an_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(chat, "TIME_LIMIT", 0.3)
     tokenizer = tokenizer_kinds.DECODERS["bytes"](None)
     tokenizer.name_or_path = "models/one"
     tokenizer.chat_template = (

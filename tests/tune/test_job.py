@@ -388,7 +388,7 @@ def test_completion_knows_every_option_and_needs_no_other(tune_command, shell):
     status, script, _ = tune_command("--completion", shell)
     assert status == 0
     # fish writes long options without their dashes.
-    assert all(action.option_strings[-1].removeprefix("--") in script for action in cli.parser()._actions)
+    assert all(action.option_strings[-1].removeprefix("--") in script for action in cli.parser().options)
     assert "lensjax-tune" in script or "lensjax_tune" in script
     assert "lensjax-select" not in script
 

@@ -10,9 +10,8 @@ from lensjax._files import write_atomically
 from lensjax._messages import did_you_mean
 from lensjax.errors import InputError
 from lensjax.report.figures import svg_figures
+from lensjax.report.figures.formats import FORMATS
 from lensjax.selection import Selection
-
-FORMATS = ("svg", "png")
 
 
 def check_formats(formats: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""What a selection would do and take, without doing it: runs, FLOPs, time, memory, disk."""
+"""Dry runs: which runs a selection would make, and their FLOPs, time, memory and disk, without making them."""

@@ -1,4 +1,4 @@
-"""What a selection would do and take, before it does: as data and as text for the terminal."""
+"""The result of a dry run, as data and as text for the terminal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from lensjax._display import printable, samples
 
 SCHEMA = 1
-WIDTH = 96  # of the text, in characters
-NAME = 30  # characters of a name in a table
+TEXT_WIDTH = 96  # characters
+NAME_WIDTH = 30  # characters of a candidate's name in a table
 
 AS_IT_IS, CHOICE, LATER, VERIFICATION, KERNEL, SPECTRA, FEATURES = (
     "the models as they are",
@@ -37,16 +37,16 @@ class PlannedRun:
     purpose : str
         `AS_IT_IS`, `CHOICE`, `LATER`, `VERIFICATION`, `KERNEL`, `SPECTRA` or `FEATURES`.
     sure : bool
-        Whether it is made in any case, if nothing fails.
+        Whether it is made whatever the other runs' losses are, if nothing fails.
     done : bool
-        Whether it is in the run directory's journal: then it costs nothing more.
+        Whether it is in the run directory's journal already, so that it costs nothing.
     trials : int
-        Learning rates and batch sizes tried.
+        How many pairs of learning rate and batch size are tried.
     tokens : int
-        Trained on in one pass, prompt and target, without padding.
+        Tokens of one pass, prompts and targets, padding left out.
     flops, seconds : float
-        At most: all passes and trials. Floating-point operations of training, 6 for each trained weight and token and 4
-        for each frozen one; seconds with evaluations, padding, loading and compiling.
+        Upper bounds, for all passes and trials. Floating-point operations of training: 6 for each trained weight and
+        token, 4 for each frozen one. Seconds: evaluations, padding, loading and compiling included.
     """
 
     candidate: str
@@ -62,22 +62,22 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryNeed:
-    """What one candidate needs.
+    """The memory that fine-tuning one candidate needs.
 
     Attributes
     ----------
     name : str
     parameters, trainable : int
-        Weights, and those that fine-tuning changes.
+        Number of weights, and of those that fine-tuning changes.
     weights, optimiser, working, process : int
         Bytes of memory: copies of the weights; AdamW's moments; gradients, activations and logits; the process itself,
-        where devices and processes share their memory, as on CPUs. Of each device, where there are several.
+        where it shares the devices' memory, as on CPUs. With several devices, of each.
     available : int or None
-        Bytes there are; None if not known.
+        Bytes that are free; None if not known.
     download : int
-        Bytes to be fetched from the hub.
+        Bytes to be downloaded from the hub.
     problem, remedy : str
-        Why it does not fit, and what to do about it; empty if it does.
+        Why it does not fit, and what to do about it; empty if it fits.
     """
 
     name: str
@@ -94,7 +94,7 @@ class MemoryNeed:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory, all together."""
+        """Bytes of memory in total."""
         return self.weights + self.optimiser + self.working + self.process
 
     @property
@@ -105,12 +105,14 @@ class MemoryNeed:
 
 @dataclasses.dataclass(frozen=True)
 class DiskNeed:
-    """A directory that will take up disk.
+    """The disk space that a selection takes in one directory.
 
     Attributes
     ----------
     what : str
+        What is stored there.
     path : str
+        The directory.
     needed, free : int
         Bytes.
     """
@@ -123,33 +125,33 @@ class DiskNeed:
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What a selection by fine-tuning would run, and what that takes.
+    """What a selection by fine-tuning would run, and how much time, memory and disk that takes.
 
     Attributes
     ----------
     task : str
     directory : str or None
-        Run directory; None if it depends on data that are not here.
+        Run directory; None if its name depends on data that were not downloaded.
     method : str
     target, train, validation, test : int
-        Samples the choice is made for; that are there for training; that are set aside.
+        Number of samples: for which the choice is made, available for training, set aside for validation and test.
     sizes : tuple of int
-        Subsets, ascending.
+        Subset sizes, ascending.
     max_length, passes : int
         Tokens of a sample, and passes over a subset, at most.
     needs : tuple of MemoryNeed
         One for each candidate.
     runs : tuple of PlannedRun
     flops, seconds : (float, float)
-        Of what is still to do: of the runs that are sure, and of all at most, as far as the budget goes; both with all
+        Of the runs not done yet: of those that are sure, and of all, as far as the budget allows them. Both count all
         passes that are allowed.
     budget : str
         What the choice may cost; empty without a budget.
     places : tuple of DiskNeed
     basis : mapping of str to str
-        How "FLOPs", "time" and "memory" were found.
+        A sentence each on how "FLOPs", "Time" and "Memory" were estimated.
     notes, problems : tuple of str
-        What is good to know, and what besides the candidates stands in the way.
+        Remarks; and problems that are not about a single candidate.
     """
 
     task: str
@@ -174,11 +176,11 @@ class DryRun:
 
     @property
     def fits(self) -> bool:
-        """Whether everything can be done as it was asked for."""
+        """Whether all candidates fit, and there are no other problems."""
         return not self.problems and all(need.fits for need in self.needs)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-serialisable values; bytes, seconds and floating-point operations."""
+        """Return JSON-serialisable values, in bytes, seconds and floating-point operations."""
         own = dataclasses.asdict(self)
         needs = [{**dataclasses.asdict(n), "memory": n.memory, "fits": n.fits} for n in self.needs]
         totals = {
@@ -188,39 +190,40 @@ class DryRun:
         return {"schema": SCHEMA, "fits": self.fits, **own, "basis": dict(self.basis), "needs": needs, **totals}
 
     def render(self) -> str:
-        """Return it as text, the answer first."""
-        parts = [self._answer(), self._plan(), "", self._candidates()]
+        """Return the text for the terminal, the answer first."""
+        parts = [self._answer(), self._settings(), "", self._candidates_table()]
         for need in self.needs:
             if need.problem:
                 parts += ["", _wrapped(f"{need.name} does NOT FIT: {need.problem}"), _wrapped(need.remedy, "  ")]
         for problem in self.problems:
             parts += ["", _wrapped(f"PROBLEM: {problem}")]
-        parts += ["", "What would be run:", self._runs()]
+        parts += ["", "What would be run:", self._runs_table()]
         if self.places:
-            parts += ["", "Disk:", self._places()]
+            parts += ["", "Disk:", self._disk_table()]
         parts += ["", *(_wrapped(f"{name}: {text}.", hang="  ") for name, text in self.basis.items())]
         parts += [_wrapped(f"Note: {note}.", hang="  ") for note in self.notes]
         return "\n".join(parts)
 
     def _answer(self) -> str:
-        bad = [need.name for need in self.needs if not need.fits]
+        too_large = [need.name for need in self.needs if not need.fits]
         count = len(self.needs)
-        if not bad and any(need.available is None for need in self.needs):
+        if not too_large and any(need.available is None for need in self.needs):
             text = f"How much memory this machine has is not known: see below what the {count} candidates need. "
-        elif not bad:
+        elif not too_large:
             text = f"All {count} candidates fit on this machine. "
         else:
-            text = f"{len(bad)} of {count} candidates {'does' if len(bad) == 1 else 'do'} NOT FIT on this machine. "
-        open_ = [run for run in self.runs if not run.done]
-        if not open_:
+            verb = "does" if len(too_large) == 1 else "do"
+            text = f"{len(too_large)} of {count} candidates {verb} NOT FIT on this machine. "
+        if all(run.done for run in self.runs):
             return _wrapped(text + "Every run is done already: the same command without --dry-run gives the result.")
-        sure, most = self.seconds
-        text += f"Everything takes at most about {span(most)} and {self.flops[1]:.1e} floating-point operations"
-        if most > 1.01 * sure:
-            text += f", {span(sure)} and {self.flops[0]:.1e} of that in any case"
+        sure, at_most = self.seconds
+        text += f"Everything takes at most about {rough_duration(at_most)}"
+        text += f" and {self.flops[1]:.1e} floating-point operations"
+        if at_most > 1.01 * sure:
+            text += f", {rough_duration(sure)} and {self.flops[0]:.1e} of that in any case"
         return _wrapped(text + ". This is a forecast: nothing was fine-tuned, and no weights were fetched.")
 
-    def _plan(self) -> str:
+    def _settings(self) -> str:
         text = (
             f"Task {self.task}: {samples(self.train)} samples to train on; {samples(self.validation)} that say when to "
             f"stop and {samples(self.test)} to test with are set aside. "
@@ -242,7 +245,7 @@ class DryRun:
             text += f" The choice may cost {self.budget}."
         return _wrapped(text)
 
-    def _candidates(self) -> str:
+    def _candidates_table(self) -> str:
         header = ["candidate", "weights", "trained", "memory", "of", "fits", "FLOPs", "time", "download"]
         rows = []
         for need in self.needs:
@@ -250,19 +253,19 @@ class DryRun:
             rows.append(
                 [
                     shortened(need.name),
-                    count(need.parameters),
-                    "all" if need.trainable == need.parameters else count(need.trainable),
-                    amount(need.memory),
-                    "unknown" if need.available is None else amount(need.available),
+                    format_weights(need.parameters),
+                    "all" if need.trainable == need.parameters else format_weights(need.trainable),
+                    format_bytes(need.memory),
+                    "unknown" if need.available is None else format_bytes(need.available),
                     "yes" if need.fits else "NO",
                     f"{sum(r.flops for r in own):.1e}" if own else "done",
-                    span(sum(r.seconds for r in own)) if own else "done",
-                    amount(need.download) if need.download else "-",
+                    rough_duration(sum(r.seconds for r in own)) if own else "done",
+                    format_bytes(need.download) if need.download else "-",
                 ]
             )
         return table(header, rows)
 
-    def _runs(self) -> str:
+    def _runs_table(self) -> str:
         header = ["samples", "what for", "runs", "done", "passes", "FLOPs at most", "time at most"]
         rows = []
         for purpose, size in dict.fromkeys((r.purpose, r.size) for r in self.runs):
@@ -279,22 +282,22 @@ class DryRun:
                     str(len(group) - len(left)),
                     (f"{trials} x " if trials > 1 else "") + str(self.passes) if trains else "-",
                     f"{sum(r.flops for r in left):.1e}" if any(r.flops for r in left) else "-",
-                    span(sum(r.seconds for r in left)) if left else "-",
+                    rough_duration(sum(r.seconds for r in left)) if left else "-",
                 ]
             )
         return table(header, rows, left=1)
 
-    def _places(self) -> str:
-        rows = [[p.what, amount(p.needed), amount(p.free)] for p in self.places]
+    def _disk_table(self) -> str:
+        rows = [[p.what, format_bytes(p.needed), format_bytes(p.free)] for p in self.places]
         lines = table(["what", "needed", "free"], rows).splitlines()
         paths = ["where", *(printable(p.path) for p in self.places)]
-        fits = max(map(len, paths)) + len(lines[0]) + 2 <= WIDTH
+        fits = max(map(len, paths)) + len(lines[0]) + 2 <= TEXT_WIDTH
         gap = "  " if fits else "\n    "
         return "\n".join(f"{line}{gap}{path}" for line, path in zip(lines, paths, strict=True))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Lay out cells in columns that end on the right; the one numbered `left`, and the first, begin on the left."""
+    """Lay out a table: columns are aligned right, except number `left`, and the first unless `left` is 1."""
     header, rows = list(map(printable, header)), [list(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
@@ -307,32 +310,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -
     return "\n".join(lines)
 
 
-def amount(size: int) -> str:
-    """Format a number of bytes."""
+def format_bytes(size: int) -> str:
+    """Write a number of bytes with a binary unit."""
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 2**power:
             value = size / 2**power
-            return (
-                f"{value:.0f} {unit}"
-                if value >= 100
-                else f"{value:.2g} {unit}"
-                if value < 10
-                else f"{value:.0f} {unit}"
-            )
+            return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
     return f"{size} B"
 
 
-def count(number: int) -> str:
-    """Format a number of weights."""
+def format_weights(number: int) -> str:
+    """Write a number of weights with a decimal unit: 124M."""
     for unit, power in (("B", 9), ("M", 6), ("K", 3)):
-        # From where three digits would round up to it.
+        # Numbers that three digits would round up to the unit have it too.
         if number >= 0.9995 * 10**power:
             return f"{max(number / 10**power, 1):.3g}{unit}"
     return str(number)
 
 
-def span(seconds: float) -> str:
-    """Format a time that is known roughly only."""
+def rough_duration(seconds: float) -> str:
+    """Write a time that is known only roughly."""
     if seconds < 1:
         return "1 s"
     if seconds < 90:
@@ -346,8 +343,8 @@ def span(seconds: float) -> str:
 
 
 def shortened(name: str) -> str:
-    """Return a name that is short enough for a table: its beginning and its end."""
-    return name if len(name) <= NAME else f"{name[: NAME - 17]}...{name[-14:]}"
+    """Cut the middle out of a name that is too long for a table."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 17]}...{name[-14:]}"
 
 
 def _listed(texts: Sequence[str]) -> str:
@@ -357,7 +354,7 @@ def _listed(texts: Sequence[str]) -> str:
 def _wrapped(text: str, indent: str = "", hang: str | None = None) -> str:
     return textwrap.fill(
         " ".join(map(printable, text.splitlines())),
-        WIDTH,
+        TEXT_WIDTH,
         initial_indent=indent,
         subsequent_indent=indent if hang is None else hang,
         break_long_words=False,

@@ -16,20 +16,30 @@ from lensjax.finetune.search import parallel_trials
 from lensjax.finetune.sharding import UnevenBatchError, decide
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.defaults import ADAPTED
-from lensjax.select.dry_run.duration import Shapes, layers_of
-from lensjax.select.dry_run.forecast import MemoryNeed, amount
+from lensjax.select.dry_run.duration import BatchShapes, total_layers
+from lensjax.select.dry_run.forecast import MemoryNeed, format_bytes
 from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Prepared
 
-PROCESS_BYTES = (650 * 2**20, 32 * 2**20)  # of a process that has compiled: in any case, and for each layer
-REMEDY = "Choose a --batch-size (or --micro-batch) that is a multiple of their number, or --sharding auto."
-SHORTEST = 16  # tokens that a remedy shortens samples to
+PROCESS_BYTES = (650 * 2**20, 32 * 2**20)  # of a process that has compiled: constant part, and part for each layer
+UNEVEN_REMEDY = "Choose a --batch-size (or --micro-batch) that is a multiple of their number, or --sharding auto."
+SHORTEST_ROWS = 16  # no remedy proposes a smaller --max-length
+Change = tuple[str, dict[str, Any]]
+"""What to type, and the settings that it changes."""
 
 
 class MemoryEstimate:
-    """What one candidate needs of memory, as it is asked for and with changes."""
+    """How much memory fine-tuning one candidate needs, with the settings asked for and with changed ones.
 
-    def __init__(self, prepared: Prepared, candidate: Candidate, shapes: Shapes, machine: Machine) -> None:
+    Attributes
+    ----------
+    devices : int
+        Devices that share a batch; known once `need` was called, as is the next.
+    full : bool
+        Whether they share the weights too.
+    """
+
+    def __init__(self, prepared: Prepared, candidate: Candidate, shapes: BatchShapes, machine: Machine) -> None:
         self.prepared, self.candidate, self.shapes, self.machine = prepared, candidate, shapes, machine
         self.plan = dataclasses.replace(prepared.request.plan, lora=candidate.lora)
         self.batch_sizes = [size for size, _ in prepared.request.search.grid(self.plan)]
@@ -37,7 +47,7 @@ class MemoryEstimate:
 
     @property
     def basis(self) -> str:
-        """How memory was estimated."""
+        """A sentence on how memory was estimated."""
         where = (
             "the process and what compiling takes are in it, and it is compared with what is free now"
             if self.machine.platform == "cpu"
@@ -73,11 +83,11 @@ class MemoryEstimate:
     def _footprint(
         self, plan: Plan, length: int, batch_size: int | None = None, limit: float = math.inf
     ) -> tuple[Footprint, int]:
-        """Return the memory of one device, and how many devices have it of the same memory."""
+        """Return the memory that one device needs, and how many devices need it from the same memory."""
         platform = self.machine.platform
         devices, full = self._place(plan)
         copies = devices if platform == "cpu" else 1
-        found = footprint(
+        per_device = footprint(
             self.candidate.config,
             plan,
             batch_size=batch_size or max(self.batch_sizes),
@@ -88,10 +98,10 @@ class MemoryEstimate:
             parallel_trials=self._parallel_trials(plan, devices),
             limit=limit / copies,
         )
-        return found, copies
+        return per_device, copies
 
     def _parallel_trials(self, plan: Plan, devices: int) -> int:
-        """Return how many learning rates are trained at once by a plan, if so many devices share a batch."""
+        """Return how many learning rates a plan trains at once if a batch is shared by that number of devices."""
         search = self.prepared.request.search
         total, trained = weight_counts(self.candidate.config, plan.lora)
         return parallel_trials(
@@ -106,108 +116,114 @@ class MemoryEstimate:
 
     @property
     def _process(self) -> int:
+        """Bytes of the process itself, as far as it shares the devices' memory."""
         if self.machine.platform != "cpu":
             return 0
-        return PROCESS_BYTES[0] + PROCESS_BYTES[1] * layers_of(self.candidate)
+        return PROCESS_BYTES[0] + PROCESS_BYTES[1] * total_layers(self.candidate)
 
     def need(self) -> MemoryNeed:
-        """Return what the candidate needs, and a remedy if it does not fit."""
+        """Return the memory that the candidate needs, with a remedy if it does not fit."""
         candidate, available = self.candidate, self.machine.memory
         try:
             self.devices, self.full = self._place(self.plan)
-            found, copies = self._footprint(self.plan, self.shapes.longest)
+            per_device, copies = self._footprint(self.plan, self.shapes.longest)
         except InputError as error:
-            # What training would refuse of this candidate.
+            # Training would refuse this candidate too.
             parts = dict.fromkeys(("weights", "optimiser", "working", "process"), 0)
             own = {"parameters": candidate.parameters, "trainable": candidate.trainable, **parts}
-            return MemoryNeed(candidate.name, **own, available=available, problem=str(error), remedy=REMEDY)
+            return MemoryNeed(candidate.name, **own, available=available, problem=str(error), remedy=UNEVEN_REMEDY)
         need = MemoryNeed(
             name=candidate.name,
             parameters=candidate.parameters,
             trainable=candidate.trainable,
-            weights=copies * found.weights,
-            optimiser=copies * found.optimiser,
-            working=copies * found.working,
+            weights=copies * per_device.weights,
+            optimiser=copies * per_device.optimiser,
+            working=copies * per_device.working,
             process=self._process,
             available=available,
             download=0 if candidate.listing is None else candidate.listing.missing,
         )
         if available is None or need.memory <= available:
             return need
-        problem = f"it needs about {amount(need.memory)} of memory, and {amount(available)} are free."
+        problem = f"it needs about {format_bytes(need.memory)} of memory, and {format_bytes(available)} are free."
         return dataclasses.replace(need, problem=problem, remedy=self._remedy(available))
 
-    def _changes(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        """Return kinds of changes, the cheapest first, and of each the flags to type, the mildest first."""
-        plan, count = self.plan, self.machine.devices
-        micro = math.gcd(*self.batch_sizes)
-        most = min(plan.micro_batch or max(self.batch_sizes), max(self.batch_sizes))
-        sizes = [m for m in range(most - 1, 0, -1) if micro % m == 0]
-        changes: dict[str, list[tuple[str, dict[str, Any]]]] = {
-            "micro": [(f"--micro-batch {m}", {"micro_batch": m}) for m in sizes]
-        }
+    def _changes(self) -> dict[str, list[Change]]:
+        """Return kind -> changes of settings that save memory.
+
+        The kinds are in the order in which they are tried, those first that cost the user least; so are the changes of
+        a kind.
+        """
+        plan = self.plan
+        common_divisor = math.gcd(*self.batch_sizes)
+        current = min(plan.micro_batch or max(self.batch_sizes), max(self.batch_sizes))
+        smaller = [m for m in range(current - 1, 0, -1) if common_divisor % m == 0]
+        changes: dict[str, list[Change]] = {"micro": [(f"--micro-batch {m}", {"micro_batch": m}) for m in smaller]}
         if self.machine.platform != "cpu" and plan.precision == "float32":
             changes["half"] = [("--precision bfloat16", {"precision": "bfloat16"})]
         if plan.lora is None:
             name = shlex.quote(self.candidate.asked + ADAPTED)
             changes["lora"] = [(f"--models ... {name} in its place", {"lora": self.prepared.request.lora})]
         lengths = []
-        # With packed texts, shorter rows lose nothing; else the inputs must fit, and what does not fit is cut off.
-        free = self.shapes.tokens.train.packed or self.prepared.summary is not None
-        least = SHORTEST if free else max(SHORTEST, self.shapes.longest_prompt + 2)
+        # Packed texts may have rows of any length; otherwise prompts must fit, and targets are cut.
+        any_length = self.shapes.tokens.train.packed or self.prepared.summary is not None
+        least = SHORTEST_ROWS if any_length else max(SHORTEST_ROWS, self.shapes.longest_prompt + 2)
         length = self.shapes.longest // 2
         while length // 8 * 8 >= least:
             lengths.append((f"--max-length {length // 8 * 8}", {"length": length // 8 * 8}))
             length //= 2
         changes["length"] = lengths
-        if count > 1 and not self.full:
+        if self.machine.devices > 1 and not self.full:
             changes["full"] = [("--sharding full", {"sharding": "full"})]
         if len(self.batch_sizes) == 1:
-            # Evaluations take a batch whole, whatever the micro-batch.
+            # A micro-batch does not help evaluations, which compute a whole batch at once.
             halves = itertools.takewhile(lambda size: size > 0, (self.batch_sizes[0] >> n for n in range(1, 16)))
             changes["batch"] = [(f"--batch-size {size}", {"batch_size": size}) for size in halves]
-        return {kind: made for kind, made in changes.items() if made}
+        return {kind: own for kind, own in changes.items() if own}
 
     def _remedy(self, available: int) -> str:
-        every = self._changes()
+        """Return the sentence that says which settings make the candidate fit; as few changes as possible."""
+        all_changes = self._changes()
 
-        def usable(kinds: Collection[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-            """Return the changes of these kinds that leave each device something to do, if devices share the work.
+        def divisible(kinds: Collection[str]) -> dict[str, list[Change]]:
+            """Return the changes of these kinds whose batches can be divided among the devices.
 
-            With fewer samples at once than that, fewer devices would share, and memory would be needed for more.
+            Others would leave devices idle, so that the remaining ones need more memory.
             """
             devices = self.machine.devices if "full" in kinds else self.devices
-            found = {}
+            allowed = {}
             for kind in kinds:
-                sizes = ({"micro_batch", "batch_size"} & change.keys() for _, change in every[kind])
-                pairs = zip(every[kind], sizes, strict=True)
-                found[kind] = [c for c, names in pairs if all(c[1][name] % devices == 0 for name in names)]
-            return found
+                sizes = ({"micro_batch", "batch_size"} & settings.keys() for _, settings in all_changes[kind])
+                pairs = zip(all_changes[kind], sizes, strict=True)
+                allowed[kind] = [c for c, names in pairs if all(c[1][name] % devices == 0 for name in names)]
+            return allowed
 
-        def needed(choice: Iterable[tuple[str, dict[str, Any]]]) -> float:
+        def memory_with(choice: Iterable[Change]) -> float:
+            """Return the bytes needed with these changes; infinite if training would refuse them."""
             settings = {name: value for _, change in choice for name, value in change.items()}
             length = settings.pop("length", self.shapes.longest)
             batch_size = settings.get("batch_size")
             plan = dataclasses.replace(self.plan, **settings)
             try:
-                found, copies = self._footprint(plan, length, batch_size, available)
+                per_device, copies = self._footprint(plan, length, batch_size, available)
             except InputError:
                 return math.inf
-            return copies * found.total + self._process
+            return copies * per_device.total + self._process
 
         nothing = "No setting makes it fit: leave this candidate out, or use a machine with more memory."
-        together = (usable(every), usable(every.keys() - {"full"}))
-        if all(needed([made[-1] for made in changes.values() if made]) > available for changes in together):
+        # Tracing takes time: first all changes together, each the strongest of its kind.
+        together = (divisible(all_changes), divisible(all_changes.keys() - {"full"}))
+        if all(memory_with([own[-1] for own in changes.values() if own]) > available for changes in together):
             return nothing
-        for number in range(1, len(every) + 1):
-            for kinds in itertools.combinations(every, number):
-                changes = usable(kinds)
-                # If the strongest of them do not help, none does.
-                if not all(changes.values()) or needed([changes[kind][-1] for kind in kinds]) > available:
+        for number in range(1, len(all_changes) + 1):
+            for kinds in itertools.combinations(all_changes, number):
+                changes = divisible(kinds)
+                # If the strongest change of each kind does not help, weaker ones do not either.
+                if not all(changes.values()) or memory_with([changes[kind][-1] for kind in kinds]) > available:
                     continue
-                # Micro-batches change nothing but the speed: with another change, the smallest is tried at once.
-                mild = (changes[k][-1:] if number > 1 and k == "micro" else changes[k] for k in kinds)
-                choice = next(c for c in itertools.product(*mild) if needed(c) <= available)
+                # Micro-batches change only the speed: together with another change, the smallest is tried at once.
+                tried = (changes[k][-1:] if number > 1 and k == "micro" else changes[k] for k in kinds)
+                choice = next(c for c in itertools.product(*tried) if memory_with(c) <= available)
                 texts = " and ".join(text for text, _ in choice)
                 why = {
                     "micro": "fewer samples at once; the result is the same, up to rounding",
@@ -218,5 +234,5 @@ class MemoryEstimate:
                     "batch": "fewer samples in a step, for all candidates",
                 }
                 reasons = "; ".join(why[kind] for kind in kinds)
-                return f"Remedy: {texts} ({reasons}). It then needs about {amount(int(needed(choice)))}."
+                return f"Remedy: {texts} ({reasons}). It then needs about {format_bytes(int(memory_with(choice)))}."
         return nothing

@@ -18,10 +18,19 @@ from lensjax.journal import JOURNAL, Journal, Run
 from lensjax.models import Lora
 from lensjax.select.budget import Budget
 from lensjax.select.dry_run import estimate as module
-from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, Shapes
+from lensjax.select.dry_run.duration import COMPILE_SECONDS, START_SECONDS, BatchShapes
 from lensjax.select.dry_run.estimate import dry_run
-from lensjax.select.dry_run.forecast import AS_IT_IS, CHOICE, KERNEL, LATER, VERIFICATION, amount, count, span
-from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, matmul_speed, this_machine
+from lensjax.select.dry_run.forecast import (
+    AS_IT_IS,
+    CHOICE,
+    KERNEL,
+    LATER,
+    VERIFICATION,
+    format_bytes,
+    format_weights,
+    rough_duration,
+)
+from lensjax.select.dry_run.machine import Machine, available_memory, free_disk, inspect_machine, matmul_speed
 from lensjax.select.records import run_key
 from lensjax.select.request import Request, prepare
 from lensjax.tasks import Encoded, batches
@@ -42,12 +51,12 @@ def request_of(tiny_models, tiny_task, tmp_path):
 
 
 @pytest.fixture
-def foretold(request_of):
-    def foretold(*candidates, machine=HERE, **options):
+def dry_run_of(request_of):
+    def dry_run_of(*candidates, machine=HERE, **options):
         request = request_of(*candidates, **options)
         return dry_run(request, request.out, machine=machine)
 
-    return foretold
+    return dry_run_of
 
 
 def flags(request):
@@ -67,23 +76,23 @@ def test_a_place_where_nothing_can_be_made_is_refused(request_of, tiny_task, tmp
         dry_run(request_of(), tmp_path / "a" / "b", machine=HERE)
 
 
-def listed(found, *purposes):
-    return [(r.candidate, r.size) for r in found.runs if r.purpose in (purposes or (AS_IT_IS, CHOICE, LATER))]
+def listed(forecast, *purposes):
+    return [(r.candidate, r.size) for r in forecast.runs if r.purpose in (purposes or (AS_IT_IS, CHOICE, LATER))]
 
 
-def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of, command):
+def test_planned_runs_are_the_ones_made_and_are_not_planned_again(request_of, command):
     request = request_of()
-    found = dry_run(request, request.out, machine=HERE)
-    assert not request.out.exists()  # looking leaves nothing behind
+    forecast = dry_run(request, request.out, machine=HERE)
+    assert not request.out.exists()  # a dry run writes nothing
     status, _ = command(*flags(request), "--in-process", "--quiet")
     assert status == 0
-    made = [json.loads(line) for line in (request.out / JOURNAL).read_text().splitlines()]
-    assert {(r["candidate"], r["size"]) for r in made} == set(listed(found))
+    records = [json.loads(line) for line in (request.out / JOURNAL).read_text().splitlines()]
+    assert {(r["candidate"], r["size"]) for r in records} == set(listed(forecast))
     # Two passes are all there are, and none stops before: what is possible at most is what was spent.
-    spent = {(r["candidate"], r["size"]): r["flops"] for r in made}
-    assert {(r.candidate, r.size): r.flops for r in found.runs} == spent
-    assert found.flops == (sum(spent.values()),) * 2
-    assert all(r.seconds > 0 for r in found.runs)
+    spent = {(r["candidate"], r["size"]): r["flops"] for r in records}
+    assert {(r.candidate, r.size): r.flops for r in forecast.runs} == spent
+    assert forecast.flops == (sum(spent.values()),) * 2
+    assert all(r.seconds > 0 for r in forecast.runs)
 
     journal = request.out / JOURNAL
     journal.write_bytes(journal.read_bytes() + b'{"key": "torn')
@@ -97,7 +106,7 @@ def test_what_is_foretold_is_what_is_run_and_it_is_not_foretold_again(request_of
     assert all(r.done for r in again.runs)
     assert (again.flops, again.seconds) == ((0, 0), (0, 0))
     assert "Every run is done already" in again.render()
-    assert found.fits
+    assert forecast.fits
     assert again.fits
     # What is finished needs no memory.
     tight = dataclasses.replace(HERE, memory=100 * 2**20)
@@ -131,11 +140,11 @@ def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
     fresh = dry_run(request, request.out, machine=HERE)
     assert "multiplied float32 matrices at 100 GFLOP/s" in fresh.basis["Time"]
     recorded(request, (50.0, 200.0))
-    found = dry_run(request, request.out, machine=HERE)
-    assert "from the 2 finished runs in the run directory" in found.basis["Time"]
-    assert {(r.candidate, r.size) for r in found.runs if r.done} == {("tiny-8", 10), ("tiny-16", 10)}
-    assert all(r.seconds == 0 for r in found.runs if r.done)
-    times = {r.candidate: r.seconds for r in found.runs if r.size == 20}
+    forecast = dry_run(request, request.out, machine=HERE)
+    assert "from the 2 finished runs in the run directory" in forecast.basis["Time"]
+    assert {(r.candidate, r.size) for r in forecast.runs if r.done} == {("tiny-8", 10), ("tiny-16", 10)}
+    assert all(r.seconds == 0 for r in forecast.runs if r.done)
+    times = {r.candidate: r.seconds for r in forecast.runs if r.size == 20}
     by_machine = max(r.seconds for r in fresh.runs if r.size == 20)
     assert times["tiny-16"] > 2 * times["tiny-8"] > 4 * by_machine
     # One that has no runs yet is taken to be as fast as the others.
@@ -146,19 +155,19 @@ def test_the_speed_of_finished_runs_counts_instead_of_the_machines(request_of):
     assert by_machine < other["tiny-16"] < times["tiny-16"]
 
 
-def test_runs_that_took_as_long_as_was_foretold_change_nothing(request_of):
+def test_runs_that_took_as_long_as_estimated_change_nothing(request_of):
     request = request_of(verify=True)
     fresh = dry_run(request, request.out, machine=HERE)
-    shapes = Shapes(next(iter(prepare(request).tokens.values())))
+    shapes = BatchShapes(next(iter(prepare(request).tokens.values())))
     start = START_SECONDS + len(shapes.buckets) * (COMPILE_SECONDS[0] + COMPILE_SECONDS[1])  # of one layer
     of = {(r.candidate, r.size): r.seconds for r in fresh.runs}
     for size, more in ((10, start), (20, 0.0)):
         recorded(request, [of[name, size] + more for name in ("tiny-8", "tiny-16")], size)
-    found = dry_run(request, request.out, machine=HERE)
-    assert "from the 4 finished runs" in found.basis["Time"]
-    for run in found.runs:
+    forecast = dry_run(request, request.out, machine=HERE)
+    assert "from the 4 finished runs" in forecast.basis["Time"]
+    for run in forecast.runs:
         assert run.seconds == (0 if run.done else pytest.approx(of[run.candidate, run.size], rel=1e-6))
-    assert sum(run.done for run in found.runs) == 4
+    assert sum(run.done for run in forecast.runs) == 4
 
 
 def test_another_selections_directory_is_refused_as_by_the_selection(request_of, command, tmp_path):
@@ -186,25 +195,25 @@ def test_another_selections_directory_is_refused_as_by_the_selection(request_of,
         ({"micro_batch": 3}, "micro-batch 3 does not divide the batch size 8"),
     ],
 )
-def test_plans_that_cannot_be_meant_are_refused(foretold, change, message):
+def test_impossible_plans_are_refused(dry_run_of, change, message):
     with pytest.raises(InputError, match=message):
-        foretold(plan=dataclasses.replace(PLAN, **change))
+        dry_run_of(plan=dataclasses.replace(PLAN, **change))
 
 
-def test_methods_need_what_they_need(foretold):
+def test_each_method_plans_the_runs_that_it_needs(dry_run_of):
     sizes = {"smallest": 5, "visible": 40}
-    everything = foretold(method="averaged", **sizes)
+    everything = dry_run_of(method="averaged", **sizes)
     assert listed(everything) == [(n, s) for s in (0, 5, 10, 20, 40) for n in ("tiny-8", "tiny-16")]
     assert all(r.sure for r in everything.runs)
-    one = foretold(method="subtuning", **sizes)
+    one = dry_run_of(method="subtuning", **sizes)
     assert listed(one, CHOICE) == [("tiny-8", 40), ("tiny-16", 40)]
-    untrained = foretold(method="zero_shot", **sizes)
+    untrained = dry_run_of(method="zero_shot", **sizes)
     assert listed(untrained, CHOICE) == []
     said = " ".join(untrained.render().split())
     assert "No candidate is fine-tuned for the choice: method zero_shot" in said
     assert "Each candidate is fine-tuned on" not in said
     assert "Each candidate is fine-tuned on 40 samples," in " ".join(one.render().split())
-    lens = foretold(method="lens", **sizes)  # from the largest downwards, three at least
+    lens = dry_run_of(method="lens", **sizes)  # from the largest downwards, three at least
     assert {r.size for r in lens.runs if r.purpose == CHOICE and r.sure} == {10, 20, 40}
     assert [r.size for r in lens.runs if not r.sure] == [5, 5]
     assert lens.flops[0] < lens.flops[1]
@@ -216,44 +225,44 @@ def test_trials_verification_and_kernels_are_counted(request_of):
     searching = dataclasses.replace(
         plain, search=Search(learning_rates=(1e-3, 1e-2), batch_sizes=(4, 8)), verify=True, tangents=5
     )
-    once, found = (dry_run(r, None, machine=HERE) for r in (plain, searching))
+    once, forecast = (dry_run(r, None, machine=HERE) for r in (plain, searching))
     for size in (10, 20):
-        single, four = ([r.flops for r in f.runs if r.size == size] for f in (once, found))
+        single, four = ([r.flops for r in f.runs if r.size == size] for f in (once, forecast))
         assert four == [4 * flops for flops in single]
-    assert {r.trials for r in found.runs if r.purpose == CHOICE} == {4}
+    assert {r.trials for r in forecast.runs if r.purpose == CHOICE} == {4}
     prepared = prepare(searching)
     train = next(iter(prepared.tokens.values())).train
     small = prepared.candidates[0]
-    (verification,) = [r for r in found.runs if r.purpose == VERIFICATION and r.candidate == small.name]
+    (verification,) = [r for r in forecast.runs if r.purpose == VERIFICATION and r.candidate == small.name]
     assert verification.size == 100
     assert verification.flops == 6 * small.parameters * int(train.token_counts.sum()) * 2 * 4
-    (kernel,) = [r for r in found.runs if r.purpose == KERNEL and r.candidate == small.name]
+    (kernel,) = [r for r in forecast.runs if r.purpose == KERNEL and r.candidate == small.name]
     assert kernel.flops == tangent_flops(small.parameters, int(train.first(5).token_counts.sum()), 5)
-    assert "4 x 2" in found.render()
-    assert any("--tangents" in note for note in found.notes)
+    assert "4 x 2" in forecast.render()
+    assert any("--tangents" in note for note in forecast.notes)
     said = "kernel and Hessian trace: 54 for each weight and token, 2 for each weight and pair of samples"
-    assert said in found.basis["FLOPs"]
+    assert said in forecast.basis["FLOPs"]
     assert "Hessian" not in once.basis["FLOPs"]
     tokens = int(train.first(5).token_counts.sum())
     assert tangent_flops(small.parameters, tokens, 5) == small.parameters * (54 * tokens + 2 * 5 * 5)
 
 
-def test_adapters_cost_less_and_are_said(foretold, tiny_models):
-    found = foretold(str(tiny_models[0]), f"{tiny_models[0]}+lora", lora=Lora(rank=2))
-    full, adapted = found.needs
+def test_adapters_cost_less_and_the_text_says_so(dry_run_of, tiny_models):
+    forecast = dry_run_of(str(tiny_models[0]), f"{tiny_models[0]}+lora", lora=Lora(rank=2))
+    full, adapted = forecast.needs
     assert 0 < adapted.trainable < full.trainable < adapted.parameters
-    (whole,), (low,) = ([r for r in found.runs if r.size == 20 and r.candidate == n.name] for n in found.needs)
+    (whole,), (low,) = ([r for r in forecast.runs if r.size == 20 and r.candidate == n.name] for n in forecast.needs)
     assert low.flops * (6 * full.parameters) == pytest.approx(
         whole.flops * (6 * adapted.trainable + 4 * (adapted.parameters - adapted.trainable))
     )
-    assert "(4 for each frozen one)" in found.basis["FLOPs"]
+    assert "(4 for each frozen one)" in forecast.basis["FLOPs"]
     assert adapted.optimiser < full.optimiser / 4
 
 
-def test_a_race_trains_everyone_on_small_subsets_and_the_budget_caps_the_rest(foretold):
+def test_a_race_trains_everyone_on_small_subsets_and_the_budget_caps_the_rest(dry_run_of):
     plan = dataclasses.replace(PLAN, max_epochs=1)
     options = {"smallest": 2, "visible": None, "target": 100, "plan": plan}
-    free = foretold(budget=Budget("share", 0.9), **options)
+    free = dry_run_of(budget=Budget("share", 0.9), **options)
     # A hundred samples: 2 and 4 for all, 100 / 8 for those that may still win.
     assert {(r.size, r.purpose, r.sure) for r in free.runs} == {
         (2, CHOICE, True),
@@ -262,42 +271,42 @@ def test_a_race_trains_everyone_on_small_subsets_and_the_budget_caps_the_rest(fo
     }
     assert free.flops[1] == pytest.approx(sum(r.flops for r in free.runs))
     assert free.flops[0] == pytest.approx(sum(r.flops for r in free.runs if r.sure))
-    tight = foretold(budget=Budget("share", 0.1), **options)
+    tight = dry_run_of(budget=Budget("share", 0.1), **options)
     weights = {n.name: n.parameters for n in tight.needs}
     left = 0.1 * sum(weights.values()) * 100 - sum(6 * w for w in weights.values())
     dearest = max(r.flops / (weights[r.candidate] * r.size) for r in tight.runs if not r.sure)
     assert tight.flops[0] == free.flops[0]
     assert tight.flops[0] < tight.flops[1] <= tight.flops[0] + left * dearest * (1 + 1e-9) < free.flops[1]
-    flops = foretold(budget=Budget("flops", 1.5 * 2 * free.flops[0]), **options)
+    flops = dry_run_of(budget=Budget("flops", 1.5 * 2 * free.flops[0]), **options)
     assert flops.flops[1] <= 1.5 * 2 * free.flops[0]
     assert "up to 2" in tight.render()
     assert "The choice may cost 0.1 of fine-tuning all on all samples." in " ".join(tight.render().split())
-    timed = foretold(budget=Budget("seconds", 30.0), **options)
+    timed = dry_run_of(budget=Budget("seconds", 30.0), **options)
     assert timed.seconds[1] <= 30
 
 
-def test_a_budget_leaves_out_the_sizes_that_it_does_not_pay_for(foretold):
+def test_a_budget_leaves_out_the_sizes_that_it_does_not_pay_for(dry_run_of):
     options = {"smallest": 5, "visible": 40, "method": "lens"}
-    everything = foretold(**options)
+    everything = dry_run_of(**options)
     # As a selection counts it: the retry of a run that diverges is paid for in advance.
     three = 2 * sum(r.flops for r in everything.runs if r.size in (5, 10, 20))
-    found = foretold(budget=Budget("flops", 1.2 * three), **options)
-    assert {r.size for r in found.runs if r.purpose == CHOICE} == {5, 10, 20}
-    assert any("subsets of 40 samples and more" in note for note in found.notes)
+    forecast = dry_run_of(budget=Budget("flops", 1.2 * three), **options)
+    assert {r.size for r in forecast.runs if r.purpose == CHOICE} == {5, 10, 20}
+    assert any("subsets of 40 samples and more" in note for note in forecast.notes)
     with pytest.raises(InputError, match="alone may cost up to"):
-        foretold(budget=Budget("flops", 0.5 * three), **options)
+        dry_run_of(budget=Budget("flops", 0.5 * three), **options)
 
 
 def test_batches_are_those_that_training_makes(request_of):
     prepared = prepare(request_of())
     tokens = next(iter(prepared.tokens.values()))
-    shapes = Shapes(tokens)
+    shapes = BatchShapes(tokens)
     for part, size in ((tokens.train, 20), (tokens.train, 10), (tokens.validation, 20)):
         made = [b["labels"].shape for b in batches(part.first(size), batch_size=8, buckets=tokens.buckets, pad_id=0)]
         assert shapes.batches(part, size, 8) == {length: made.count((8, length)) for _, length in set(made)}
-    assert shapes.trained(20) == sum(len(ids) for ids in tokens.train.ids[:20])
+    assert shapes.training_tokens(20) == sum(len(ids) for ids in tokens.train.ids[:20])
     texts = Encoded(tuple(np.ones(n, np.int32) for n in (5, 30, 17, 9)), np.zeros(4, int), 0, packed=16)
-    packed = Shapes(dataclasses.replace(tokens, train=texts, validation=texts, test=texts))
+    packed = BatchShapes(dataclasses.replace(tokens, train=texts, validation=texts, test=texts))
     made = [b["labels"].shape for b in batches(texts, batch_size=2, buckets=(16,), pad_id=0)]
     assert packed.batches(texts, 4, 2) == {16: len(made)}
 
@@ -316,9 +325,9 @@ def typed(remedy):
     return plan, {"max_length": int(length[1])} if length else {}, "+lora in its place" in remedy
 
 
-def applied(request, found, machine):
+def applied(request, forecast, machine):
     """Give the command again, with the remedy of its first candidate."""
-    plan, more, adapters = typed(found.needs[0].remedy)
+    plan, more, adapters = typed(forecast.needs[0].remedy)
     names = (request.models[0] + "+lora" * adapters, *request.models[1:])
     plan = dataclasses.replace(request.plan, **plan)
     again = dry_run(dataclasses.replace(request, models=names, plan=plan, **more), None, machine=machine)
@@ -351,15 +360,15 @@ def test_the_remedy_is_the_first_that_works_and_it_works(
     # What is missing: a third of the weights, or a part of all else.
     less = need.memory - (need.weights // 3 if wide else need.working // 4)
     tight = dataclasses.replace(roomy, memory=less)
-    found = dry_run(request, None, machine=tight)
-    bad = found.needs[0]
+    forecast = dry_run(request, None, machine=tight)
+    bad = forecast.needs[0]
     assert not bad.fits
-    assert not found.fits
-    assert bad.problem == f"it needs about {amount(need.memory)} of memory, and {amount(less)} are free."
+    assert not forecast.fits
+    assert bad.problem == f"it needs about {format_bytes(need.memory)} of memory, and {format_bytes(less)} are free."
     # What is to be typed is what was typed.
     assert bad.remedy.startswith(f"Remedy: {first.replace('wide', str(wide_model))}")
-    assert applied(request, found, tight).fits
-    assert "NOT FIT" in found.render()
+    assert applied(request, forecast, tight).fits
+    assert "NOT FIT" in forecast.render()
 
 
 def test_half_precision_is_a_remedy_where_devices_have_it(tiny_models, request_of, wide_model):
@@ -370,8 +379,8 @@ def test_half_precision_is_a_remedy_where_devices_have_it(tiny_models, request_o
     in_half = dataclasses.replace(request, plan=dataclasses.replace(plan, precision="bfloat16"))
     whole, half = (dry_run(r, None, machine=gpu).needs[0].memory for r in (request, in_half))
     assert half < whole
-    found = dry_run(request, None, machine=dataclasses.replace(gpu, memory=half))
-    assert found.needs[0].remedy.startswith("Remedy: --precision bfloat16 (")
+    forecast = dry_run(request, None, machine=dataclasses.replace(gpu, memory=half))
+    assert forecast.needs[0].remedy.startswith("Remedy: --precision bfloat16 (")
     cpu = dry_run(request, None, machine=dataclasses.replace(HERE, memory=600 * 2**20))
     assert "bfloat16" not in cpu.needs[0].remedy
 
@@ -384,32 +393,32 @@ def test_the_mildest_micro_batch_that_works_is_named(request_of, wide_model):
         plan = dataclasses.replace(request.plan, micro_batch=micro)
         of[micro] = dry_run(dataclasses.replace(request, plan=plan), None, machine=HERE).needs[0].memory
     assert of[None] > of[8] > of[4] > of[2]
-    found = dry_run(request, None, machine=dataclasses.replace(HERE, memory=of[4]))
-    assert found.needs[0].remedy.startswith("Remedy: --micro-batch 4 (")
+    forecast = dry_run(request, None, machine=dataclasses.replace(HERE, memory=of[4]))
+    assert forecast.needs[0].remedy.startswith("Remedy: --micro-batch 4 (")
 
 
-def test_changes_are_combined_where_one_does_not_do(request_of, wide_model, tiny_models):
+def test_changes_are_combined_where_one_is_not_enough(request_of, wide_model, tiny_models):
     request = request_of(str(wide_model), str(tiny_models[0]), plan=dataclasses.replace(PLAN, batch_size=32))
     adapted = dataclasses.replace(request, models=(f"{wide_model}+lora", str(tiny_models[0])))
     plan = dataclasses.replace(request.plan, micro_batch=1)
     least = dry_run(dataclasses.replace(adapted, plan=plan), None, machine=HERE).needs[0].memory
     tight = dataclasses.replace(HERE, memory=least)
-    found = dry_run(request, None, machine=tight)
-    assert found.needs[0].remedy.startswith(
+    forecast = dry_run(request, None, machine=tight)
+    assert forecast.needs[0].remedy.startswith(
         f"Remedy: --micro-batch 1 and --models ... {wide_model}+lora in its place ("
     )
-    assert applied(request, found, tight).fits
+    assert applied(request, forecast, tight).fits
 
 
-def test_where_nothing_helps_that_is_said(request_of, wide_model, tiny_models):
+def test_the_text_says_if_no_setting_helps(request_of, wide_model, tiny_models):
     request = request_of(str(wide_model), str(tiny_models[0]))
-    found = dry_run(request, None, machine=dataclasses.replace(HERE, memory=100 * 2**20))
-    assert all(not need.fits for need in found.needs)
-    assert found.needs[0].remedy.startswith("No setting makes it fit: leave this candidate out")
-    assert "2 of 2 candidates do NOT FIT" in found.render()
+    forecast = dry_run(request, None, machine=dataclasses.replace(HERE, memory=100 * 2**20))
+    assert all(not need.fits for need in forecast.needs)
+    assert forecast.needs[0].remedy.startswith("No setting makes it fit: leave this candidate out")
+    assert "2 of 2 candidates do NOT FIT" in forecast.render()
 
 
-def test_devices_share_the_work_and_what_they_cannot_share_is_said(request_of):
+def test_devices_share_batches_and_uneven_batches_are_a_problem(request_of):
     gpus = Machine("gpu", "a device", 4, 8 * GIB, {"float32": 1e11})
     one, four = (
         dry_run(request_of(), None, machine=dataclasses.replace(gpus, devices=n)).needs[0].working for n in (1, 4)
@@ -425,12 +434,12 @@ def test_devices_share_the_work_and_what_they_cannot_share_is_said(request_of):
     assert "a multiple of their number" in need.remedy
 
 
-def test_unknown_memory_is_no_reason_against(foretold):
-    found = foretold(machine=dataclasses.replace(HERE, memory=None))
-    assert found.fits
-    assert "unknown" in found.render()
+def test_unknown_memory_is_no_problem(dry_run_of):
+    forecast = dry_run_of(machine=dataclasses.replace(HERE, memory=None))
+    assert forecast.fits
+    assert "unknown" in forecast.render()
     # That they fit is not claimed either.
-    assert found.render().startswith("How much memory this machine has is not known")
+    assert forecast.render().startswith("How much memory this machine has is not known")
 
 
 @pytest.fixture
@@ -473,37 +482,37 @@ def test_available_memory_is_what_the_system_and_the_control_groups_leave(tmp_pa
     assert available_memory(tmp_path / "nothing", groups) is None
 
 
-def test_this_machine_says_what_it_has():
-    found = this_machine("auto")
-    assert (found.platform, found.devices) == ("cpu", 1)
-    assert found.memory > 0
-    assert found.speed == {"float32": matmul_speed("float32", 1024)}
-    assert found.speed["float32"] > 1e8
+def test_a_machine_is_described_by_its_own_devices_memory_and_speed():
+    machine = inspect_machine("auto")
+    assert (machine.platform, machine.devices) == ("cpu", 1)
+    assert machine.memory > 0
+    assert machine.speed == {"float32": matmul_speed("float32", 1024)}
+    assert machine.speed["float32"] > 1e8
 
 
 def test_disk_is_that_of_the_nearest_directory_that_exists(tmp_path):
     assert free_disk(tmp_path / "not" / "there")[1] == tmp_path.stat().st_dev
 
 
-def test_a_full_disk_is_a_problem(foretold, monkeypatch):
-    assert foretold().places[0].needed > 0
+def test_a_full_disk_is_a_problem(dry_run_of, monkeypatch):
+    assert dry_run_of().places[0].needed > 0
     monkeypatch.setattr(module, "free_disk", lambda path: (1000, 1))
-    found = foretold()
-    assert not found.fits
-    assert all(need.fits for need in found.needs)
-    (problem,) = found.problems
+    forecast = dry_run_of()
+    assert not forecast.fits
+    assert all(need.fits for need in forecast.needs)
+    (problem,) = forecast.problems
     assert problem.startswith("the disk has 1000 B free, and ")
-    assert "PROBLEM: the disk" in found.render()
+    assert "PROBLEM: the disk" in forecast.render()
 
 
 # What is shown
 
 
-def test_the_text_can_be_read_in_a_terminal(foretold, wide_model, tiny_models):
+def test_the_text_can_be_read_in_a_terminal(dry_run_of, wide_model, tiny_models):
     long = wide_model.parent / ("a-model-with-a-name-that-is-much-too-long-for-any-table-of-this-width")
     shutil.copytree(wide_model, long)
-    found = foretold(str(long), str(tiny_models[0]), verify=True, machine=dataclasses.replace(HERE, memory=2**29))
-    text = found.render()
+    forecast = dry_run_of(str(long), str(tiny_models[0]), verify=True, machine=dataclasses.replace(HERE, memory=2**29))
+    text = forecast.render()
     # Paths are as long as they are, and have lines of their own.
     assert max(len(line) for line in text.splitlines() if not line.startswith("    /")) <= 100
     assert text.splitlines()[0].startswith("2 of 2 candidates do NOT FIT on this machine.")
@@ -516,9 +525,9 @@ def test_the_text_can_be_read_in_a_terminal(foretold, wide_model, tiny_models):
     assert "at most 2 passes each, and the losses tell which will be best on 100." in flat
 
 
-def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_of, command, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "this_machine", lambda _: HERE)
-    file = tmp_path / "found.json"
+def test_the_command_prints_it_and_its_status_tells_whether_everything_fits(request_of, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "inspect_machine", lambda _: HERE)
+    file = tmp_path / "forecast.json"
     status, text = command(*flags(request_of()), "--dry-run", "--json", file)
     assert status == 0
     assert text.startswith("All 2 candidates fit on this machine.")
@@ -530,30 +539,30 @@ def test_the_command_says_it_and_its_status_is_whether_everything_fits(request_o
     assert document["flops"]["sure"] == document["flops"]["at_most"] == sum(r["flops"] for r in document["runs"])
     assert set(document["basis"]) == {"FLOPs", "Time", "Memory"}
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "this_machine", lambda _: dataclasses.replace(HERE, memory=1000))
+    monkeypatch.setattr(module, "inspect_machine", lambda _: dataclasses.replace(HERE, memory=1000))
     assert command(*flags(request_of()), "--dry-run")[0] == 1
 
 
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (amount, 0, "0 B"),
-        (amount, 5 * 2**20, "5 MiB"),
-        (amount, int(5.26 * GIB), "5.3 GiB"),
-        (amount, int(37.4 * GIB), "37 GiB"),
-        (amount, 1023 * GIB, "1023 GiB"),
-        (count, 999, "999"),
-        (count, 999_499, "999K"),
-        (count, 999_500, "1M"),
-        (count, 999_960_000, "1B"),
-        (count, 124_439_808, "124M"),
-        (count, 6_700_000_000, "6.7B"),
-        (span, 0.2, "1 s"),
-        (span, 61, "61 s"),
-        (span, 91, "2 min"),
-        (span, 5400, "1 h 30 min"),
-        (span, 36001, "10 h"),
-        (span, 5 * 86400, "5.0 days"),
+        (format_bytes, 0, "0 B"),
+        (format_bytes, 5 * 2**20, "5 MiB"),
+        (format_bytes, int(5.26 * GIB), "5.3 GiB"),
+        (format_bytes, int(37.4 * GIB), "37 GiB"),
+        (format_bytes, 1023 * GIB, "1023 GiB"),
+        (format_weights, 999, "999"),
+        (format_weights, 999_499, "999K"),
+        (format_weights, 999_500, "1M"),
+        (format_weights, 999_960_000, "1B"),
+        (format_weights, 124_439_808, "124M"),
+        (format_weights, 6_700_000_000, "6.7B"),
+        (rough_duration, 0.2, "1 s"),
+        (rough_duration, 61, "61 s"),
+        (rough_duration, 91, "2 min"),
+        (rough_duration, 5400, "1 h 30 min"),
+        (rough_duration, 36001, "10 h"),
+        (rough_duration, 5 * 86400, "5.0 days"),
     ],
 )
 def test_numbers_are_short(function, value, text):

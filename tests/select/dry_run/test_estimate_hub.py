@@ -96,7 +96,7 @@ def hub(tiny_models, tmp_path, monkeypatch):
     return state
 
 
-def test_no_weights_are_fetched_and_yet_all_is_known(hub, tiny_models, tiny_task, tmp_path):
+def test_everything_is_known_without_downloading_weights(hub, tiny_models, tiny_task, tmp_path):
     request = Request(models=(str(tiny_models[0]), NAME), task=tiny_task, plan=PLAN, out=tmp_path / "out", **SMALL)
     dry = dry_run(request, request.out, machine=HERE)
     assert "*.safetensors" not in hub.fetched
@@ -122,21 +122,21 @@ def test_no_weights_are_fetched_and_yet_all_is_known(hub, tiny_models, tiny_task
 
 def test_adapters_of_a_model_on_the_hub_are_downloaded_once(hub, tiny_task, tmp_path):
     request = Request(models=(NAME, f"{NAME}+lora"), task=tiny_task, plan=PLAN, out=tmp_path / "out", **SMALL)
-    found = dry_run(request, None, machine=HERE)
-    assert found.needs[0].download == found.needs[1].download > 0
-    assert found.places[0].needed == found.needs[0].download
+    forecast = dry_run(request, None, machine=HERE)
+    assert forecast.needs[0].download == forecast.needs[1].download > 0
+    assert forecast.places[0].needed == forecast.needs[0].download
 
 
 def test_a_listing_says_what_would_be_fetched(hub, tiny_models):
-    found = listing(NAME)
-    assert (found.name, found.revision) == (NAME, COMMIT)
-    assert {f.name for f in found.files} == set(hub.files)  # no pickle, nothing in folders
-    assert not found.complete
+    listed = listing(NAME)
+    assert (listed.name, listed.revision) == (NAME, COMMIT)
+    assert {f.name for f in listed.files} == set(hub.files)  # no pickle, nothing in folders
+    assert not listed.complete
     assert listing(tiny_models[0]) is None
     models.resolve(NAME)
-    found = listing(NAME)
-    assert found.complete
-    assert found.missing == 0
+    listed = listing(NAME)
+    assert listed.complete
+    assert listed.missing == 0
 
 
 def test_headers_on_the_hub_show_what_does_not_fit(hub):
@@ -210,42 +210,42 @@ def dataset(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def asked(tiny_models, tmp_path):
-    def asked(**options):
+def dry_run_of(tiny_models, tmp_path):
+    def dry_run_of(**options):
         fields = {"input_field": "question", "target_field": "answer"}
         chosen = {"task": "someone/data", "plan": PLAN, "out": tmp_path / "out", **fields, **SMALL, **options}
         return Request(models=tuple(map(str, tiny_models)), **chosen)
 
-    return asked
+    return dry_run_of
 
 
-def test_the_hub_says_how_many_rows_there_are(dataset, asked):
-    request = asked(smallest=50, visible=200)
-    found = dry_run(request, request.out, machine=HERE)
-    assert (found.train, found.target, found.sizes) == (960, 960, (50, 100, 200))
-    run = next(r for r in found.runs if r.size == 100)
+def test_the_hub_says_how_many_rows_there_are(dataset, dry_run_of):
+    request = dry_run_of(smallest=50, visible=200)
+    forecast = dry_run(request, request.out, machine=HERE)
+    assert (forecast.train, forecast.target, forecast.sizes) == (960, 960, (50, 100, 200))
+    run = next(r for r in forecast.runs if r.size == 100)
     assert run.tokens == 100 * 24  # every sample as long as can be
-    parameters = found.needs[0].parameters
+    parameters = forecast.needs[0].parameters
     assert run.flops == 6 * parameters * 100 * 24 * 2
-    assert any("upper bounds" in note for note in found.notes)
-    places = {p.what: p.needed for p in found.places}
+    assert any("upper bounds" in note for note in forecast.notes)
+    places = {p.what: p.needed for p in forecast.places}
     assert places["data set, from the hub"] == 5000 + 9000
     counted = 4 * 24 * (200 + 20 + 20) + 16 * 240
     assert places["tokens"] == counted
-    own = dry_run(asked(validation_split="validation"), None, machine=HERE)
+    own = dry_run(dry_run_of(validation_split="validation"), None, machine=HERE)
     assert own.train == 980
     assert own.directory is None
-    part = dry_run(asked(split="train[:30%]", limit=250), None, machine=HERE)
+    part = dry_run(dry_run_of(split="train[:30%]", limit=250), None, machine=HERE)
     assert part.train == 210
 
 
-def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, asked):
+def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, dry_run_of):
     dataset.rows = None
     with pytest.raises(InputError, match=r"the hub does not say how many rows its split 'train' has\. Give --limit"):
-        dry_run(asked(), None, machine=HERE)
-    found = dry_run(asked(limit=500), None, machine=HERE)
-    assert found.train == 460
-    assert any("--limit 500 is taken for their number" in note for note in found.notes)
+        dry_run(dry_run_of(), None, machine=HERE)
+    forecast = dry_run(dry_run_of(limit=500), None, machine=HERE)
+    assert forecast.train == 460
+    assert any("--limit 500 is taken for their number" in note for note in forecast.notes)
 
 
 @pytest.mark.parametrize(
@@ -261,35 +261,35 @@ def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, asked):
         ({"smallest": 970, "visible": None}, "the task has 960 training samples, fewer than the smallest subset"),
     ],
 )
-def test_what_a_selection_would_refuse_is_refused(dataset, asked, options, message):
+def test_what_a_selection_would_refuse_is_refused(dataset, dry_run_of, options, message):
     with pytest.raises(InputError, match=message):
-        dry_run(asked(**options), None, machine=HERE)
+        dry_run(dry_run_of(**options), None, machine=HERE)
 
 
-def test_nested_fields_are_found(dataset, asked):
-    found = dry_run(asked(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
-    assert found.train == 960
+def test_nested_fields_are_found(dataset, dry_run_of):
+    forecast = dry_run(dry_run_of(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
+    assert forecast.train == 960
 
 
-def test_texts_are_taken_for_as_long_as_their_bytes_say(dataset, asked):
-    request = asked(input_field=None, target_field=None, text_field="text")
-    found = dry_run(request, None, machine=HERE)
-    run = next(r for r in found.runs if r.size == 20)
+def test_lengths_of_texts_are_estimated_from_their_bytes(dataset, dry_run_of):
+    request = dry_run_of(input_field=None, target_field=None, text_field="text")
+    forecast = dry_run(request, None, machine=HERE)
+    run = next(r for r in forecast.runs if r.size == 20)
     assert run.tokens == 20 * 30  # 90 bytes a text
-    assert any("30 tokens are assumed for each" in note for note in found.notes)
+    assert any("30 tokens are assumed for each" in note for note in forecast.notes)
     prepared = prepare(request, fetch=False)
     assert prepared.summary.tokens == 30
 
 
-def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, asked, monkeypatch):
+def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, dry_run_of, monkeypatch):
     dataset.cache.mkdir()
     rows = [{"question": f"{n} and {n}", "answer": f"{2 * n}"} for n in range(100)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    request = asked()
-    found = dry_run(request, request.out, machine=HERE)
-    assert found.train == 60
-    assert not any("upper bounds" in note for note in found.notes)
+    request = dry_run_of()
+    forecast = dry_run(request, request.out, machine=HERE)
+    assert forecast.train == 60
+    assert not any("upper bounds" in note for note in forecast.notes)
     real = prepare(request)
     lengths = np.cumsum(next(iter(real.tokens.values())).train.token_counts)
-    assert next(r for r in found.runs if r.size == 20).tokens == lengths[19]
-    assert json.loads(json.dumps(found.as_dict()))["train"] == 60
+    assert next(r for r in forecast.runs if r.size == 20).tokens == lengths[19]
+    assert json.loads(json.dumps(forecast.as_dict()))["train"] == 60
