@@ -207,7 +207,7 @@ def test_shards(mistake):
 )
 def test_weights_that_do_not_fit(mistake, edit, problem):
     change(edit)
-    assert mistake(lines=3) == (f"two: the checkpoint does not fit its config.json, 1 problem:\n  {problem}\n{SAVED}")
+    assert mistake(lines=3) == (f"two: the checkpoint does not fit its config.json, 1 problem:\n  {problem}\n  {SAVED}")
 
 
 def test_the_configuration_of_a_larger_model(mistake):
@@ -218,7 +218,7 @@ def test_the_configuration_of_a_larger_model(mistake):
     assert all(
         problem.startswith(("  missing: transformer.h.1.", "  missing: transformer.h.2.")) for problem in problems
     )
-    assert (more, remedy) == ("  and 4 more", SAVED)
+    assert (more, remedy) == ("  and 4 more", f"  {SAVED}")
 
 
 def test_quantised_weights(mistake):

@@ -296,7 +296,7 @@ def test_doubts_about_the_forecast_are_said(selected, tiny_models, tiny_task, tm
     shutil.copytree(tiny_models[0], changed)
     (changed / "tokenizer_config.json").write_text((changed / "tokenizer_config.json").read_text() + " ")
     request = dataclasses.replace(request, models=(str(changed),), seed=1, plan=Plan(batch_size=8, max_epochs=2))
-    found = job.prepare_job(request, tmp_path / "out", selection=selected.directory / "selection.json").expectation
+    found = job.prepare_job(request, tmp_path / "out", selection=selected.directory / "selection.json").comparison
     assert found.caveats == ("the model's files or its adapters' settings have changed since",)
 
 

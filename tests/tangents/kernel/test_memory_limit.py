@@ -307,11 +307,13 @@ def test_fewer_parameters_than_outputs():
 def test_all_blocks_are_computed_as_asked_for(monkeypatch):
     methods = []
 
-    def recording(*args, method="auto", **options):
-        methods.append(method)
-        return ntk(*args, method=method, **options)
+    whole = blockwise.layer_kernels
 
-    monkeypatch.setattr(blockwise, "ntk", recording)
+    def recording(problem, method, *rest):
+        methods.append(method)
+        return whole(problem, method, *rest)
+
+    monkeypatch.setattr(blockwise, "layer_kernels", recording)
     p, x = jnp.ones(3), jnp.ones((64, 48, 3))
     kernel = ntk(lambda p, x: x @ p, p, x, memory=2**21, method="transform")
     assert kernel.shape == (64, 48, 64, 48)
