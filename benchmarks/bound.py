@@ -30,11 +30,11 @@ from lensjax.jobs.request import DEMO_LEARNING_RATE
 from lensjax.select.request import Request, prepare
 from lensjax.tangents import (
     compare_phases,
-    example_forms,
     generalization_bound,
     hessian_trace,
     layer_distances,
     model_loss,
+    per_example_quadratic_forms,
     power_fall,
 )
 from lensjax.tasks import Encoded, batches
@@ -89,7 +89,9 @@ def measure(tuner: FineTuner, f: Any, sums: Any, tokens: Any, size: int) -> dict
     few = Encoded(train.ids[:EXAMPLES], train.prompt_lengths[:EXAMPLES], 0, train.separate)
     (examples,) = batches(few, **{**one, "batch_size": EXAMPLES})
     moved = jax.tree.map(jnp.subtract, params, tuner.initial)
-    forms = example_forms(f, params, moved, jax.tree.map(jnp.asarray, examples), steps=STEPS, by_layer=layer)
+    forms = per_example_quadratic_forms(
+        f, params, moved, jax.tree.map(jnp.asarray, examples), steps=STEPS, by_layer=layer
+    )
     largest_form = {name: float(values.max()) for name, values in forms.items()}
     distances = layer_distances(params, tuner.initial, by_layer=layer)
     # The bound speaks of the loss of a sample, which is the mean over its tokens; its means are over samples.

@@ -47,7 +47,7 @@ def pytest_configure(config):
 @pytest.fixture
 def fully_optimised():
     """Compile as for users: for tests of what XLA makes of a program, such as the memory that it takes."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -84,10 +84,10 @@ def head_cross_entropy(
 
 
 def _losses(hidden: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None) -> jax.Array:
-    accumulator = jnp.promote_types(jnp.float32, hidden.dtype)
-    logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulator)
+    accumulation_dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulation_dtype)
     if bias is not None:
-        logits = logits + bias.astype(accumulator)
+        logits = logits + bias.astype(accumulation_dtype)
     # A comparison, not a gather: its transpose is elementwise too, and the head weight is used only once.
     is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=1)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED
 from lensjax_kernels.gram import (
     EXACT,
-    Reduce,
-    accumulator,
+    ReduceFunction,
+    accumulation_dtype,
     pad_axis,
     reduce_weight_gradients,
     split_columns,
@@ -51,7 +51,7 @@ def head_losses(
     losses, log_normalizers : float arrays (M,), at least float32
     logits : float array (M, V), or None
     """
-    dtype = accumulator(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     size, pieces = split_columns(rows, vocabulary * dtype.itemsize, LOGIT_BYTES)
     if keep:
@@ -73,7 +73,7 @@ def head_losses(
     return losses.reshape(-1)[:rows], normalizers.reshape(-1)[:rows], None
 
 
-def head_left(
+def softmax_minus_onehot(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
@@ -114,18 +114,18 @@ def head_left(
 
 
 def rows_at(weight: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Return the rows of the weight that `head_left` takes for `start` and `size`."""
+    """Return the rows of the weight that `softmax_minus_onehot` takes for `start` and `size`."""
     return jax.lax.dynamic_slice_in_dim(weight, jnp.minimum(start, weight.shape[0] - size), size)
 
 
-def head_pull(
+def cross_entropy_vjp(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
     log_normalizers: jax.Array,
     logits: jax.Array | None,
     cotangents: jax.Array,
-    reduce: Reduce | None,
+    reduce: ReduceFunction | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Pull cotangents of the losses back to the hidden states, and reduce the weight's per-example gradients.
 
@@ -151,16 +151,16 @@ def head_pull(
     size, pieces = split_columns(weight.shape[0], labels.size * dtype.itemsize, LOGIT_BYTES)
 
     def one(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
+        left = softmax_minus_onehot(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
         direction = jnp.einsum("btv,vd->btd", left, rows_at(weight, start, size).astype(dtype))
         return direction, jnp.zeros((), dtype) if reduce is None else reduce_weight_gradients(left, right, reduce)
 
     direction, reduced = _summed(one, size, pieces)
-    pulled = cotangents.astype(dtype)[..., None] * direction[:, None]
-    return pulled.astype(hidden.dtype), None if reduce is None else reduced
+    hidden_cotangents = cotangents.astype(dtype)[..., None] * direction[:, None]
+    return hidden_cotangents.astype(hidden.dtype), None if reduce is None else reduced
 
 
-def head_pull_by_tokens(
+def cross_entropy_vjp_token_gram(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
@@ -171,11 +171,11 @@ def head_pull_by_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Pull cotangents back to the hidden states and return the weight's kernel, by token pairs.
 
-    Cheaper than `head_pull` where examples times tokens is below the width; keeps one number for each pair of tokens.
+    Cheaper than `cross_entropy_vjp` where examples times tokens is below the width; keeps one number for each pair of tokens.
 
     Parameters
     ----------
-    hidden, weight, labels, log_normalizers, logits, cotangents : see `head_pull`
+    hidden, weight, labels, log_normalizers, logits, cotangents : see `cross_entropy_vjp`
     rows : int or None
         The first `rows` examples are the kernel's rows, the others its columns; None: all are both.
 
@@ -194,18 +194,18 @@ def head_pull_by_tokens(
     blocks = symmetric_blocks(examples)
 
     def one(start: jax.Array) -> tuple[jax.Array, Any]:
-        left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
+        left = softmax_minus_onehot(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
         direction = jnp.einsum("btv,vd->btd", left, rows_at(weight, start, size).astype(dtype))
         if symmetric:
             return direction, token_products(left.reshape(examples * tokens, -1), blocks, tokens)
         return direction, jnp.einsum("ntv,msv->ntms", *sides(left), precision=EXACT)
 
     direction, products = _summed(one, size, pieces)
-    pulled = (cotangents.astype(dtype)[..., None] * direction[:, None]).astype(hidden.dtype)
+    hidden_cotangents = (cotangents.astype(dtype)[..., None] * direction[:, None]).astype(hidden.dtype)
     if symmetric:
         others = token_products(right.reshape(examples * tokens, -1), blocks, tokens)
-        return pulled, summed_products(blocks, products, others, tokens)
-    return pulled, weighted_gram(products, *sides(right))
+        return hidden_cotangents, summed_products(blocks, products, others, tokens)
+    return hidden_cotangents, weighted_gram(products, *sides(right))
 
 
 def _summed(one: Callable[[jax.Array], tuple[jax.Array, Any]], size: int, pieces: int) -> tuple[jax.Array, Any]:

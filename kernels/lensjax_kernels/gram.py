@@ -29,11 +29,11 @@ HALVED_ROWS = 512
 PAIR_BYTES = 2**24
 """Products of token pairs that exist at once, if they can be split that far."""
 
-Reduce = Callable[[jax.Array], jax.Array]
+ReduceFunction = Callable[[jax.Array], jax.Array]
 
 
 def reduce_weight_gradients(
-    left: jax.Array, right: jax.Array, reduce: Reduce, *, chunk_bytes: int = CHUNK_BYTES
+    left: jax.Array, right: jax.Array, reduce: ReduceFunction, *, chunk_bytes: int = CHUNK_BYTES
 ) -> jax.Array:
     """Sum `reduce` over the columns of all per-example weight gradients `left[b].T @ right[b, c]`.
 
@@ -54,7 +54,7 @@ def reduce_weight_gradients(
     """
     examples, tokens, d = left.shape
     outputs, e = right.shape[1], right.shape[3]
-    dtype = accumulator(left, right)
+    dtype = accumulation_dtype(left, right)
     if outputs == 1 and d > e:
         left, right, d, e = right[:, 0], left[:, None], e, d
     size, pieces = split_columns(e, examples * outputs * d * dtype.itemsize, chunk_bytes)
@@ -79,7 +79,7 @@ def reduce_weight_gradients(
 def reduce_products(
     products: Sequence[tuple[jax.Array, jax.Array]],
     plus: jax.Array | None,
-    reduce: Reduce,
+    reduce: ReduceFunction,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> jax.Array:
@@ -94,7 +94,7 @@ def reduce_products(
     reduce, chunk_bytes : see `reduce_weight_gradients`
     """
     everything = [x for product in products for x in product] + ([] if plus is None else [plus])
-    dtype = accumulator(*everything)
+    dtype = accumulation_dtype(*everything)
     rows = plus.shape[2] if plus is not None else products[0][0].shape[-1]
     shape = jax.eval_shape(lambda: _gradient(_arranged(products), plus, dtype)).shape
     size, pieces = split_columns(rows, shape[0] * shape[1] * shape[3] * dtype.itemsize, chunk_bytes)
@@ -174,7 +174,7 @@ def pad_axis(x: jax.Array, axis: int, missing: int) -> jax.Array:
     return x if missing == 0 else jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
-def accumulator(*arrays: jax.Array) -> jnp.dtype:
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Return the dtype to accumulate in: that of the arrays, at least float32."""
     return jnp.dtype(jnp.result_type(jnp.float32, *(a.dtype for a in arrays)))
 
@@ -194,7 +194,7 @@ def symmetric_blocks(examples: int) -> list[tuple[slice, slice]]:
     return [(first, second), (first, first), (second, second)] if examples > 1 else [(first, first)]
 
 
-def symmetric_from(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Array]) -> jax.Array:
+def assemble_symmetric(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Array]) -> jax.Array:
     """Return the symmetric matrix whose `symmetric_blocks` are given."""
     size = max(columns.stop for _, columns in blocks)
     whole = jnp.zeros((size, size), parts[0].dtype)
@@ -208,9 +208,9 @@ def symmetric_from(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Ar
 def gram_matrix(x: jax.Array) -> jax.Array:
     """Return `x @ x.T` for x (N, K), in at least float32; where N is large, mostly on one side of the diagonal."""
     whole = [(slice(0, len(x)), slice(0, len(x)))]
-    blocks, dtype = symmetric_blocks(len(x)) if len(x) >= HALVED_ROWS else whole, accumulator(x)
+    blocks, dtype = symmetric_blocks(len(x)) if len(x) >= HALVED_ROWS else whole, accumulation_dtype(x)
     parts = [jnp.matmul(x[r], x[c].T, precision=EXACT, preferred_element_type=dtype) for r, c in blocks]
-    return parts[0] if len(parts) == 1 else symmetric_from(blocks, parts)
+    return parts[0] if len(parts) == 1 else assemble_symmetric(blocks, parts)
 
 
 def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: jax.Array) -> jax.Array:
@@ -229,13 +229,13 @@ def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: ja
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(left1, right1, left2, right2)
+    dtype = accumulation_dtype(left1, right1, left2, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         inputs = jnp.einsum("td,msd->tms", one[0], left2, precision=EXACT, preferred_element_type=dtype)
         return _weighted(inputs, one[1], right2, dtype)
 
-    return _by_rows(row, (left1, right1), right1, right2)
+    return _map_rows(row, (left1, right1), right1, right2)
 
 
 def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
     -------
     float array (N, C, N, C), at least float32.
     """
-    (examples, tokens, _), outputs, dtype = left.shape, right.shape[1], accumulator(left, right)
+    (examples, tokens, _), outputs, dtype = left.shape, right.shape[1], accumulation_dtype(left, right)
     if outputs > 1 or (examples * tokens) ** 2 * dtype.itemsize > PAIR_BYTES:
         return token_gram(left, right, left, right)
     # Parts of matrices: parts of arrays with more axes are copied and transposed for every product.
@@ -262,7 +262,7 @@ def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def token_products(x: jax.Array, blocks: Sequence[tuple[slice, slice]], tokens: int) -> list[jax.Array]:
     """Return the blocks of `x @ x.T` for x (N * T, d); blocks count examples, of T tokens each."""
-    dtype, parts = accumulator(x), []
+    dtype, parts = accumulation_dtype(x), []
     for rows, columns in blocks:
         ours, theirs = (x[s.start * tokens : s.stop * tokens] for s in (rows, columns))
         parts.append(jnp.matmul(ours, theirs.T, precision=EXACT, preferred_element_type=dtype))
@@ -280,7 +280,7 @@ def summed_products(
     for (rows, columns), one, other in zip(blocks, weights, products, strict=True):
         shape = (rows.stop - rows.start, tokens, columns.stop - columns.start, tokens)
         parts.append(jnp.sum((one * other).reshape(shape), axis=(1, 3)))
-    return symmetric_from(blocks, parts)[:, None, :, None]
+    return assemble_symmetric(blocks, parts)[:, None, :, None]
 
 
 def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Array) -> jax.Array:
@@ -298,13 +298,13 @@ def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Ar
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(right1, right2)
+    dtype = accumulation_dtype(right1, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         equal = (one[0][:, None, None] == ids2).astype(dtype)
         return _weighted(equal, one[1], right2, dtype)
 
-    return _by_rows(row, (ids1, right1), right1, right2)
+    return _map_rows(row, (ids1, right1), right1, right2)
 
 
 def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, right2: jax.Array) -> jax.Array:
@@ -323,12 +323,12 @@ def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, r
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(right1, right2)
+    dtype = accumulation_dtype(right1, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _weighted(entries(one[0]).astype(dtype), one[1], right2, dtype)
 
-    return _by_rows(row, (jnp.arange(right1.shape[0]), right1), right1, right2)
+    return _map_rows(row, (jnp.arange(right1.shape[0]), right1), right1, right2)
 
 
 def weighted_gram(weights: jax.Array, right1: jax.Array, right2: jax.Array) -> jax.Array:
@@ -344,14 +344,14 @@ def weighted_gram(weights: jax.Array, right1: jax.Array, right2: jax.Array) -> j
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(weights, right1, right2)
-    return _by_rows(lambda one: _weighted(one[0], one[1], right2, dtype), (weights, right1), right1, right2)
+    dtype = accumulation_dtype(weights, right1, right2)
+    return _map_rows(lambda one: _weighted(one[0], one[1], right2, dtype), (weights, right1), right1, right2)
 
 
-def _by_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2: jax.Array) -> jax.Array:
+def _map_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2: jax.Array) -> jax.Array:
     """Map over examples, as many together as `PAIR_BYTES` allows: few large products are faster than many small."""
     (examples, outputs, tokens, _), others = right1.shape, right2.shape[:3]
-    one = outputs * tokens * math.prod(others) * accumulator(right1, right2).itemsize
+    one = outputs * tokens * math.prod(others) * accumulation_dtype(right1, right2).itemsize
     together = max(1, PAIR_BYTES // max(1, one))
     return jax.vmap(row)(each) if together >= examples else jax.lax.map(row, each, batch_size=together)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lensjax_kernels.gram import EXACT, accumulator, pad_axis
+from lensjax_kernels.gram import EXACT, accumulation_dtype, pad_axis
 
 TOKENS = 32
 """Tokens of a tile: two tiles of token pairs stay in registers."""
@@ -44,7 +44,7 @@ def token_gram_fused(
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(left1, right1, left2, right2)
+    dtype = accumulation_dtype(left1, right1, left2, right2)
     (examples1, outputs1), (examples2, outputs2) = right1.shape[:2], right2.shape[:2]
     lefts = [_padded(x) for x in (left1, left2)]
     rights = [_padded(x.reshape(-1, *x.shape[2:])) for x in (right1, right2)]

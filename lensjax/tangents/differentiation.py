@@ -26,7 +26,7 @@ def no_forward_mode(error: Exception) -> bool:
     return isinstance(error, TypeError) and "can't apply forward-mode autodiff" in str(error)
 
 
-def pushed(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
+def jvp(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """Return J v, with J the Jacobian of `function` at x.
 
     Raises
@@ -35,14 +35,14 @@ def pushed(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
         If the function's backward rule cannot be differentiated backwards either.
     """
 
-    def forwards(v: Any) -> Any:
+    def forward(v: Any) -> Any:
         return jax.jvp(function, (x,), (v,))[1]
 
-    def backwards(v: Any) -> Any:
-        z, pull = jax.vjp(function, x)
-        return jax.vjp(lambda u: pull(u)[0], jax.tree.map(jnp.zeros_like, z))[1](v)[0]
+    def reverse(v: Any) -> Any:
+        z, vjp = jax.vjp(function, x)
+        return jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, z))[1](v)[0]
 
-    return _either(function, x, v, forwards, backwards, "a product with its Jacobian")
+    return _forward_or_reverse(function, x, v, forward, reverse, "a product with its Jacobian")
 
 
 def hessian_product(loss: Callable[[Any], Any], x: Any, v: Any) -> Any:
@@ -55,48 +55,50 @@ def hessian_product(loss: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """
     gradient = jax.grad(loss)
 
-    def forwards(v: Any) -> Any:
+    def forward(v: Any) -> Any:
         return jax.jvp(gradient, (x,), (v,))[1]
 
-    def backwards(v: Any) -> Any:
+    def reverse(v: Any) -> Any:
         return jax.vjp(gradient, x)[1](v)[0]  # v^T H, which is H v: it is symmetric
 
-    return _either(loss, x, v, forwards, backwards, "its Hessian")
+    return _forward_or_reverse(loss, x, v, forward, reverse, "its Hessian")
 
 
-def sandwich(outputs: Callable[[Any], Any], middle: Callable[[Any, Any], Any], x: Any) -> Callable[[Any], Any]:
+def gauss_newton_map(
+    outputs: Callable[[Any], Any], output_hvp: Callable[[Any, Any], Any], x: Any
+) -> Callable[[Any], Any]:
     """Return v -> J^T middle(z, J v), with J the Jacobian and z the value of `outputs` at x.
 
     Raises
     ------
     InputError
-        As `pushed`, by what is returned.
+        As `jvp`, by what is returned.
     """
-    if _own_rules(outputs, x):
-        z, pull = jax.vjp(outputs, x)
-        return lambda v: pull(middle(z, pushed(outputs, x, v)))[0]
-    z, push = jax.linearize(outputs, x)
-    transposed = jax.linear_transpose(push, x)
-    return lambda v: transposed(middle(z, push(v)))[0]
+    if _has_custom_vjp(outputs, x):
+        z, vjp = jax.vjp(outputs, x)
+        return lambda v: vjp(output_hvp(z, jvp(outputs, x, v)))[0]
+    z, linear = jax.linearize(outputs, x)
+    transposed = jax.linear_transpose(linear, x)
+    return lambda v: transposed(output_hvp(z, linear(v)))[0]
 
 
-def _either(
+def _forward_or_reverse(
     function: Callable[[Any], Any],
     x: Any,
     v: Any,
-    forwards: Callable[[Any], Any],
-    backwards: Callable[[Any], Any],
+    forward: Callable[[Any], Any],
+    reverse: Callable[[Any], Any],
     what: str,
 ) -> Any:
-    if _own_rules(function, x):
+    if _has_custom_vjp(function, x):
         # JAX finds out only when it runs or compiles a program, by an operation that stands for what is missing.
-        program = jax.make_jaxpr(forwards)(v)
-        if _names(program) & {"custom_lin"}:
-            return _twice(what, lambda: backwards(v))
-    return forwards(v)
+        program = jax.make_jaxpr(forward)(v)
+        if _primitive_names(program) & {"custom_lin"}:
+            return _reverse_over_reverse(what, lambda: reverse(v))
+    return forward(v)
 
 
-def _own_rules(function: Callable[[Any], Any], x: Any) -> bool:
+def _has_custom_vjp(function: Callable[[Any], Any], x: Any) -> bool:
     """Whether a function has backward rules of its own somewhere; not looked for where Python decides by values."""
     try:
         return ir.holds(jax.make_jaxpr(function)(x), jp.custom_vjp_call_p)
@@ -104,12 +106,14 @@ def _own_rules(function: Callable[[Any], Any], x: Any) -> bool:
         return False
 
 
-def _names(program: Any) -> set[str]:
+def _primitive_names(program: Any) -> set[str]:
     """Return the names of all primitives in a program and those that it calls."""
-    return {e.primitive.name for e in program.eqns}.union(*(_names(p) for e in program.eqns for p in ir.called(e)))
+    return {e.primitive.name for e in program.eqns}.union(
+        *(_primitive_names(p) for e in program.eqns for p in ir.called(e))
+    )
 
 
-def _twice(what: str, make: Callable[[], Any]) -> Any:
+def _reverse_over_reverse(what: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
-from lensjax.tangents.parameters import FROZEN, leaf_names
+from lensjax.tangents.frozen_model import FrozenModel, frozen_as_arguments
 
 OUTPUTS = {
     "loss": "mean loss over the example's labelled tokens, nats per token",
@@ -64,39 +64,7 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Mod
     """
     if output not in OUTPUTS:
         raise InputError(f"output={output!r} is not known; choose one of {', '.join(OUTPUTS)}.")
-    from flax import nnx
-
-    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    f = _kept(graph, output, seed)
-    return (dataclasses.replace(f, frozen=frozen) if jax.tree.leaves(frozen) else f), params
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class WithFrozen:
-    """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
-
-    As a pytree it has the leaves of both, the parameters under the names that they have by themselves.
-    """
-
-    def __init__(self, params: Any, frozen: Any) -> None:
-        self.params, self.frozen = params, frozen
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Return the leaves with their names, and the structure of both parts."""
-        children, structures = [], []
-        for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
-            leaves, structure = jax.tree.flatten(tree)
-            names = [prefix + name for name in leaf_names(tree)]
-            children += [(jax.tree_util.DictKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
-            structures.append((structure, len(leaves)))
-        return children, tuple(structures)
-
-    @classmethod
-    def tree_unflatten(cls, structures: Any, leaves: Any) -> WithFrozen:
-        """Put the leaves back."""
-        (own, count), (frozen, _) = structures
-        leaves = list(leaves)
-        return cls(jax.tree.unflatten(own, leaves[:count]), jax.tree.unflatten(frozen, leaves[count:]))
+    return ModelOutput.split(model, output, seed)
 
 
 def model_function(model: Any, output: str) -> tuple[Any, Any]:
@@ -107,14 +75,7 @@ def model_function(model: Any, output: str) -> tuple[Any, Any]:
     return frozen_as_arguments(*ntk_outputs(model, output))
 
 
-def frozen_as_arguments(f: Any, params: Any) -> tuple[Any, Any]:
-    """Return a function and its parameters, those that a `ModelOutput` holds frozen among the latter."""
-    if not isinstance(f, ModelOutput) or not jax.tree.leaves(f.frozen):
-        return f, params
-    return _kept_with_frozen(f.graph, f.output, f.seed), WithFrozen(params, f.frozen)
-
-
-def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
+def split_model_args(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
     """Return (f, params, *given) of a call; a model's has one argument fewer, for it brings its parameters.
 
     The last one may come by its own name then, and stand where it stands after a function.
@@ -125,7 +86,7 @@ def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
         If a model is given all of them, or another function an `output`, which would mean nothing.
     """
     if is_model(f):
-        return (*model_function(f, output), *moved_up(f, params, *given))
+        return (*model_function(f, output), *shift_args(f, params, *given))
     if output != "loss":
         raise InputError(
             f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
@@ -134,7 +95,7 @@ def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
     return (*frozen_as_arguments(f, params), *given)
 
 
-def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:
+def shift_args(model: Any, *given: Any) -> tuple[Any, ...]:
     """Return the arguments after the parameters, of a call that gives a model and so no parameters.
 
     Raises
@@ -151,41 +112,23 @@ def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:
     return (*others, before if last is None else last)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _FrozenOutput:
-    of_params: ModelOutput
-
-    def __call__(self, both: WithFrozen, example: Mapping[str, jax.Array]) -> jax.Array:
-        return dataclasses.replace(self.of_params, frozen=both.frozen)(both.params, example)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_with_frozen(graph: Any, output: str, seed: int) -> _FrozenOutput:
-    return _FrozenOutput(_kept(graph, output, seed))
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "output", "seed"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class ModelOutput:
+class ModelOutput(FrozenModel):
     """A language model's output as a function of (parameters, one example); from `ntk_outputs`.
 
     Attributes
     ----------
-    graph : what Flax NNX needs beside the arrays
+    graph, frozen : see `FrozenModel`; the leaves of this pytree are those of `frozen`
     output, seed : as given to `ntk_outputs`
-    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
     """
 
-    graph: Any
     output: str
     seed: int
-    frozen: Any
 
     def __call__(self, params: Any, example: Mapping[str, jax.Array]) -> jax.Array:
         """Return the output for one example."""
-        from flax import nnx
-
-        model = nnx.merge(self.graph, params, self.frozen)
+        model = self.model(params)
         batch = {name: value[None] for name, value in example.items()}
         if self.output in ("loss", "loss_sum"):
             total, tokens = model.loss_sums(batch)
@@ -208,10 +151,3 @@ def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Ar
         labels = batch["labels"]
         return model(batch["input_ids"], mask, model.shift_right(labels))[0], labels[0]
     return model(batch["input_ids"], mask)[0, :-1], next_token_labels(batch["labels"], mask)[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(graph: Any, output: str, seed: int) -> ModelOutput:
-    from flax import nnx
-
-    return ModelOutput(graph, output, seed, nnx.State({}))

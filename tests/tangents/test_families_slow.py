@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax.models import init_model
 from lensjax.tangents import OUTPUTS, gradient_norms, hessian_trace, hvp, ntk, ntk_operator, ntk_outputs
@@ -103,7 +103,7 @@ def test_large_curvature(name):
     key, facts = jax.random.key(3), {"probes": 1, "by_layer": "parameter"}
     small, batch = model_and_batch(name, jnp.float32, LARGE, 3, 128)
     leaves, structure = jax.tree.flatten(nnx.state(small, nnx.Param))
-    signs = random_signs_like(jax.random.split(jax.random.fold_in(key, 0), 1)[0], leaves)
+    signs = rademacher_like(jax.random.split(jax.random.fold_in(key, 0), 1)[0], leaves)
     found = {m: hessian_trace(small, batch, key=key, matrix=m, **facts) for m in ("hessian", "gauss_newton")}
     with jax.enable_x64(True):
         model, batch = model_and_batch(name, jnp.float64, LARGE, 3, 128)

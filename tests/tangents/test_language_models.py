@@ -13,8 +13,8 @@ from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.models.lora import add_lora
 from lensjax.tangents import explain, ntk, ntk_blocks, ntk_operator, ntk_outputs
-from lensjax.tangents.language_models import WithFrozen, model_function
-from lensjax.tangents.parameters import leaf_names
+from lensjax.tangents.language_models import model_function
+from lensjax.tangents.parameters import WithFrozen, leaf_names
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 9}
 

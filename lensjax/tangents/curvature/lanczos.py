@@ -13,10 +13,12 @@ import numpy as np
 from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
-from lensjax.tangents.curvature.losses import opened_loss, with_frozen, without_frozen
-from lensjax.tangents.curvature.operator import CurvatureOperator, Matrix, cut, dot, facts_of, join
+from lensjax.tangents.curvature.losses import split_loss_args
+from lensjax.tangents.curvature.operator import CurvatureOperator, concatenate_leaves, split_like
+from lensjax.tangents.curvature.problem import Matrix, make_curvature_problem
+from lensjax.tangents.curvature.quadratic_forms import dot
 from lensjax.tangents.parameters import ByLayer, Select, count_examples
-from lensjax.tangents.program.compile_cache import compiled
+from lensjax.tangents.program.compile_cache import cached_compile
 
 CUT = 1e-6
 """Eigenvalues below this share of the largest count as zero in a pseudo-inverse."""
@@ -276,7 +278,7 @@ def spectrum(operator: CurvatureOperator, *, key: jax.Array, probes: int = 4, st
         raise InputError(f"probes={probes} must be at least 1.")
     found = []
     for own in jax.random.split(key, probes):
-        start = operator.random_signs(own)
+        start = operator.rademacher(own)
         found.append(quadrature(*_lanczos(operator, start, steps), identity))
     values = np.concatenate([q.eigenvalues for q in found])
     weights = np.concatenate([q.weights for q in found]) / probes
@@ -284,7 +286,7 @@ def spectrum(operator: CurvatureOperator, *, key: jax.Array, probes: int = 4, st
     return Spectrum(values[order], weights[order], float(values.min()), float(values.max()), probes)
 
 
-def example_forms(
+def per_example_quadratic_forms(
     f: Any,
     params: Any,
     v: Any,
@@ -298,8 +300,8 @@ def example_forms(
 ) -> dict[str, np.ndarray]:
     """Return v_i^T g(H_i) v_i of each example's loss and each diagonal block H_i of its Hessian.
 
-    Their maxima over examples are the H_i of LensLLM's Theorem 2. Called as ``example_forms(f, params, v, batch)``,
-    or as ``example_forms(model, v, batch)``.
+    Their maxima over examples are the H_i of LensLLM's Theorem 2. Called as
+    ``per_example_quadratic_forms(f, params, v, batch)``, or as ``per_example_quadratic_forms(model, v, batch)``.
 
     Parameters
     ----------
@@ -319,38 +321,38 @@ def example_forms(
     InputError
         As `curvature_operator` and `quadratic_form`, and if the leaves of `batch` do not share their first axis.
     """
-    f, params, v, batch = opened_loss(f, params, v, batch)
-    facts = facts_of(f, params, matrix, parameters, by_layer, None)
+    f, params, v, batch = split_loss_args(f, params, v, batch)
+    problem = make_curvature_problem(f, params, matrix, parameters, by_layer, None)
     if function not in FUNCTIONS:
         raise InputError(f"function={function!r} is not known; choose one of {', '.join(FUNCTIONS)}.")
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1.")
     count_examples(batch, "batch")
-    operator = CurvatureOperator(facts, f, params, [jax.tree.map(lambda a: a[:1], batch)])
+    operator = CurvatureOperator(problem, f, params, [jax.tree.map(lambda a: a[:1], batch)])
     sizes = list(operator.block_sizes().values())
     steps, largest = min(steps, max(sizes)), max(sizes)
     # The leaves block by block, so that a block is one piece of a vector: the basis is as long as the largest of them.
-    own = [b for b in facts.blocks if b is not None]
+    own = problem.selection.selected_layers
     order = sorted(range(len(own)), key=own.__getitem__)
 
     def make(get: Callable[[], Any]) -> Any:
-        def run(params: Any, frozen: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
-            f, chosen = with_frozen(get(), frozen), facts.chosen(params)
-            arranged = [chosen[i] for i in order]
+        def run(params: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
+            f, selected = get(), problem.selected(params)
+            arranged = [selected[i] for i in order]
 
             def piece(vector: jax.Array) -> jax.Array:
                 part = jax.lax.dynamic_slice_in_dim(jnp.pad(vector, (0, largest)), start, largest)
                 return jnp.where(jnp.arange(largest) < size, part, 0)
 
             def one(example: Any) -> Any:
-                product, weight = facts.prepare(f, params, jax.tree.map(lambda a: a[None], example))
+                product, weight = problem.product_fn(f, params, jax.tree.map(lambda a: a[None], example))
 
                 def multiply(w: jax.Array) -> jax.Array:
                     whole = jnp.zeros(flat.shape[0] + largest, w.dtype)
                     whole = jax.lax.dynamic_update_slice_in_dim(whole, w, start, 0)
-                    leaves = dict(zip(order, cut(whole, arranged), strict=True))
+                    leaves = dict(zip(order, split_like(whole, arranged), strict=True))
                     out = product([leaves[i] for i in range(len(order))])
-                    return piece(join([out[i] for i in order])) / jnp.maximum(weight, 1)
+                    return piece(concatenate_leaves([out[i] for i in order])) / jnp.maximum(weight, 1)
 
                 return tridiagonal(multiply, piece(flat), steps)
 
@@ -358,14 +360,13 @@ def example_forms(
 
         return jax.jit(run)
 
-    kept, frozen = without_frozen(f)
-    run = compiled(kept, ("example forms", facts, steps), make)
+    run = cached_compile(f, ("example forms", problem, steps), make)
     leaves = operator.unflatten(operator.flatten(v))
-    flat = join([leaves[i] for i in order])
+    flat = concatenate_leaves([leaves[i] for i in order])
     result = {}
-    for block, name in enumerate(facts.block_names):
+    for block, name in enumerate(problem.block_names):
         start, size = sum(sizes[:block]), sizes[block]
-        of_block = run(params, frozen, flat, batch, jnp.array(start), jnp.array(size))
+        of_block = run(params, flat, batch, jnp.array(start), jnp.array(size))
         found = [np.asarray(a, np.float64) for a in of_block]
         if not all(np.isfinite(a).all() for a in found):
             raise InputError(f"the curvature of an example's loss is not finite in {name}: check the batch for NaN.")

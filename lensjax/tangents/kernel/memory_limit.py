@@ -13,14 +13,14 @@ import jax
 from jax.extend.core import primitives as jp
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.problem import Problem, is_crossed
-from lensjax.tangents.kernel.transformed import program
+from lensjax.tangents.kernel.problem import KernelProblem, is_crossed
+from lensjax.tangents.kernel.transformed import transformed_program
 from lensjax.tangents.language_models import is_model, model_function
 from lensjax.tangents.parameters import abstract
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.reductions import Pairs
+from lensjax.tangents.program.reductions import GramReduction
 
-VARIANTS = (
+EXECUTIONS = (
     ("scan", False, "layers in a loop"),
     ("scan", "dots_with_no_batch_dims_saveable", "layers in a loop, their products kept"),
     ("scan", True, "layers in a loop, recomputed on the way back"),
@@ -31,7 +31,7 @@ LARGEST_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to compute the same function.
 
     Attributes
@@ -58,27 +58,27 @@ class Choice:
     how : in words
     """
 
-    way: Way
+    variant: Variant
     block: int | None
     how: str
 
 
-def ways(f: Any, params: Any, output: str) -> Iterator[Way]:
+def variants(f: Any, params: Any, output: str) -> Iterator[Variant]:
     """Yield ways to compute an output of a model, or the one way of any other function, from fast to small."""
     if not is_model(f):
-        yield Way(f, params, "")
+        yield Variant(f, params, "")
         return
     if not (hasattr(f, "execution") and hasattr(f, "remat")):
-        yield Way(*model_function(f, output), "")
+        yield Variant(*model_function(f, output), "")
         return
-    for execution, remat, what in VARIANTS:
-        with _set(f, execution, remat):
+    for execution, remat, what in EXECUTIONS:
+        with _executed_as(f, execution, remat):
             function, own = model_function(f, output)
-        yield Way(function, own, what)
+        yield Variant(function, own, what)
 
 
 @contextlib.contextmanager
-def _set(model: Any, execution: str, remat: bool | str) -> Iterator[None]:
+def _executed_as(model: Any, execution: str, remat: bool | str) -> Iterator[None]:
     before = model.execution, model.remat
     model.execution, model.remat = execution, remat
     try:
@@ -87,8 +87,8 @@ def _set(model: Any, execution: str, remat: bool | str) -> Iterator[None]:
         model.execution, model.remat = before
 
 
-def within(
-    problem: Problem,
+def plan_memory(
+    problem: KernelProblem,
     model: Any,
     params: Any,
     x1: Any,
@@ -121,36 +121,36 @@ def within(
     InputError
         If nothing fits, or the device says nothing of memory.
     """
-    choices = list(ways(model if is_model(model) else problem.function, params, output))
+    choices = list(variants(model if is_model(model) else problem.function, params, output))
     every = problem.rows, problem.columns
     crossed = is_crossed(problem, outputs)
     count = problem.rows * (problem.columns or problem.rows) * (problem.outputs**2 if crossed else problem.outputs)
     whole = 0
-    for way in choices if 4 * count <= memory else ():  # else the result alone is too much
-        takes = needed_bytes(traced(problem, way, x1, x2, crossed, every))
+    for variant in choices if 4 * count <= memory else ():  # else the result alone is too much
+        takes = needed_bytes(trace_program(problem, variant, x1, x2, crossed, every))
         if takes <= memory:
-            return Choice(way, None, f"{way.what or 'as it is'}, {_mib(takes)}")
+            return Choice(variant, None, f"{variant.what or 'as it is'}, {format_mib(takes)}")
         whole = takes
     if by_layer:
         raise InputError(
             f"memory={memory} bytes is too little for all examples at once, and blocks of them give the sum over "
             "layers only; allow more, or choose layers one after the other with `parameters`."
         )
-    why = f"all examples at once take {_mib(whole or 4 * count)}"
+    why = f"all examples at once take {format_mib(whole or 4 * count)}"
     found: tuple[float, Choice] | None = None
     refused: list[tuple[int, int]] = []
-    for way in choices:
-        blocks = Blocks(problem, way, x1, x2, outputs)
+    for variant in choices:
+        blocks = Blocks(problem, variant, x1, x2, outputs)
         if found is not None and blocks.cost(blocks.most) >= found[0]:
             continue  # not even with its largest block
         block, takes = blocks.largest(memory)
         if not block:
             refused.append((takes, blocks.least))
         elif found is None or blocks.cost(block) < found[0]:
-            how = f"in blocks of {block} examples, {way.what or 'as it is'}, {_mib(takes)}; {why}"
-            found = blocks.cost(block), Choice(way, block, how)
+            how = f"in blocks of {block} examples, {variant.what or 'as it is'}, {format_mib(takes)}; {why}"
+            found = blocks.cost(block), Choice(variant, block, how)
     if found is None:
-        raise too_little(memory, *min(refused))
+        raise memory_error(memory, *min(refused))
     return found[1]
 
 
@@ -159,7 +159,7 @@ class Blocks:
 
     Parameters
     ----------
-    problem, way, x1, x2, outputs : as in `within`
+    problem, variant, x1, x2, outputs : as in `plan_memory`
     even : whether blocks are made smaller where as few of them do, so that the last one is not padded
 
     Attributes
@@ -167,8 +167,10 @@ class Blocks:
     least, most : examples on each side of the smallest block that is tried, and of the largest
     """
 
-    def __init__(self, problem: Problem, way: Way, x1: Any, x2: Any, outputs: str, *, even: bool = True) -> None:
-        self._given, self._even = (problem, way, x1, x2, is_crossed(problem, outputs)), even
+    def __init__(
+        self, problem: KernelProblem, variant: Variant, x1: Any, x2: Any, outputs: str, *, even: bool = True
+    ) -> None:
+        self._given, self._even = (problem, variant, x1, x2, is_crossed(problem, outputs)), even
         self._sides = problem.rows, problem.columns or problem.rows
         longest = max(self._sides)
         # Even ones are at least two: all examples at once were tried before.
@@ -202,7 +204,7 @@ class Blocks:
         return sizes[fits], dict(known)[sizes[fits]]
 
     def cost(self, block: int) -> float:
-        """Return the operations of all pairs of blocks, see `within`."""
+        """Return the operations of all pairs of blocks, see `plan_memory`."""
         rows, columns = (-(-n // block) for n in self._sides)
         pairs = rows * columns / (2 if self._given[0].columns is None else 1)
         return operations(self._traced(block).jaxpr) * pairs
@@ -212,22 +214,26 @@ class Blocks:
 
     def _traced(self, block: int) -> Any:
         rows, columns = (min(block, n) for n in self._sides)
-        return traced(*self._given, (rows, columns))
+        return trace_program(*self._given, (rows, columns))
 
     def _bytes(self, block: int) -> int:
         return needed_bytes(self._traced(block))
 
 
-def traced(problem: Problem, way: Way, x1: Any, x2: Any, crossed: bool, sizes: tuple[int, int | None]) -> Any:
+def trace_program(
+    problem: KernelProblem, variant: Variant, x1: Any, x2: Any, crossed: bool, sizes: tuple[int, int | None]
+) -> Any:
     """Return the traced program for so many examples on each side, second None: the kernel of the first alone."""
 
     def of_size(x: Any, size: int) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), abstract(x))
 
     rows, columns = sizes
-    own = dataclasses.replace(problem, function=way.function, rows=rows, columns=columns)
+    own = dataclasses.replace(problem, function=variant.function, rows=rows, columns=columns)
     right = None if columns is None else of_size(x1 if x2 is None else x2, columns)
-    return program(own, Pairs(rows, columns, crossed)).trace(way.params, of_size(x1, rows), right, None)
+    return transformed_program(own, GramReduction(rows, columns, crossed)).trace(
+        variant.params, of_size(x1, rows), right, None
+    )
 
 
 def needed_bytes(traced: Any) -> int:
@@ -268,7 +274,7 @@ def operations(jaxpr: Any) -> float:
     return total
 
 
-def too_little(memory: int, takes: int, size: int) -> InputError:
+def memory_error(memory: int, takes: int, size: int) -> InputError:
     """Return what to raise where not even a block of `size` examples fits."""
     return InputError(
         f"memory={memory} bytes is too little: a block of {size} examples takes {takes}; "
@@ -276,6 +282,6 @@ def too_little(memory: int, takes: int, size: int) -> InputError:
     )
 
 
-def _mib(count: float) -> str:
+def format_mib(count: float) -> str:
     mib = count / 2**20
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.3g} MiB"

@@ -14,18 +14,18 @@ from lensjax.tangents.kernel.compute import (
     Method,
     Outputs,
     check_bounded,
-    checked,
-    choose,
+    choose_method,
     layer_kernels,
-    reduced,
+    reduce_gradients,
     reverse_mode,
+    validate,
 )
-from lensjax.tangents.kernel.memory_limit import within
+from lensjax.tangents.kernel.memory_limit import plan_memory
 from lensjax.tangents.kernel.problem import is_crossed
 from lensjax.tangents.kernel.report import NtkReport, report_of
-from lensjax.tangents.language_models import opened
+from lensjax.tangents.language_models import split_model_args
 from lensjax.tangents.parameters import ByLayer, Select
-from lensjax.tangents.program.reductions import Norms, Pairs
+from lensjax.tangents.program.reductions import GramReduction, SquaredNorm
 
 
 def ntk(
@@ -117,16 +117,16 @@ def ntk(
            [11., 25.]], dtype=float32)
     """
     model = f
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
-    problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
-    reducer = Pairs(problem.rows, problem.columns, is_crossed(problem, outputs))
-    chosen, reason = choose(problem, method, params, x1, x2, bounded=memory is not None, reducer=reducer)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
+    problem = validate(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
+    reduction = GramReduction(problem.rows, problem.columns, is_crossed(problem, outputs))
+    chosen, reason = choose_method(problem, method, params, x1, x2, bounded=memory is not None, reduction=reduction)
     if memory is not None:
         check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
         with reverse_mode(f"memory={memory}", "leave it out, and choose method='auto' or 'jacobian'"):
-            choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
-        problem = dataclasses.replace(problem, function=choice.way.function)
-        params, reason = choice.way.params, f"{reason}; {choice.how}"
+            choice = plan_memory(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
+        problem = dataclasses.replace(problem, function=choice.variant.function)
+        params, reason = choice.variant.params, f"{reason}; {choice.how}"
         if choice.block is not None:
             try:
                 made, report = by_blocks(
@@ -170,9 +170,9 @@ def explain(
     ------
     InputError, UnsupportedBackendError : as `ntk`
     """
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
-    problem = checked(f, params, x1, x2, parameters, False, method=method)
-    return report_of(problem, *choose(problem, method, params, x1, x2), params, x1)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
+    problem = validate(f, params, x1, x2, parameters, False, method=method)
+    return report_of(problem, *choose_method(problem, method, params, x1, x2), params, x1)
 
 
 def gradient_norms(
@@ -193,10 +193,10 @@ def gradient_norms(
     InputError, UnsupportedBackendError : as `ntk`
         Also if `f` cannot be differentiated backwards.
     """
-    f, params, x = opened(f, output, params, x)
-    problem = checked(f, params, x, None, parameters, by_layer)
+    f, params, x = split_model_args(f, output, params, x)
+    problem = validate(f, params, x, None, parameters, by_layer)
     with reverse_mode("gradient_norms", "take the root of the diagonal of ntk(f, ..., method='jacobian')"):
-        squares = reduced(problem, Norms(problem.rows), params, x)
+        squares = reduce_gradients(problem, SquaredNorm(problem.rows), params, x)
     result = {}
     for layer, name in enumerate(problem.layer_names):
         norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.kernel.problem import KernelProblem
 from lensjax.tangents.parameters import one_example
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.plan import Plan, Site
+from lensjax.tangents.program.plan import GradientSite, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,28 +80,28 @@ class NtkReport:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def report_of(problem: Problem, method: str, reason: str, params: Any, x1: Any) -> NtkReport:
+def report_of(problem: KernelProblem, method: str, reason: str, params: Any, x1: Any) -> NtkReport:
     """Return the report for a problem and the chosen method."""
     examples = problem.rows + (problem.columns or 0)
     leaves = jax.tree.leaves(params)
-    chosen = [i for i, layer in enumerate(problem.layers) if layer is not None]
+    chosen = [i for i, layer in enumerate(problem.selection.layers) if layer is not None]
     if method == "transform":
         plan = problem.plan(params, one_example(x1))
         treatments = _planned(plan, problem, examples)
     elif method == "jacobian":
         treatments = [
             Treatment(
-                (problem.names[i],), "materialised", (), "the method keeps all per-example gradients",
+                (problem.selection.names[i],), "materialised", (), "the method keeps all per-example gradients",
                 examples * problem.outputs * leaves[i].size * leaves[i].dtype.itemsize,
             )
             for i in chosen
         ]  # fmt: skip
     else:
-        treatments = [Treatment(tuple(problem.names[i] for i in chosen), "share", (), "", 0)]
+        treatments = [Treatment(tuple(problem.selection.names[i] for i in chosen), "share", (), "", 0)]
     return NtkReport(method, reason, examples, problem.outputs, tuple(treatments))
 
 
-def _planned(plan: Plan, problem: Problem, examples: int) -> list[Treatment]:
+def _planned(plan: Plan, problem: KernelProblem, examples: int) -> list[Treatment]:
     treatments: list[Treatment] = []
     seen: set[int] = set()
     for site in plan.sites:
@@ -109,10 +109,10 @@ def _planned(plan: Plan, problem: Problem, examples: int) -> list[Treatment]:
         how = {"share": "share", "group": "factors", "lift": "materialised"}[site.how]
         read = [use.operation.name for use in site.uses]
         operations = tuple(read if site.uses else dict.fromkeys(_readers(plan.block, {site.node.value})))
-        names = tuple(problem.names[i] for i in sorted(site.node.leaves))
+        names = tuple(problem.selection.names[i] for i in sorted(site.node.leaves))
         treatments.append(Treatment(names, how, operations, site.reason, _memory(site, examples, problem.outputs)))
-    unused = [i for i, layer in enumerate(problem.layers) if layer is not None and i not in seen]
-    return treatments + [Treatment((problem.names[i],), "unused", (), "", 0) for i in unused]
+    unused = [i for i, layer in enumerate(problem.selection.layers) if layer is not None and i not in seen]
+    return treatments + [Treatment((problem.selection.names[i],), "unused", (), "", 0) for i in unused]
 
 
 def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
             yield operation.name
 
 
-def _memory(site: Site, examples: int, outputs: int) -> int:
+def _memory(site: GradientSite, examples: int, outputs: int) -> int:
     """Bytes that exist for all examples at once: of one iteration for what a loop frees again."""
     value = site.node.value.aval
     if site.how == "lift":

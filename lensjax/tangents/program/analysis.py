@@ -10,12 +10,12 @@ from typing import Any
 from jax.extend.core import primitives as jp
 
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.operations import Use, use_of
+from lensjax.tangents.program.operations import ParameterUse, parameter_use
 
-Owner = tuple[tuple[int, float], ...]
+WeightedLayers = tuple[tuple[int, float], ...]
 """(layer, squared gain) of each parameter an entry stands for; a negative layer is told by the iteration of a loop."""
 
-Owners = tuple[Owner, ...]
+LayerWeights = tuple[WeightedLayers, ...]
 """The owner for each index of the leading axis, or once for all of them."""
 
 SAME_ENTRIES = {
@@ -44,7 +44,7 @@ class Node:
     ----------
     value : ir.Value
     leaves : which parameters it stands for
-    owners : see `Owners`
+    layer_weights : see `LayerWeights`
     made_by : how its parent became it: "leaf", "entries", "permute", "slice", "join", "scan", "repeat"
     parents : nodes
     permutation : of the parent's axes, for "permute"
@@ -56,8 +56,8 @@ class Node:
 
     value: ir.Value
     leaves: frozenset[int]
-    owners: Owners
-    made_by: str = "leaf"
+    layer_weights: LayerWeights
+    origin: str = "leaf"
     parents: tuple[Node, ...] = ()
     permutation: tuple[int, ...] | None = None
     region: tuple[tuple[int, int], ...] = ()
@@ -68,28 +68,28 @@ class Node:
     @property
     def uniform(self) -> bool:
         """Whether all entries stand for the same layers with the same gain."""
-        return len(self.owners) == 1
+        return len(self.layer_weights) == 1
 
 
 @dataclasses.dataclass(eq=False)
 class Reader:
     """One consumer of a node: another node, a use that can be tapped, or something that needs the node lifted."""
 
-    what: Node | Use | str
+    what: Node | ParameterUse | str
 
 
-class Classifier:
+class DependencyAnalysis:
     """One pass over the program: which values depend on examples, which are nodes, and who reads these."""
 
     def __init__(
-        self, block: ir.Block, parameters: int, layers: Sequence[int | None], lifted: dict[ir.Value, str]
+        self, block: ir.Block, parameters: int, layers: Sequence[int | None], materialized: dict[ir.Value, str]
     ) -> None:
-        self.lifted = lifted
+        self.materialized = materialized
         self.batched: set[ir.Value] = set()
         self.nodes: dict[ir.Value, Node] = {}
-        self.lifted_nodes: dict[ir.Value, Node] = {}
+        self.materialized_nodes: dict[ir.Value, Node] = {}
         self.roots: list[Node] = []
-        self.tables: list[tuple[ir.Operation, Owners]] = []
+        self.per_iteration_layers: list[tuple[ir.Operation, LayerWeights]] = []
         for i, value in enumerate(block.inputs):
             if i >= parameters:
                 self.batched.add(value)
@@ -101,8 +101,8 @@ class Classifier:
 
     def define(self, node: Node) -> Node:
         """Register a node, or a lifted one as depending on the examples."""
-        if node.value in self.lifted:
-            self.lifted_nodes[node.value] = node
+        if node.value in self.materialized:
+            self.materialized_nodes[node.value] = node
             self.batched.add(node.value)
         else:
             self.nodes[node.value] = node
@@ -172,14 +172,16 @@ class Classifier:
                 if node is not None:
                     node.readers.append(Reader("scan carry"))
             elif node is not None and i < consts:
-                child = Node(inner, node.leaves, node.owners, "repeat", (node,), loop=operation, loops=node.loops)
+                child = Node(
+                    inner, node.leaves, node.layer_weights, "repeat", (node,), loop=operation, loops=node.loops
+                )
                 node.readers.append(Reader(self.define(child)))
             elif node is not None:
-                owners, loops = node.owners, (*node.loops, operation)
+                layer_weights, loops = node.layer_weights, (*node.loops, operation)
                 if not node.uniform:
-                    self.tables.append((operation, owners))
-                    owners = (((-len(self.tables), 1.0),),)
-                child = Node(inner, node.leaves, owners, "scan", (node,), loop=operation, loops=loops)
+                    self.per_iteration_layers.append((operation, layer_weights))
+                    layer_weights = (((-len(self.per_iteration_layers), 1.0),),)
+                child = Node(inner, node.leaves, layer_weights, "scan", (node,), loop=operation, loops=loops)
                 node.readers.append(Reader(self.define(child)))
             elif self.is_batched(outer):
                 self.batched.add(inner)
@@ -199,7 +201,7 @@ class Classifier:
         present = [n for n in nodes if n is not None]
         if len(present) == 1:
             which = next(i for i, n in enumerate(nodes) if n is not None)
-            use = use_of(operation, which, self.is_batched)
+            use = parameter_use(operation, which, self.is_batched)
             if use is not None:
                 present[0].readers.append(Reader(use))
                 self.batched.update(operation.outputs)
@@ -224,11 +226,9 @@ class Classifier:
         parent = next(n for n in nodes if n is not None)
         shape = parent.value.aval.shape
 
-        def child(made_by: str, owners: Owners | None = None, value: ir.Value = out, **facts: Any) -> Node:
-            return Node(
-                value, parent.leaves, parent.owners if owners is None else owners, made_by, (parent,), **facts,
-                loops=parent.loops,
-            )  # fmt: skip
+        def child(origin: str, weights: LayerWeights | None = None, value: ir.Value = out, **details: Any) -> Node:
+            weights = parent.layer_weights if weights is None else weights
+            return Node(value, parent.leaves, weights, origin, (parent,), **details, loops=parent.loops)
 
         if ir.is_complex(out):
             return None  # a real parameter has only the real part of such a gradient
@@ -246,8 +246,10 @@ class Classifier:
                 return None
             if primitive is jp.div_p:
                 gain = 1.0 / gain
-            owners = tuple(tuple((layer, g * gain**2) for layer, g in owner) for owner in parent.owners)
-            return [child("entries", owners)]
+            layer_weights = tuple(
+                tuple((layer, g * gain**2) for layer, g in weighted_layers) for weighted_layers in parent.layer_weights
+            )
+            return [child("entries", layer_weights)]
         if primitive in (jp.add_p, jp.sub_p):
             return self.sum(operation, nodes)
         if primitive in (jp.concatenate_p, _stack_p(operation)):
@@ -281,14 +283,14 @@ class Classifier:
             return None
         totals: dict[int, float] = {}
         for n in present:
-            for layer, gain in n.owners[0]:
+            for layer, gain in n.layer_weights[0]:
                 totals[layer] = totals.get(layer, 0.0) + gain
-        owners = (tuple(sorted(totals.items())),)
-        if len({self.tables[-layer - 1][0] for layer in totals if layer < 0}) > 1:
+        layer_weights = (tuple(sorted(totals.items())),)
+        if len({self.per_iteration_layers[-layer - 1][0] for layer in totals if layer < 0}) > 1:
             return None
         leaves = frozenset().union(*(n.leaves for n in present))
-        made_by = "join" if len(present) > 1 else "entries"
-        return [Node(out, leaves, owners, made_by, tuple(present), loops=present[0].loops)]
+        origin = "join" if len(present) > 1 else "entries"
+        return [Node(out, leaves, layer_weights, origin, tuple(present), loops=present[0].loops)]
 
     def join(self, operation: ir.Operation, nodes: list[Node | None]) -> list[Node] | None:
         """Return the node for a concatenation or a stack of parameters and constants."""
@@ -303,13 +305,13 @@ class Classifier:
             length = 1 if stacked else atom.aval.shape[axis]
             if n is not None and not n.uniform and (stacked or axis != 0):
                 return None
-            owners = ((),) if n is None else n.owners
-            rows.extend(owners if len(owners) > 1 else owners * length)
-        owners = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
-        if len(owners) > 1 and (axis != 0 or any(layer < 0 for row in rows for layer, _ in row)):
+            layer_weights = ((),) if n is None else n.layer_weights
+            rows.extend(layer_weights if len(layer_weights) > 1 else layer_weights * length)
+        layer_weights = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
+        if len(layer_weights) > 1 and (axis != 0 or any(layer < 0 for row in rows for layer, _ in row)):
             return None
         leaves = frozenset().union(*(n.leaves for n in present))
-        return [Node(out, leaves, owners, "join", tuple(present), loops=present[0].loops)]
+        return [Node(out, leaves, layer_weights, "join", tuple(present), loops=present[0].loops)]
 
 
 def _stack_p(operation: ir.Operation) -> Any:

@@ -9,20 +9,20 @@ from typing import Any
 
 from lensjax.tangents.parameters import Function
 
-_COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
-def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
+def cached_compile(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
     """Return `make(get_function)`, kept as long as `function` lives, so that a second call compiles nothing.
 
     A bound method is a new object wherever it is written, and counts as the same one as long as its object lives. For
-    what cannot be referenced weakly or hashed nothing is kept: see `held`. `make` must not hold `function` itself, or
+    what cannot be referenced weakly or hashed nothing is kept: see `cacheable`. `make` must not hold `function` itself, or
     neither would ever be freed.
     """
-    owner, method = _parts(function)
+    owner, method = _owner_and_method(function)
     try:
         reference, unbound = weakref.ref(owner), None if method is None else weakref.ref(method)
-        kept = _COMPILED.setdefault(owner, {})
+        kept = _CACHE.setdefault(owner, {})
         key = key, unbound
         hash(key)
     except TypeError:
@@ -43,13 +43,13 @@ def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Fun
     return kept[key][1]
 
 
-def held(function: Function) -> Function:
-    """Return the function, or what stands for it in one call where `compiled` can keep nothing with it.
+def cacheable(function: Function) -> Function:
+    """Return the function, or what stands for it in one call where `cached_compile` can keep nothing with it.
 
     That is for callable objects without hash, which may change between calls, or without weak references.
     """
     try:
-        owner, _ = _parts(function)
+        owner, _ = _owner_and_method(function)
         hash(owner)
         weakref.ref(owner)
     except TypeError:
@@ -57,6 +57,6 @@ def held(function: Function) -> Function:
     return function
 
 
-def _parts(function: Any) -> tuple[Any, Any]:
+def _owner_and_method(function: Any) -> tuple[Any, Any]:
     """Return what a bound method is of, and the function in its class; of anything else it and None."""
     return (function.__self__, function.__func__) if isinstance(function, types.MethodType) else (function, None)

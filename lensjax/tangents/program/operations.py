@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as jp
 from lensjax_kernels.cross_entropy_gram import head_losses
-from lensjax_kernels.gram import accumulator
+from lensjax_kernels.gram import accumulation_dtype
 
 from lensjax.tangents.program import convolutions, ir
 
@@ -25,7 +25,7 @@ KEPT_LOGITS = 2**27
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Use:
+class ParameterUse:
     """One operation with a parameter among its operands.
 
     Attributes
@@ -60,7 +60,7 @@ class Use:
         if self.kind == "head":
             hidden, labels = rest
             rows, vocabulary = hidden.reshape(-1, hidden.shape[-1]), w.shape[0]
-            keep = labels.size * vocabulary * accumulator(hidden, w).itemsize < KEPT_LOGITS
+            keep = labels.size * vocabulary * accumulation_dtype(hidden, w).itemsize < KEPT_LOGITS
             losses, normalizers, logits = head_losses(rows, w, labels.reshape(-1), keep=keep)
             logits = None if logits is None else logits.reshape(*labels.shape, vocabulary)
             return losses.reshape(labels.shape), (hidden, labels, normalizers.reshape(labels.shape), logits)
@@ -78,7 +78,7 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Canonical:
+class FactorLayout:
     """How a use's operands become matrix factors of the gradient, in the axes of the node it is taken at.
 
     Attributes
@@ -89,7 +89,7 @@ class Canonical:
     contracted, free : for "dot" and "conv", positions among the parameter's contracted and free axes, as the node's are
     """
 
-    use: Use
+    use: ParameterUse
     inputs_first: bool
     contracted: tuple[int, ...] = ()
     free: tuple[int, ...] = ()
@@ -156,17 +156,17 @@ class Canonical:
         return contracting[operand], batch[operand]
 
 
-def use_of(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], bool]) -> Use | None:
+def parameter_use(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], bool]) -> ParameterUse | None:
     """Return the use of operand `which`, or None if this operation's factors are not known."""
     others = [a for i, a in enumerate(operation.inputs) if i != which]
     if operation.kind == "head":
-        return Use(operation, which, "head") if which == 1 and is_batched(others[0]) else None
+        return ParameterUse(operation, which, "head") if which == 1 and is_batched(others[0]) else None
     if operation.primitive is jp.dot_general_p and is_batched(others[0]):
-        return Use(operation, which, "dot")
+        return ParameterUse(operation, which, "dot")
     if operation.primitive is jp.conv_general_dilated_p and which == 1 and is_batched(others[0]):
         plain = operation.params["batch_group_count"] == 1 and not ir.is_complex(operation.outputs[0])
         # An output without places has no patches either.
-        return Use(operation, which, "conv") if plain and operation.outputs[0].aval.size else None
+        return ParameterUse(operation, which, "conv") if plain and operation.outputs[0].aval.size else None
     if operation.primitive is jp.gather_p and which == 0:
         numbers, shape = operation.params["dimension_numbers"], operation.inputs[0].aval.shape
         by_row = (
@@ -175,11 +175,11 @@ def use_of(operation: ir.Operation, which: int, is_batched: Callable[[ir.Atom], 
             and not numbers.operand_batching_dims
             and tuple(operation.params["slice_sizes"]) == (1, *shape[1:])
         )
-        return Use(operation, which, "rows") if by_row else None
+        return ParameterUse(operation, which, "rows") if by_row else None
     return None
 
 
-def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canonical | None:
+def factor_layout(use: ParameterUse, permutation: tuple[int, ...], rows: int | None) -> FactorLayout | None:
     """Return how a use's factors are arranged in the axes of a node.
 
     Parameters
@@ -195,7 +195,7 @@ def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canoni
     """
     if use.kind in ("rows", "head"):
         fits = rows in (None, 1) and permutation == tuple(range(len(permutation)))
-        return Canonical(use, True) if fits else None
+        return FactorLayout(use, True) if fits else None
     mine, batch_axes = _axes(use)
     free = [i for i in range(len(use.shape)) if i not in mine and i not in batch_axes]
     by_node = sorted(range(len(mine)), key=lambda i: permutation[mine[i]])
@@ -207,10 +207,10 @@ def split_of(use: Use, permutation: tuple[int, ...], rows: int | None) -> Canoni
         if batch_axes or not (contracted_axes == list(range(rows)) or free_axes == list(range(rows))):
             return None
         inputs_first = contracted_axes == list(range(rows))
-    return Canonical(use, inputs_first, tuple(by_node), tuple(free_by_node))
+    return FactorLayout(use, inputs_first, tuple(by_node), tuple(free_by_node))
 
 
-def _axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _axes(use: ParameterUse) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the axes of the parameter of a "dot" or "conv" that are contracted, and those that go along as a batch."""
     if use.kind == "dot":
         contracting, batch = use.operation.params["dimension_numbers"]
@@ -219,6 +219,6 @@ def _axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return contracted, (out,) if use.operation.params["feature_group_count"] > 1 else ()
 
 
-def rest_of(use: Use, operands: list[Any]) -> tuple[Any, ...]:
+def other_operands(use: ParameterUse, operands: list[Any]) -> tuple[Any, ...]:
     """Return the operands other than the parameter."""
     return tuple(x for i, x in enumerate(operands) if i != use.which)

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.analysis import Classifier, Node, Owners
-from lensjax.tangents.program.operations import Canonical, Use, split_of
+from lensjax.tangents.program.analysis import DependencyAnalysis, LayerWeights, Node
+from lensjax.tangents.program.operations import FactorLayout, ParameterUse, factor_layout
 
 
 @dataclasses.dataclass(eq=False)
-class Site:
+class GradientSite:
     """A place where a share of the kernel comes out, for one node.
 
     Attributes
@@ -42,8 +42,8 @@ class Site:
 
     node: Node
     how: Literal["share", "group", "lift"]
-    uses: tuple[Use, ...] = ()
-    canonicals: tuple[Canonical, ...] = ()
+    uses: tuple[ParameterUse, ...] = ()
+    layouts: tuple[FactorLayout, ...] = ()
     loops_of_uses: tuple[tuple[ir.Operation, ...], ...] = ()
     reason: str = ""
     index: int = -1
@@ -65,14 +65,16 @@ class Plan:
 
     block: ir.Block
     batched: set[ir.Value]
-    sites: list[Site]
-    lifted: dict[ir.Value, Site]
-    tapped: dict[ir.Operation, tuple[int, Site]]
-    tables: list[tuple[ir.Operation, Owners]]
+    sites: list[GradientSite]
+    materialized: dict[ir.Value, GradientSite]
+    use_sites: dict[ir.Operation, tuple[int, GradientSite]]
+    per_iteration_layers: list[tuple[ir.Operation, LayerWeights]]
 
-    def loop_of(self, site: Site) -> ir.Operation | None:
+    def loop_of(self, site: GradientSite) -> ir.Operation | None:
         """Return the loop whose iterations tell the site's layers apart, if any."""
-        return next((self.tables[-layer - 1][0] for layer, _ in site.node.owners[0] if layer < 0), None)
+        return next(
+            (self.per_iteration_layers[-layer - 1][0] for layer, _ in site.node.layer_weights[0] if layer < 0), None
+        )
 
 
 def make_plan(block: ir.Block, parameters: int, layers: Sequence[int | None]) -> Plan:
@@ -85,95 +87,101 @@ def make_plan(block: ir.Block, parameters: int, layers: Sequence[int | None]) ->
     parameters : int
     layers : for each parameter the number of its layer, or None where it is held constant
     """
-    lifted: dict[ir.Value, str] = {}
+    materialized: dict[ir.Value, str] = {}
     while True:
-        facts = Classifier(block, parameters, layers, lifted)
-        chosen = _Chooser(facts)
-        if not chosen.lift:
+        analysis = DependencyAnalysis(block, parameters, layers, materialized)
+        chosen = _Chooser(analysis)
+        if not chosen.to_materialize:
             break
-        lifted |= chosen.lift
+        materialized |= chosen.to_materialize
     for i, site in enumerate(chosen.sites):
         site.index = i
     return Plan(
         block,
-        facts.batched,
+        analysis.batched,
         chosen.sites,
         {site.node.value: site for site in chosen.sites if site.how == "lift"},
         {use.operation: (i, site) for site in chosen.sites for i, use in enumerate(site.uses)},
-        facts.tables,
+        analysis.per_iteration_layers,
     )
 
 
 class _Chooser:
     """Follow each parameter to where its share comes out; collect what has to be lifted for that."""
 
-    def __init__(self, facts: Classifier) -> None:
-        self.lifted = facts.lifted
-        self.sites: list[Site] = []
-        self.lift: dict[ir.Value, str] = {}
-        self.settled: set[Node] = set()
-        for root in facts.roots:
-            self.settle(root)
+    def __init__(self, analysis: DependencyAnalysis) -> None:
+        self.materialized = analysis.materialized
+        self.sites: list[GradientSite] = []
+        self.to_materialize: dict[ir.Value, str] = {}
+        self.visited: set[Node] = set()
+        for root in analysis.roots:
+            self.visit(root)
         # A lifted value that is not reached any more would be counted beside what replaced it: give up on its way.
-        for node in facts.lifted_nodes.values():
-            if node not in self.settled:
-                self.lift.update({r.value: "other uses of it are" for r in facts.roots if r.leaves & node.leaves})
-        self.lift = {value: why for value, why in self.lift.items() if value not in self.lifted}
+        for node in analysis.materialized_nodes.values():
+            if node not in self.visited:
+                self.to_materialize.update(
+                    {r.value: "other uses of it are" for r in analysis.roots if r.leaves & node.leaves}
+                )
+        self.to_materialize = {
+            value: materialization_reason
+            for value, materialization_reason in self.to_materialize.items()
+            if value not in self.materialized
+        }
 
-    def settle(self, node: Node) -> None:
-        if node in self.settled:
+    def visit(self, node: Node) -> None:
+        if node in self.visited:
             return
-        self.settled.add(node)
-        if node.value in self.lifted:
-            self.sites.append(Site(node, "lift", reason=self.lifted[node.value]))
+        self.visited.add(node)
+        if node.value in self.materialized:
+            self.sites.append(GradientSite(node, "lift", reason=self.materialized[node.value]))
             return
         if not node.readers:
             return
         if len(node.readers) == 1:
             what = node.readers[0].what
-            if isinstance(what, Use):
-                canonical = split_of(what, tuple(range(len(node.value.aval.shape))), None)
-                assert canonical is not None
-                self.sites.append(Site(node, "share", (what,), (canonical,), ((),)))
+            if isinstance(what, ParameterUse):
+                layout = factor_layout(what, tuple(range(len(node.value.aval.shape))), None)
+                assert layout is not None
+                self.sites.append(GradientSite(node, "share", (what,), (layout,), ((),)))
                 return
-            if isinstance(what, Node) and what.made_by != "repeat" and self.sole(what):
-                self.settle(what)
+            if isinstance(what, Node) and what.origin != "repeat" and self.is_only_path(what):
+                self.visit(what)
                 return
             if isinstance(what, str):
-                self.lift[node.value] = f"used by {what}"
+                self.to_materialize[node.value] = f"used by {what}"
                 return
-        elif self.disjoint(node):
+        elif self.are_disjoint(node):
             for reader in node.readers:
                 assert isinstance(reader.what, Node)
-                self.settle(reader.what)
+                self.visit(reader.what)
             return
-        found: list[tuple[Use, tuple[int, ...], tuple[ir.Operation, ...]]] = []
-        followed = node.uniform and self.ends(node, tuple(range(len(node.value.aval.shape))), (), found)
+        found: list[tuple[ParameterUse, tuple[int, ...], tuple[ir.Operation, ...]]] = []
+        followed = node.uniform and self.collect_uses(node, tuple(range(len(node.value.aval.shape))), (), found)
         if followed and not found:
             return
-        group = self.group(node, found) if followed else None
-        if group is not None:
-            self.sites.append(group)
+        shared_site = self.shared_site(node, found) if followed else None
+        if shared_site is not None:
+            self.sites.append(shared_site)
         else:
-            self.lift[node.value] = self.why(node)
+            self.to_materialize[node.value] = self.materialization_reason(node)
 
-    def sole(self, child: Node) -> bool:
+    def is_only_path(self, child: Node) -> bool:
         """Whether all gradient of the child's parents goes through the child, and its layers stay apart."""
         if any(len(p.readers) != 1 for p in child.parents):
             return False
-        if child.made_by == "scan" or child.uniform:
+        if child.origin == "scan" or child.uniform:
             return True
         # Layers that differ along the leading axis can be told apart by a scan over it, and by nothing else.
         if len(child.readers) != 1 or not isinstance(child.readers[0].what, Node):
             return False
         following = child.readers[0].what
-        return following.made_by == "scan" or (not following.uniform and self.sole(following))
+        return following.origin == "scan" or (not following.uniform and self.is_only_path(following))
 
-    def disjoint(self, node: Node) -> bool:
+    def are_disjoint(self, node: Node) -> bool:
         """Whether all readers are slices that do not overlap."""
         regions = []
         for reader in node.readers:
-            if not isinstance(reader.what, Node) or reader.what.made_by != "slice":
+            if not isinstance(reader.what, Node) or reader.what.origin != "slice":
                 return False
             regions.append(reader.what.region)
         return all(
@@ -182,41 +190,45 @@ class _Chooser:
             for other in regions[:i]
         )
 
-    def group(self, node: Node, found: list[tuple[Use, tuple[int, ...], tuple[ir.Operation, ...]]]) -> Site | None:
+    def shared_site(
+        self, node: Node, found: list[tuple[ParameterUse, tuple[int, ...], tuple[ir.Operation, ...]]]
+    ) -> GradientSite | None:
         for rows in range(1, max(2, len(node.value.aval.shape))):
-            canonicals = [split_of(use, permutation, rows) for use, permutation, _ in found]
-            if all(c is not None for c in canonicals):
+            layouts = [factor_layout(use, permutation, rows) for use, permutation, _ in found]
+            if all(c is not None for c in layouts):
                 uses = tuple(use for use, _, _ in found)
-                return Site(node, "group", uses, tuple(c for c in canonicals if c), tuple(loops for *_, loops in found))
+                return GradientSite(
+                    node, "group", uses, tuple(c for c in layouts if c), tuple(loops for *_, loops in found)
+                )
         return None
 
-    def ends(
+    def collect_uses(
         self,
         node: Node,
         permutation: tuple[int, ...],
         loops: tuple[ir.Operation, ...],
-        found: list[tuple[Use, tuple[int, ...], tuple[ir.Operation, ...]]],
+        found: list[tuple[ParameterUse, tuple[int, ...], tuple[ir.Operation, ...]]],
     ) -> bool:
         """Collect all uses of a node, with how its axes are permuted there and the loops around; False if others."""
         for reader in node.readers:
             what = reader.what
-            if isinstance(what, Use):
+            if isinstance(what, ParameterUse):
                 found.append((what, permutation, loops))
                 continue
-            if not isinstance(what, Node) or len(what.parents) != 1 or what.value in self.lifted:
+            if not isinstance(what, Node) or len(what.parents) != 1 or what.value in self.materialized:
                 return False
-            if what.made_by == "repeat":
+            if what.origin == "repeat":
                 assert what.loop is not None
                 inner, around = permutation, (*loops, what.loop)
-            elif what.made_by == "permute" and what.permutation is not None:
+            elif what.origin == "permute" and what.permutation is not None:
                 inner, around = tuple(permutation[i] for i in what.permutation), loops
             else:
                 return False
-            if not self.ends(what, inner, around, found):
+            if not self.collect_uses(what, inner, around, found):
                 return False
         return True
 
-    def why(self, node: Node) -> str:
+    def materialization_reason(self, node: Node) -> str:
         """Say why a node has to be lifted."""
 
         def names(n: Node) -> list[str]:
@@ -225,7 +237,7 @@ class _Chooser:
                 what = reader.what
                 if isinstance(what, Node):
                     out.extend([*names(what)])
-                    if what.made_by == "repeat":
+                    if what.origin == "repeat":
                         out.append("a loop")
                 else:
                     out.append(what if isinstance(what, str) else what.operation.name)

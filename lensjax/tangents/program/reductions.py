@@ -6,11 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from lensjax_kernels.gram import EXACT, accumulator, gram_matrix
+from lensjax_kernels.gram import EXACT, accumulation_dtype, gram_matrix
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class GramReduction:
     """Inner products between examples.
 
     Attributes
@@ -44,7 +44,7 @@ class Pairs:
     def __call__(self, gradient: jax.Array) -> jax.Array:
         """Reduce gradients (B, C, K)."""
         left, right = self.sides(gradient)
-        dtype = accumulator(gradient)
+        dtype = accumulation_dtype(gradient)
         if self.columns is None and (self.crossed or gradient.shape[1] == 1):
             n, c, size = gradient.shape
             gram = gram_matrix(gradient.reshape(n * c, size))
@@ -63,7 +63,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Norms:
+class SquaredNorm:
     """Squared norm of each example's gradient."""
 
     examples: int
@@ -75,11 +75,11 @@ class Norms:
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
         """Reduce gradients (B, C, K)."""
-        return jnp.sum(jnp.square(gradient.astype(accumulator(gradient))), axis=-1).T
+        return jnp.sum(jnp.square(gradient.astype(accumulation_dtype(gradient))), axis=-1).T
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class TensorSketch:
     """Random features whose inner products are the kernel in expectation.
 
     Attributes
@@ -94,14 +94,14 @@ class Features:
     crossed: bool = False
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
-        """Refuse: a projection depends on where in the gradient an entry stands; see `hashed` and `sketch`."""
+        """Refuse: a projection depends on where in the gradient an entry stands; see `hash_entries` and `sketch`."""
         raise NotImplementedError
 
     def shape(self, outputs: int) -> tuple[int, ...]:
         """Shape of a result for `outputs` outputs an example."""
         return (outputs, self.examples, self.width)
 
-    def hashed(self, key: jax.Array, entries: int, side: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def hash_entries(self, key: jax.Array, entries: int, side: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Return the feature that each entry of one side of a matrix goes to, and its sign there.
 
         Entry (i, j) goes to the sum of both sides' features, modulo the width, with the product of both signs.
@@ -113,17 +113,17 @@ class Features:
             bucket = jax.random.randint(place, (entries,), 0, self.width)
         return bucket, jax.random.rademacher(sign, (entries,), dtype)
 
-    def spread(self, x: jax.Array, bucket: jax.Array) -> jax.Array:
+    def scatter_entries(self, x: jax.Array, bucket: jax.Array) -> jax.Array:
         """Add entries (..., K) up in their features: (..., width)."""
         # Entries first, for whole rows to be added: several times as fast on CPU.
-        rows = x.reshape(-1, x.shape[-1]).T.astype(accumulator(x))
+        rows = x.reshape(-1, x.shape[-1]).T.astype(accumulation_dtype(x))
         summed = jnp.zeros((self.width, rows.shape[1]), rows.dtype).at[bucket].add(rows)
         return summed.T.reshape(*x.shape[:-1], self.width)
 
     def sketch(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
         """Return features (C, B, width) of vector gradients (B, C, K): each entry, signed, goes to a random feature."""
-        bucket, signs = self.hashed(key, gradient.shape[-1], "left", gradient.dtype)
-        return jnp.swapaxes(self.spread(gradient * signs, bucket), 0, 1)
+        bucket, signs = self.hash_entries(key, gradient.shape[-1], "left", gradient.dtype)
+        return jnp.swapaxes(self.scatter_entries(gradient * signs, bucket), 0, 1)
 
 
-Reducer = Pairs | Norms | Features
+Reduction = GramReduction | SquaredNorm | TensorSketch

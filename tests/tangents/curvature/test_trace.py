@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.tangents import (
     Composed,
     curvature_operator,
-    example_forms,
     gauss_newton_product,
     hessian_trace,
     hvp,
     model_loss,
+    per_example_quadratic_forms,
 )
 from lensjax.tangents.curvature.losses import head_gauss_newton
 
@@ -179,7 +179,7 @@ def test_every_probe_of_a_model_is_that_of_the_dense_matrix(kind, matrix):
         bounds = np.cumsum([a.size for a in leaves])[:-1]
         matrix_of = dense_of_model(kind, matrix)
         for row, own in zip(estimate.samples, jax.random.split(jax.random.fold_in(key, 0), 4), strict=True):
-            v = flat(random_signs_like(own, leaves))
+            v = flat(rademacher_like(own, leaves))
             want = [p.sum() for p in np.split(v * (matrix_of @ v), bounds)]
             assert relative(row, want) < 1e-10
         assert estimate.trace == pytest.approx(sum(estimate.by_layer.values()), rel=1e-12)
@@ -297,7 +297,7 @@ def test_many_batches_are_averaged_by_weight_and_read_once():
         want = np.zeros(3)
         for number, (batch, matrix) in enumerate(zip(parts, matrices, strict=True)):  # each has signs of its own
             keys = jax.random.split(jax.random.fold_in(key, number), 3)
-            signs = [flat(random_signs_like(k, jax.tree.leaves(params))) for k in keys]
+            signs = [flat(rademacher_like(k, jax.tree.leaves(params))) for k in keys]
             want += [len(batch["y"]) / 10 * v @ matrix @ v for v in signs]
         np.testing.assert_allclose(streamed.samples.sum(1), want, rtol=1e-10)
         one_at_a_time = hessian_trace(NETWORK, params, parts, key=key, probes=3, chunk=1)
@@ -413,7 +413,7 @@ def test_errors():
         (lambda: hvp(made, own, own, model_batch()), "brings its own parameters, so of the 3 arguments"),
         (lambda: hessian_trace(made, own, model_batch(), key=key), "brings its own parameters, so of the 2 arguments"),
         (lambda: curvature_operator(made, own, model_batch()), "leave the parameters out"),
-        (lambda: example_forms(made, own, own, model_batch()), "leave the parameters out"),
+        (lambda: per_example_quadratic_forms(made, own, own, model_batch()), "leave the parameters out"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

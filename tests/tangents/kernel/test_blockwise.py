@@ -37,13 +37,13 @@ def test_blocks_are_the_kernel(outputs):
 
 
 def test_each_pair_of_blocks_is_computed_once(monkeypatch):
-    sizes = []
+    sizes, layer_kernels = [], blockwise.layer_kernels
 
-    def counting(f, params, x1, x2=None, **options):
+    def counting(problem, method, params, x1, x2, outputs):
         sizes.append(2 if x2 is not None else 1)
-        return ntk(f, params, x1, x2, **options)
+        return layer_kernels(problem, method, params, x1, x2, outputs)
 
-    monkeypatch.setattr(blockwise, "ntk", counting)
+    monkeypatch.setattr(blockwise, "layer_kernels", counting)
     p, x = inputs(8)
     np.testing.assert_allclose(ntk_blocks(one, p, x, block=2), ntk(one, p, x), rtol=1e-5, atol=1e-5)
     assert sorted(sizes) == [1] * 4 + [2] * 6  # 4 blocks on the diagonal, 6 above it
@@ -53,15 +53,15 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     p, x = inputs(7)
     file = tmp_path / "kernel.npy"
     want = np.asarray(ntk(f, p, x))
-    done = []
+    done, layer_kernels = [], blockwise.layer_kernels
 
-    def failing(f, params, x1, x2=None, **options):
+    def failing(*args):
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(1)
-        return ntk(f, params, x1, x2, **options)
+        return layer_kernels(*args)
 
-    monkeypatch.setattr(blockwise, "ntk", failing)
+    monkeypatch.setattr(blockwise, "layer_kernels", failing)
     with pytest.raises(KeyboardInterrupt):
         ntk_blocks(f, p, x, block=3, file=file)
     assert len(json.loads((tmp_path / "kernel.npy.json").read_text())["done"]) == 4

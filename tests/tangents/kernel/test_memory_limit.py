@@ -23,8 +23,8 @@ from lensjax.tangents import (
     sketch_error,
 )
 from lensjax.tangents.kernel import blockwise, memory_limit
-from lensjax.tangents.kernel.compute import checked
-from lensjax.tangents.kernel.memory_limit import Blocks, needed_bytes, operations, traced, ways
+from lensjax.tangents.kernel.compute import validate
+from lensjax.tangents.kernel.memory_limit import Blocks, needed_bytes, operations, trace_program, variants
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -42,9 +42,9 @@ def model_and_batch(dtype=jnp.float32):
 def needs(model, batch, rows, columns=None):
     """Bytes that each way of computing the loss kernel of a model takes for so many examples, from fast to small."""
     found = {}
-    for way in ways(model, None, "loss"):
-        problem = checked(way.function, way.params, batch, None, None, False)
-        found[way.what] = needed_bytes(traced(problem, way, batch, None, False, (rows, columns)))
+    for variant in variants(model, None, "loss"):
+        problem = validate(variant.function, variant.params, batch, None, None, False)
+        found[variant.what] = needed_bytes(trace_program(problem, variant, batch, None, False, (rows, columns)))
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_model_recomputes_as_much_as_is_necessary():
 
 
 class Deep(nnx.Module):
-    """What `ways` needs of a language model, and quick to compile: a stack of layers, the loss a sum of squares."""
+    """What `variants` needs of a language model, and quick to compile: a stack of layers, the loss a sum of squares."""
 
     def __init__(self, layers=6, width=16):
         rng = np.random.default_rng(0)
@@ -166,18 +166,18 @@ def test_the_largest_block_that_fits(monkeypatch, takes):
     asked = []
     monkeypatch.setattr(Blocks, "_bytes", lambda self, block: asked.append(block) or takes(block))
     p, x = jnp.ones(3), jnp.ones((2000, 3))
-    problem = checked(jnp.dot, p, x, None, None, False)
+    problem = validate(jnp.dot, p, x, None, None, False)
     for rows, even in ((2000, False), (2000, True), (17, True), (2, True), (1, False)):
         own = dataclasses.replace(problem, rows=rows)
-        blockwise = Blocks(own, memory_limit.Way(jnp.dot, p, ""), x, None, "full", even=even)
+        blocks = Blocks(own, memory_limit.Variant(jnp.dot, p, ""), x, None, "full", even=even)
         sizes = [n for n in range(1, min(1024, rows) + 1) if not even or (n < rows and n == -(-rows // -(-rows // n)))]
-        assert (blockwise.least, blockwise.most) == (min(2, sizes[-1]), sizes[-1])
+        assert (blocks.least, blocks.most) == (min(2, sizes[-1]), sizes[-1])
         for limit in (*(takes(n) for n in range(2, 20)), *(takes(n) - 1 for n in (5, 17, 900)), takes(700), 10**9):
             asked.clear()
-            block, needed = blockwise.largest(limit)
+            block, needed = blocks.largest(limit)
             assert len(asked) == len(set(asked)) <= 14
-            fitting = [n for n in sizes if n >= blockwise.least and takes(n) <= limit]
-            assert needed == takes(block or blockwise.least)
+            fitting = [n for n in sizes if n >= blocks.least and takes(n) <= limit]
+            assert needed == takes(block or blocks.least)
             assert (block == 0) == (not fitting)
             if fitting:
                 assert block in fitting
@@ -243,15 +243,15 @@ def test_columns_of_a_model_may_be_given_by_name():
 
 def test_the_kernel_counts_where_it_is_computed_at_once():
     p, x = jnp.ones(2), jnp.ones((64, 2))
-    problem = checked(jnp.dot, p, x, None, None, False)
-    takes = needed_bytes(traced(problem, memory_limit.Way(jnp.dot, p, ""), x, None, False, (64, None)))
+    problem = validate(jnp.dot, p, x, None, None, False)
+    takes = needed_bytes(trace_program(problem, memory_limit.Variant(jnp.dot, p, ""), x, None, False, (64, None)))
     assert takes >= 4 * 64**2
     reasons = [ntk(jnp.dot, p, x, memory=limit, return_report=True)[1].reason for limit in (takes, takes - 1)]
     assert ["in blocks" in reason for reason in reasons] == [False, True]
 
 
 def test_bytes_are_written_in_digits():
-    assert [memory_limit._mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
+    assert [memory_limit.format_mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
         "1500 MiB",
         "10 MiB",
         "9.88 MiB",
@@ -305,13 +305,13 @@ def test_fewer_parameters_than_outputs():
 
 
 def test_all_blocks_are_computed_as_asked_for(monkeypatch):
-    methods = []
+    methods, layer_kernels = [], blockwise.layer_kernels
 
-    def recording(*args, method="auto", **options):
+    def recording(problem, method, *args):
         methods.append(method)
-        return ntk(*args, method=method, **options)
+        return layer_kernels(problem, method, *args)
 
-    monkeypatch.setattr(blockwise, "ntk", recording)
+    monkeypatch.setattr(blockwise, "layer_kernels", recording)
     p, x = jnp.ones(3), jnp.ones((64, 48, 3))
     kernel = ntk(lambda p, x: x @ p, p, x, memory=2**21, method="transform")
     assert kernel.shape == (64, 48, 64, 48)
