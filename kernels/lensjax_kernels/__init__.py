@@ -1,4 +1,4 @@
-"""The hot numerical primitives of lensjax: plain JAX, any device, each with one signature."""
+"""The numerical primitives that lensjax spends most of its time in: plain JAX, for any device."""
 
 from lensjax_kernels.cross_entropy import head_cross_entropy
 from lensjax_kernels.cross_entropy_gram import cross_entropy_vjp, cross_entropy_vjp_token_gram, head_losses

@@ -1,8 +1,9 @@
-"""The fused head and cross-entropy for several examples: losses, pull-back, and what the weight's gradients give.
+"""The fused head and cross-entropy for several examples: losses, VJP, and reductions of the weight's gradients.
 
 The gradient of one token's loss with respect to the logits is `softmax - one-hot`, so the head's per-example weight
 gradient is `left.T @ right` with left = softmax - one-hot, (tokens x vocabulary), and right = cotangent * hidden.
-The left factor is made a chunk of the vocabulary at a time from the hidden states and each token's log-normaliser.
+The left factor is computed for a chunk of the vocabulary at a time from the hidden states and each token's
+log-normaliser.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from lensjax_kernels.gram import (
 )
 
 LOGIT_BYTES = 2**26
-"""Logits that exist at once where they are not kept."""
+"""Bytes of the logits that exist at once where they are not kept."""
 
 FACTOR_BYTES = 2**24
-"""Left factors whose token pairs are multiplied at once: the products copy and transpose parts of them."""
+"""Bytes of the left factors whose token pairs are multiplied at once: the products copy and transpose parts of them."""
 
 
 def head_losses(
@@ -92,10 +93,10 @@ def softmax_minus_onehot(
     labels : int array (..., T)
     log_normalizers : float array (..., T)
     logits : float array (..., T, V), optional
-        Where they were kept; else they are made again.
+        If they were kept; else they are computed again.
     start, size : int
-        The rows; default all. Where they would end after the last row, they end with it, and the rows before
-        `start` that are then among them have zeros.
+        The rows; default all. A chunk that would end after the last row ends with it instead; its rows before
+        `start` are zero then.
 
     Returns
     -------
@@ -114,7 +115,7 @@ def softmax_minus_onehot(
 
 
 def rows_at(weight: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Return the rows of the weight that `softmax_minus_onehot` takes for `start` and `size`."""
+    """Return the rows of the weight that belong to `start` and `size` of `softmax_minus_onehot`."""
     return jax.lax.dynamic_slice_in_dim(weight, jnp.minimum(start, weight.shape[0] - size), size)
 
 
@@ -127,9 +128,9 @@ def cross_entropy_vjp(
     cotangents: jax.Array,
     reduce: ReduceFunction | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Pull cotangents of the losses back to the hidden states, and reduce the weight's per-example gradients.
+    """Return the VJP of the losses for the hidden states, and a reduction of the weight's per-example gradients.
 
-    Both need softmax - one-hot, which is made once, a chunk of the vocabulary at a time.
+    Both need softmax - one-hot, which is computed once, for a chunk of the vocabulary at a time.
 
     Parameters
     ----------
@@ -139,12 +140,12 @@ def cross_entropy_vjp(
     log_normalizers : float array (B, T)
     logits : float array (B, T, V), or None where they were not kept
     cotangents : float array (B, C, T)
-    reduce : callable (B, C, K) -> array, or None where nothing is to be reduced
+    reduce : callable (B, C, K) -> array, or None for no reduction
         See `reduce_weight_gradients`.
 
     Returns
     -------
-    float array (B, C, T, d), like `hidden` in dtype; and the sum of what `reduce` gave, or None.
+    float array (B, C, T, d), like `hidden` in dtype; and the sum of the results of `reduce`, or None.
     """
     dtype = log_normalizers.dtype
     right = cotangents.astype(dtype)[..., None] * hidden[:, None].astype(dtype)
@@ -169,15 +170,16 @@ def cross_entropy_vjp_token_gram(
     cotangents: jax.Array,
     rows: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull cotangents back to the hidden states and return the weight's kernel, by token pairs.
+    """Return the VJP of the losses for the hidden states and the weight's kernel, computed over token pairs.
 
-    Cheaper than `cross_entropy_vjp` where examples times tokens is below the width; keeps one number for each pair of tokens.
+    Cheaper than `cross_entropy_vjp` where examples times tokens is below the width; keeps one number for each pair of
+    tokens.
 
     Parameters
     ----------
     hidden, weight, labels, log_normalizers, logits, cotangents : see `cross_entropy_vjp`
     rows : int or None
-        The first `rows` examples are the kernel's rows, the others its columns; None: all are both.
+        The first `rows` examples are the kernel's rows, the others its columns; None: all are rows and columns.
 
     Returns
     -------
@@ -209,7 +211,7 @@ def cross_entropy_vjp_token_gram(
 
 
 def _summed(one: Callable[[jax.Array], tuple[jax.Array, Any]], size: int, pieces: int) -> tuple[jax.Array, Any]:
-    """Add up what a function gives for each chunk of the vocabulary."""
+    """Return the sum of a function over the chunks of the vocabulary."""
     if pieces == 1:
         return one(jnp.int32(0))
 

@@ -1,4 +1,4 @@
-"""Random signs, one bit each: drawn as words, stored as words, and made floats only where they are used."""
+"""Rademacher variables (random signs) of one bit each: drawn and stored in words, and converted to floats in use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack_rademacher(key: jax.Array, count: int) -> jax.Array:
     uint32 array (ceil(count / 32),)
         Sign i is bit i % 32 of word i // 32; a set bit means -1. The bits after the last sign are random too.
     """
-    # Without the barrier XLA fuses the drawing into what unpacks, and draws a word again for each of its 32 signs.
+    # Without the barrier XLA fuses the drawing into the unpacking, and draws each word again for its 32 signs.
     return jax.lax.optimization_barrier(jax.random.bits(key, (words_for(count),), jnp.uint32))
 
 
@@ -63,7 +63,7 @@ def unpack_rademacher(words: jax.Array, shape: Sequence[int], dtype: Any = jnp.f
     words = words[: words_for(count)]
     shifted = words[:, None] << (BITS - 1 - jnp.arange(BITS, dtype=jnp.uint32))
     if jnp.dtype(dtype) == jnp.float32:
-        # The drawn bit becomes the sign bit of 1.0: two integer operations and no comparison.
+        # The bit becomes the sign bit of 1.0: two integer operations and no comparison.
         one = jnp.uint32(0x3F800000)
         signs = jax.lax.bitcast_convert_type((shifted & jnp.uint32(0x80000000)) | one, jnp.float32)
     else:

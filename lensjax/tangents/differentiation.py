@@ -1,7 +1,7 @@
-"""Derivatives along a direction, also of functions that can only be differentiated backwards.
+"""Jacobian-, Hessian- and Gauss-Newton-vector products, also of functions that have reverse mode only.
 
-A function with a backward rule of its own (`jax.custom_vjp`) has no forward mode. The pull-back ``u -> J^T u`` is
-linear, and the pull-back of that is ``v -> J v``: two passes backwards do what one forwards does.
+A function with a `jax.custom_vjp` has no forward mode. The vector-Jacobian product ``u -> J^T u`` is linear, and its
+own vector-Jacobian product is ``v -> J v``: reverse mode twice computes what forward mode does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lensjax.errors import InputError
 from lensjax.tangents.program import ir
 
 NO_REVERSE_MODE = re.compile("Reverse-mode differentiation does not work")
-"""What JAX says of a `while_loop`."""
+"""The message of JAX's error for a `while_loop`."""
 
 
 def no_forward_mode(error: Exception) -> bool:
-    """Whether JAX raised it because a function has no forward mode."""
+    """Whether JAX raised the error because a function has no forward mode."""
     return isinstance(error, TypeError) and "can't apply forward-mode autodiff" in str(error)
 
 
@@ -32,7 +32,7 @@ def jvp(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
     Raises
     ------
     InputError
-        If the function's backward rule cannot be differentiated backwards either.
+        If the function's backward rule has no reverse mode either.
     """
 
     def forward(v: Any) -> Any:
@@ -72,7 +72,7 @@ def gauss_newton_map(
     Raises
     ------
     InputError
-        As `jvp`, by what is returned.
+        As `jvp`, when the returned function is called.
     """
     if _has_custom_vjp(outputs, x):
         z, vjp = jax.vjp(outputs, x)
@@ -91,7 +91,7 @@ def _forward_or_reverse(
     what: str,
 ) -> Any:
     if _has_custom_vjp(function, x):
-        # JAX finds out only when it runs or compiles a program, by an operation that stands for what is missing.
+        # JAX raises only when it runs or compiles a program: the missing rule is an operation of its own in there.
         program = jax.make_jaxpr(forward)(v)
         if _primitive_names(program) & {"custom_lin"}:
             return _reverse_over_reverse(what, lambda: reverse(v))
@@ -99,7 +99,7 @@ def _forward_or_reverse(
 
 
 def _has_custom_vjp(function: Callable[[Any], Any], x: Any) -> bool:
-    """Whether a function has backward rules of its own somewhere; not looked for where Python decides by values."""
+    """Whether a function has a `jax.custom_vjp` in it; False where it branches on values and cannot be traced."""
     try:
         return ir.holds(jax.make_jaxpr(function)(x), jp.custom_vjp_call_p)
     except jax.errors.ConcretizationTypeError:
@@ -107,7 +107,7 @@ def _has_custom_vjp(function: Callable[[Any], Any], x: Any) -> bool:
 
 
 def _primitive_names(program: Any) -> set[str]:
-    """Return the names of all primitives in a program and those that it calls."""
+    """Return the names of all primitives in a program and in those that it calls."""
     return {e.primitive.name for e in program.eqns}.union(
         *(_primitive_names(p) for e in program.eqns for p in ir.called(e))
     )

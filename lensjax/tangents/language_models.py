@@ -21,13 +21,13 @@ OUTPUTS = {
     "gold_logit": "mean logit of the labelled tokens",
     "projections": "mean over the labelled tokens of 4 random projections of the logits; 4 outputs",
 }
-"""What a model's output can be, with its unit."""
+"""Possible outputs of a model, each with its definition and unit."""
 
 PROJECTIONS = 4
 
 
 def is_model(f: Any) -> bool:
-    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so brings its own parameters."""
+    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so its own parameters."""
     return hasattr(f, "loss_sums") and callable(f)
 
 
@@ -68,45 +68,42 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Mod
 
 
 def model_function(model: Any, output: str) -> tuple[Any, Any]:
-    """Return `ntk_outputs(model, output)`, with what the model holds beside its parameters as arguments too.
-
-    Nothing is compiled twice then, and no frozen weight is a constant of a program.
-    """
+    """Return `ntk_outputs(model, output)`, with the arrays that the model holds beside its parameters as arguments."""
     return frozen_as_arguments(*ntk_outputs(model, output))
 
 
-def split_model_args(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
-    """Return (f, params, *given) of a call; a model's has one argument fewer, for it brings its parameters.
+def split_model_args(f: Any, output: str, params: Any, *args: Any) -> tuple[Any, ...]:
+    """Return (f, params, *args) of a call with a function, or with a model, which has no argument for its parameters.
 
-    The last one may come by its own name then, and stand where it stands after a function.
+    All arguments after a model are one position earlier; its last one may be given by name.
 
     Raises
     ------
     InputError
-        If a model is given all of them, or another function an `output`, which would mean nothing.
+        If a model is given with parameters, or another function with an `output`.
     """
     if is_model(f):
-        return (*model_function(f, output), *shift_args(f, params, *given))
+        return (*model_function(f, output), *shift_args(f, params, *args))
     if output != "loss":
         raise InputError(
             f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
             "which says itself what it returns; leave `output` out, or give a model of `lensjax.models`."
         )
-    return (*frozen_as_arguments(f, params), *given)
+    return (*frozen_as_arguments(f, params), *args)
 
 
-def shift_args(model: Any, *given: Any) -> tuple[Any, ...]:
-    """Return the arguments after the parameters, of a call that gives a model and so no parameters.
+def shift_args(model: Any, *args: Any) -> tuple[Any, ...]:
+    """Return the arguments after the parameters of a call with a model, and so without parameters.
 
     Raises
     ------
     InputError
-        If one is given too many.
+        If there is an argument for the parameters.
     """
-    *others, before, last = given
+    *others, before, last = args
     if before is not None and last is not None:
         raise InputError(
-            f"{type(model).__name__} brings its own parameters, so of the {len(given)} arguments after it one is too "
+            f"{type(model).__name__} brings its own parameters, so of the {len(args)} arguments after it one is too "
             "many; leave the parameters out."
         )
     return (*others, before if last is None else last)

@@ -1,4 +1,4 @@
-"""Losses in two parts, outputs and what is made of them: for functions, and the cross-entropy of language models."""
+"""Losses in two parts, outputs and a loss of these: of any function, and the cross-entropy of language models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lensjax.tangents.language_models import is_model, shift_args
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 2**24
-"""Most tokens, and most logits, that exist at once."""
+"""Limits of the tokens, and of the logits, that exist at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,9 +61,9 @@ def model_loss(model: Any) -> tuple[ModelLoss, Any]:
     Notes
     -----
     Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
-    `hessian_trace`, `curvature_operator` and `per_example_quadratic_forms` hand them to their programs as arguments,
-    and compile once for all models of the same structure. In a program of your own give it `f` as an argument too, or XLA keeps a
-    copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
+    `hessian_trace`, `curvature_operator` and `per_example_quadratic_forms` hand them to their programs as
+    arguments, and compile once for all models of the same structure. In a program of your own give it `f` as an
+    argument too, or XLA keeps a copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
     """
     return ModelLoss.split(model, hasattr(model, "shift_right"))
 
@@ -90,7 +90,7 @@ class ModelLoss(FrozenModel):
     ----------
     graph, frozen : see `FrozenModel`; the leaves of this pytree are those of `frozen`
     separate : bool
-        Whether the labels go to a decoder of their own.
+        Whether the labels are those of a separate decoder.
     """
 
     separate: bool
@@ -128,12 +128,12 @@ class ModelLoss(FrozenModel):
         return jnp.ones_like(batch["input_ids"]) if mask is None else jnp.asarray(mask)
 
     def head_inputs(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if it has one.
+        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if there is one.
 
         Raises
         ------
         InputError
-            If the model does not say what they are.
+            If the model does not provide them.
         """
         model = self.model(params)
         if not (hasattr(model, "hidden") and hasattr(model, "head_weight")):
@@ -179,7 +179,7 @@ def head_gauss_newton(
     tangents : like `inputs`
         The vector v.
     labels : int array (M,)
-        Rows with -100 have no loss; which label the others have makes no difference.
+        Rows with -100 have no loss; the labels of the others make no difference.
     chunk : int, optional
         Rows whose logits exist at once. Default: 512, fewer for a large vocabulary.
 

@@ -36,7 +36,7 @@ def hvp(f: Any, params: Any, v: Any = None, *batch: Any) -> Any:
     """Return the Hessian of a scalar loss times a vector, forward over reverse.
 
     Called as ``hvp(f, params, v, *batch)`` for any function, or as ``hvp(model, v, batch)`` for a language model,
-    whose loss is the mean over the batch's labelled tokens. Never compiled here: put it under `jax.jit`.
+    whose loss is the mean over the batch's labelled tokens. It is not compiled: call it under `jax.jit`.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class CurvatureOperator:
     blocks : tuple of str
         Names of the parameter blocks.
     matvecs : int
-        Products so far, over all batches each.
+        Products so far, each over all batches.
     """
 
     def __init__(self, problem: CurvatureProblem, f: Any, params: Any, batches: Sequence[Any]) -> None:
@@ -155,7 +155,7 @@ class CurvatureOperator:
         Raises
         ------
         InputError
-            If `v` is not like the parameters, or the batches weigh nothing.
+            If `v` is not like the parameters, or the batches have no weight.
         """
         check_like(without_frozen(self._params), v)
         return self._like_parameters(self.multiply(self.problem.selected(v)))
@@ -192,7 +192,7 @@ class CurvatureOperator:
         return dict(zip(self.blocks, numbers.tolist(), strict=True))
 
     def flat(self, v: jax.Array) -> jax.Array:
-        """Multiply a flat vector (size,) as `flatten` makes them."""
+        """Return the product with a flat vector (size,), as from `flatten`."""
         return concatenate_leaves(self.multiply(self.unflatten(v)))
 
     def block_sizes(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ class CurvatureOperator:
         return self._like_parameters(rademacher_like(key, self.problem.selected(self._params)))
 
     def unflatten(self, v: jax.Array) -> Leaves:
-        """Cut a flat vector (size,) into the selected leaves."""
+        """Split a flat vector (size,) into the selected leaves."""
         return split_like(v, self.problem.selected(self._params))
 
     def _like_parameters(self, selected: Leaves) -> Any:
@@ -221,13 +221,13 @@ class CurvatureOperator:
 
 
 def concatenate_leaves(leaves: Leaves) -> jax.Array:
-    """Return arrays as one vector, one after the other in row-major order, at least float32: a basis needs it."""
+    """Return arrays as one vector, each in row-major order, at least float32, which a basis needs."""
     vector = jnp.concatenate([jnp.ravel(a) for a in leaves])
     return vector.astype(jnp.promote_types(jnp.float32, vector.dtype))
 
 
 def split_like(v: jax.Array, like: Leaves) -> Leaves:
-    """Cut a flat vector into arrays like the given ones."""
+    """Split a flat vector into arrays like the given ones."""
     leaves, start = [], 0
     for leaf in like:
         leaves.append(v[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
@@ -252,8 +252,8 @@ def curvature_operator(
     Parameters
     ----------
     f : callable (params, batch) -> real scalar, the mean loss of a batch; `Composed`; or a language model
-        With `Composed(outputs, loss)` or a model, the Gauss-Newton matrix exists too. A model's loss is the mean
-        cross-entropy over labelled tokens, and its outputs are the logits, which never exist all at once.
+        The Gauss-Newton matrix is defined for `Composed(outputs, loss)` and models. A model's loss is the mean
+        cross-entropy over labelled tokens, and its outputs are the logits, which never all exist at once.
     params : pytree of arrays
     batches : pytree, or list of pytrees
         One batch, or several whose matrices are averaged.

@@ -104,11 +104,11 @@ class CurvatureProblem:
         return forms, weight
 
     def _scale(self, f: Any, batch: Any) -> tuple[Any, jax.Array]:
-        """Return what a batch's loss is multiplied with, and the weight of the batch."""
+        """Return the factor of a batch's loss, and the weight of the batch."""
         weight = self.batch_weight(f, batch)
         if not isinstance(f, ModelLoss):
             return weight, weight
-        # A model is differentiated as a sum: its mean over a batch without labelled tokens is 0 / 0.
+        # A model's loss is differentiated as a sum: its mean over a batch without labelled tokens is 0 / 0.
         return 1.0 if self.weight is None else weight / jnp.maximum(f.tokens(batch), 1), weight
 
     def _loss(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], Any], jax.Array]:
@@ -116,11 +116,11 @@ class CurvatureProblem:
         scale, weight = self._scale(f, batch)
         if isinstance(f, ModelLoss):
             return (lambda leaves: scale * f.sums(self.selection.replace(params, leaves), batch)[0]), weight
-        check_scalar(lambda p: f(p, batch), params)  # here, where it is traced, and not at every call
+        check_scalar(lambda p: f(p, batch), params)  # once, while the program is traced, not in every call
         return (lambda leaves: scale * f(self.selection.replace(params, leaves), batch)), weight
 
     def _gauss_newton_parts(self, f: Any, params: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
-        """Return outputs of the selected leaves, the loss's curvature (z, dz) -> H_out dz, the scale, the weight."""
+        """Return the outputs as a function of selected leaves, (z, dz) -> H_out dz, the factor, and the weight."""
         scale, weight = self._scale(f, batch)
         if not isinstance(f, ModelLoss):
             check_scalar(lambda p: f(p, batch), params)
@@ -216,7 +216,7 @@ def check_scalar(f: Callable[[Any], Any], params: Any) -> None:
 
 
 def check_weight(weight: float) -> None:
-    """Raise InputError unless the batches weigh something."""
+    """Raise InputError unless the weight of all batches is positive."""
     if not weight > 0:
         raise InputError(f"the batches weigh {weight} in all; give batches with labelled tokens, or positive weights.")
 

@@ -1,11 +1,11 @@
 """Quadratic forms v_i . (H v)_i of every block of parameters from one pass each way, without the product H v.
 
-Let the parameters move along their directions, w + s v, each with a step s of its own. The form of one parameter is the
+Each parameter w is moved along its direction, w + s v, with a step s of its own. The form of one parameter is the
 derivative with respect to its step of the loss's derivative along all directions together, at s = 0. Where an operation
-is linear in the parameter, op(w + s v, x) = op(w, x) + s op(v, x), and all that the steps' derivatives need of it is
-op(v, x) and its pull-back to x, which the passes make anyway. The products of a weight's gradient, a quarter of a
-Hessian-vector product, are never made, nor the product itself, which is as large as the parameters. Wherever else a
-parameter is read, w + s v is differentiated as usual, so that nothing rests on what is recognised.
+is linear in the parameter, op(w + s v, x) = op(w, x) + s op(v, x), and the derivatives by the steps need only op(v, x)
+and its vector-Jacobian product for x, which both passes compute anyway. The products of a weight's gradient, a quarter
+of a Hessian-vector product, are not computed, nor the product itself, which is as large as the parameters. Wherever
+else a parameter is read, w + s v is differentiated as usual, so that the result is correct for any program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lensjax.tangents.program.analysis import IDENTITIES, SAME_ENTRIES
 Leaves = list[jax.Array]
 
 BILINEAR = {jp.dot_general_p, jp.conv_general_dilated_p}
-"""Operations linear in the parameter and in the other operand."""
+"""Operations that are linear in the parameter and in the other operand."""
 
 PARTS = {jp.slice_p, jp.dynamic_slice_p}
 """Operations whose output is part of their first operand."""
@@ -68,19 +68,19 @@ def gauss_newton_quadratic_forms(
     if run is None:
         return None
 
-    def pulled(s: list[jax.Array]) -> jax.Array:
+    def product(s: list[jax.Array]) -> jax.Array:
         z, dz = jax.jvp(run, (s,), (_ones(s),))
         factors = jax.lax.stop_gradient(output_hvp(z, dz))
         products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), z, factors))
         return jnp.sum(jnp.stack(products))
 
-    return list(jax.grad(pulled)(_steps(leaves)))
+    return list(jax.grad(product)(_steps(leaves)))
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the inner product of two arrays of one shape, at least float32.
 
-    In two stages: XLA's dot on CPU adds up in order, and is off by 0.4 % at 40 million float32 elements.
+    In two stages: XLA's dot on CPU adds in order, which is wrong by 0.4 % at 40 million float32 elements.
     """
     wide = jnp.promote_types(jnp.float32, a.dtype)
     a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
@@ -105,7 +105,7 @@ def _along(
 ) -> Callable[[list[jax.Array]], Any] | None:
     """Return a function of one step for each leaf, or None if there is no differentiating it forwards.
 
-    It is for steps of 0, one `jax.jvp` with all tangents 1, and a `jax.grad` around that.
+    It may only be called with steps of 0, in one `jax.jvp` with all tangents 1, and a `jax.grad` of that.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(leaves)
     if ir.holds(closed, jp.custom_vjp_call_p):
@@ -113,21 +113,21 @@ def _along(
     block, structure = ir.elaborate(closed, heads=False), jax.tree.structure(out)
 
     def run(steps: list[jax.Array]) -> Any:
-        moving = [_Directional(w, d, s) for w, d, s in zip(leaves, v, steps, strict=True)]
-        walk = _Interpreter(second)
-        return jax.tree.unflatten(structure, [walk.to_array(x) for x in walk.block(block, moving)])
+        inputs = [_Directional(w, d, s) for w, d, s in zip(leaves, v, steps, strict=True)]
+        interpreter = _Interpreter(second)
+        return jax.tree.unflatten(structure, [interpreter.to_array(x) for x in interpreter.block(block, inputs)])
 
     return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Directional:
-    """A parameter, or part of one, that has not met anything else yet.
+    """A parameter w + s v or part of one, before any operation other than a rearrangement.
 
     Attributes
     ----------
     value, direction : arrays of one shape
-    step : scalar; or (n,) where each of the n entries along the first axis has a step of its own
+    step : scalar, or (n,) with one step for each of the n entries along the first axis
     """
 
     value: jax.Array
@@ -135,7 +135,7 @@ class _Directional:
     step: jax.Array
 
     def map(self, view: Callable[[jax.Array], jax.Array]) -> _Directional:
-        """Return what a linear view makes of it."""
+        """Return the result of a linear rearrangement."""
         return _Directional(view(self.value), view(self.direction), self.step)
 
 
@@ -143,7 +143,7 @@ jax.tree_util.register_dataclass(_Directional, ["value", "direction", "step"], [
 
 
 class _Interpreter:
-    """Runs a program whose parameters move.
+    """Interpreter of a program whose parameters are `_Directional`.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ class _Interpreter:
         return [read(a) for a in block.outputs]
 
     def to_array(self, x: Any) -> Any:
-        """Return an array for a moving parameter, which is differentiated as any other value from then on."""
+        """Return a parameter as an array, which is differentiated like any other value from then on."""
         return (
             _directional_value(self.second)(x.step, x.value, x.direction, x.direction)
             if isinstance(x, _Directional)
@@ -179,17 +179,17 @@ class _Interpreter:
             return self._remat(operation, operands)
         if operation.kind == "scan":
             return self._scan(operation, operands)
-        moving = [i for i, x in enumerate(operands) if isinstance(x, _Directional)]
-        if moving:
-            outs = self._view(operation, operands)
-            if outs is None and len(moving) == 1 and not operands[moving[0]].step.ndim:
-                outs = self._use(operation, operands, moving[0])
+        directional = [i for i, x in enumerate(operands) if isinstance(x, _Directional)]
+        if directional:
+            outs = self._rearrange(operation, operands)
+            if outs is None and len(directional) == 1 and not operands[directional[0]].step.ndim:
+                outs = self._apply_linear(operation, operands, directional[0])
             if outs is not None:
                 return outs
         return operation.bind(*map(self.to_array, operands))
 
-    def _view(self, operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
-        """Return the moving parts that an operation makes of moving parameters, if it only arranges them."""
+    def _rearrange(self, operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
+        """Return the outputs of an operation that only rearranges parameters, None for any other."""
         primitive, first = operation.primitive, operands[0]
         if primitive is jp.concatenate_p or primitive.name == "stack":
             return self._join(operation, operands)
@@ -209,7 +209,7 @@ class _Interpreter:
 
     @staticmethod
     def _join(operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
-        """Return several moving parameters along a first axis as one, such as the layers of a loop."""
+        """Return several parameters joined along the first axis as one, such as the layers of a loop."""
         stacked = operation.primitive is not jp.concatenate_p
         axis = operation.params["axis" if stacked else "dimension"]
         if axis != 0 or not all(isinstance(x, _Directional) and not (stacked and x.step.ndim) for x in operands):
@@ -221,8 +221,8 @@ class _Interpreter:
         )
         return [_Directional(value, direction, jnp.concatenate(steps))]
 
-    def _use(self, operation: ir.Operation, operands: list[Any], which: int) -> list[Any] | None:
-        """Return the output of an operation that is linear in a moving parameter."""
+    def _apply_linear(self, operation: ir.Operation, operands: list[Any], which: int) -> list[Any] | None:
+        """Return the output of an operation that is linear in a parameter, None for any other."""
         w, primitive = operands[which], operation.primitive
         if primitive in BILINEAR and jnp.issubdtype(operation.inputs[1 - which].aval.dtype, jnp.floating):
 
@@ -231,12 +231,12 @@ class _Interpreter:
 
             return [_directional_bilinear(apply, self.second)(w.step, w.value, w.direction, operands[1 - which])]
         if primitive is jp.gather_p and which == 0:
-            # What fills up in place of rows that are not there stays where it is.
+            # The values in place of rows that do not exist do not depend on the step.
             filled = dataclasses.replace(operation, params={**operation.params, "fill_value": 0})
             rows, moving = operation.bind(w.value, *operands[1:])[0], filled.bind(w.direction, *operands[1:])[0]
             if operation.params["mode"] != jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
                 return [self.to_array(_Directional(rows, moving, w.step))]
-            # Beyond the table JAX takes the nearest row forwards, but nothing goes back to it.
+            # For indices beyond the table JAX reads the nearest row, but that row gets no gradient.
             dropped = {**filled.params, "mode": jax.lax.GatherScatterMode.FILL_OR_DROP}
             back = dataclasses.replace(operation, params=dropped).bind(w.direction, *operands[1:])[0]
             return [_directional_value(self.second)(w.step, rows, moving, back)]
@@ -276,9 +276,9 @@ def _step_gradients(v: jax.Array, ct: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def _directional_value(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Return the function (step, w, v, back) -> w + step * v at step 0: its tangent is v, and `back` v on the way back.
+    """Return (step, w, v, back) -> w + step * v at step 0, with the tangent v, and `back` for v in the backward pass.
 
-    The two differ where JAX's own rules do.
+    The two differ where JAX's own forward and backward rules do.
     """
 
     @jax.custom_vjp
@@ -295,15 +295,15 @@ def _directional_value(second: bool) -> Callable[[jax.Array, jax.Array, jax.Arra
     pair.defvjp(forward, backward)
 
     @jax.custom_jvp
-    def moved(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> jax.Array:
+    def value(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> jax.Array:
         return w
 
-    moved.defjvp(lambda primals, tangents: pair(*primals))
-    return moved
+    value.defjvp(lambda primals, tangents: pair(*primals))
+    return value
 
 
 def _directional_bilinear(apply: Callable[[jax.Array, jax.Array], jax.Array], second: bool) -> Callable[..., jax.Array]:
-    """Return the function (step, w, v, x) -> apply(w + step * v, x) at step 0, with `apply` bilinear."""
+    """Return (step, w, v, x) -> apply(w + step * v, x) at step 0, with `apply` bilinear."""
 
     def value_and_tangent(w: jax.Array, v: jax.Array, x: jax.Array, dx: jax.Array) -> Any:
         of_direction = apply(v, x)
@@ -330,11 +330,11 @@ def _directional_bilinear(apply: Callable[[jax.Array, jax.Array], jax.Array], se
     pair.defvjp(forward, backward)
 
     @jax.custom_jvp
-    def used(step: jax.Array, w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
+    def value(step: jax.Array, w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
         return apply(w, x)
 
-    @used.defjvp
+    @value.defjvp
     def rule(primals: Any, tangents: Any) -> Any:
         return pair(*primals, tangents[3])
 
-    return used
+    return value

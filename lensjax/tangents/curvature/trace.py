@@ -40,14 +40,14 @@ class TraceEstimate:
     Attributes
     ----------
     trace, standard_error : float
-        Unit: loss / parameter^2. The error is that of the probes alone: which data were used is not in it. NaN with
-        a single probe, which does not show how far probes scatter.
+        Unit: loss / parameter^2. The error is that of the random probes for these data. NaN with a single probe, which
+        has no scatter.
     by_layer, standard_errors : dict block name -> float
         The blocks' traces, which add up to the total, and their standard errors, which do not.
     samples : float64 array (probes, blocks)
-        What each random probe gave; their mean is the estimate ("hutchinson"), or its random part ("hutch++").
+        The value of each random probe; their mean is the estimate ("hutchinson"), or its random part ("hutch++").
     probes : int
-        Random probes whose scatter gives the error.
+        Number of random probes, from whose scatter the error is estimated.
     matvecs : int
         Products with the matrix of a batch.
     weight : float
@@ -122,15 +122,15 @@ def hessian_trace(
     Notes
     -----
     "hutchinson": the mean over probes v of v_i . (H v)_i, with v random signs over all parameters, is unbiased for the
-    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms come
-    from one pass each way without the product H v, which costs a third more, and memory is that of the signs, as large
-    as the parameters, and of two to three times a gradient's activations. For a function with a backward rule of its
-    own only (`jax.custom_vjp`) the Hessian is multiplied with instead, by two passes backwards where that rule cannot
-    be differentiated forwards (its forward part calls the function itself); so is the Gauss-Newton matrix.
-    "hutch++": a third of the products finds the range Q of H applied to random vectors, a third takes the trace on it
-    exactly, the rest is spent on random probes of what is left, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
+    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms are
+    computed in one forward and one backward pass, without the product H v, which would cost a third more; the memory is
+    that of the signs, as large as the parameters, and of two to three times a gradient's activations. For a function
+    with a `jax.custom_vjp` Hessian-vector and Gauss-Newton-vector products are used instead, in reverse mode twice
+    where the rule cannot be differentiated in forward mode (because its forward part calls the function itself).
+    "hutch++": a third of the products finds the range Q of H applied to random vectors, a third computes the trace
+    on it exactly, and the rest are random probes of the remainder, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
     eigenvalues, fewer than a third of the probes, hold most of the Frobenius norm; on a flat spectrum its error is
-    larger by sqrt(3), for only a third of the probes is averaged. On a small language model it paid from about 48
+    larger by sqrt(3), because only a third of the probes is averaged. On a small language model it paid from about 48
     products on before fine-tuning, and for the Hessian after fine-tuning never (benchmarks/trace_methods.py).
     It keeps `probes` / 3 vectors as long as the parameters, several times over while they are made orthogonal: not for
     billions of parameters.
@@ -224,7 +224,7 @@ def _hutch_plus_plus(
 
 @jax.jit
 def _along(basis: jax.Array, v: jax.Array) -> jax.Array:
-    """Return Q^T v (rank,) for Q (size, rank); a matrix product adds up in order on CPU, see `dot`."""
+    """Return Q^T v (rank,) for Q (size, rank); a matrix product adds in order on CPU, see `dot`."""
     return jax.lax.map(lambda i: dot(basis[:, i], v), jnp.arange(basis.shape[1]))
 
 

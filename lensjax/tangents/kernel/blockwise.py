@@ -51,15 +51,15 @@ def ntk_blocks(
     block : int, optional
         Examples on each side of a block.
     memory : int, optional
-        Bytes that the computation of one block may take beside the parameters and the examples, by the compiled
-        program's own account, in which its part of the kernel counts: the whole where all examples go at once.
+        Bytes that the computation of one block may take beside the parameters and the examples, by XLA's
+        analysis of the compiled program, with its part of the kernel: the whole where all examples go at once.
         Blocks are as large as that allows, see `block_for`; models of `lensjax.models` run their layers in a loop and
         recompute as much of them on the way back as makes the whole fastest, see Notes. Give `block` or `memory`, or
         neither for blocks of 64 with a model as it is.
     file : path, optional
         Where the kernel is written as a NumPy array (.npy), block by block; `<file>.json` beside it lists the blocks
-        that are there. Called again with the same function, parameters and examples, only the missing ones are
-        computed. The function itself is compared by its traced program, and another `memory` may choose another.
+        that are there. Called again with the same function, parameters and examples, it computes only the missing
+        ones. The function itself is compared by its traced program, and another `memory` may choose another.
     return_report : bool
         Return `(kernel, report)`; the report's reason names the blocks and what is recomputed, and its bytes are those
         of two blocks.
@@ -92,11 +92,8 @@ def ntk_blocks(
     if memory is not None:
         check_bounded(memory, method, reason, WITHOUT_LIMIT)
         choice = plan_memory(problem, model, params, x1, x2, output, outputs, memory)
-        problem, params, how = (
-            dataclasses.replace(problem, function=choice.variant.function),
-            choice.variant.params,
-            choice.how,
-        )
+        variant, how = choice.variant, choice.how
+        problem, params = dataclasses.replace(problem, function=variant.function), variant.params
         block = longest if choice.block is None else choice.block
     else:
         block = min(64 if block is None else block, longest)
@@ -129,7 +126,7 @@ def by_blocks(
     block: int,
     file: str | os.PathLike[str] | None = None,
 ) -> tuple[np.ndarray, Callable[[], NtkReport]]:
-    """Return the kernel of a problem, all blocks by one method, and what makes the report; else as `ntk_blocks`."""
+    """Return the kernel of a problem, all blocks by one method, and a function that makes the report."""
     f, rows, columns = problem.function, problem.rows, problem.columns or problem.rows
 
     def kernel_of(left: Any, right: Any) -> np.ndarray:
@@ -168,9 +165,9 @@ def by_blocks(
 def block_for(f: Any, params: Any, x: Any, memory: int, *, parameters: Select = None, outputs: Outputs = "full") -> int:
     """Return the largest block of examples whose computation stays within `memory` bytes.
 
-    Programs for a few blocks are compiled and asked how much memory they take, where larger ones are expected to take
-    more: below 16 examples the next larger block does not fit, and above the block is at most a sixteenth smaller than
-    the largest, which never is more than 1024.
+    Programs for a few blocks are compiled and their memory is read; larger ones are expected to take more. Below 16
+    examples the next larger block does not fit, and above the block is at most a sixteenth smaller than the largest
+    that fits. It is 1024 at most.
 
     Parameters
     ----------
@@ -222,7 +219,7 @@ class _Store:
         self.done.add(pair)
         if self.list is not None:
             assert isinstance(self.array, np.memmap)
-            self.array.flush()  # the block must be there before the list says so
+            self.array.flush()  # the block must be on the disk before the list names it
             self._write()
 
     def _write(self) -> None:
@@ -234,14 +231,14 @@ class _Store:
 
 def _fingerprint(problem: KernelProblem, params: Any, x1: Any, x2: Any, outputs: str, block: int) -> str:
     def derivative(params: Any, example: Any) -> Any:
-        # Of the gradient: a function's own rules for derivatives are not in its program, but in this one.
-        y, vjp = jax.vjp(lambda chosen: problem.flat_outputs(params, chosen, example), problem.selected(params))
+        # The program of the gradient: a function's own rules for derivatives are in this one only.
+        y, vjp = jax.vjp(lambda selected: problem.flat_outputs(params, selected, example), problem.selected(params))
         return y, vjp(jnp.ones_like(y))
 
     example = jax.tree.map(lambda a: a[0], x1)
     reverse = has_reverse_mode(problem, params, x1)
     closed = jax.make_jaxpr(derivative if reverse else problem.function)(params, example)
-    program = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of functions are others in each process
+    program = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of functions differ between processes
     digest = hashlib.sha256()
     facts = (program, problem.selection.names, problem.selection.layers, problem.rows, problem.columns, outputs, block)
     digest.update(repr(facts).encode())
@@ -264,7 +261,7 @@ def _pairs(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tup
 
 
 def _part(x: Any, start: int, block: int) -> tuple[Any, int]:
-    """Return one block of examples, the last example repeated where they end, and how many there really are."""
+    """Return one block of examples, filled up with copies of the last one, and its size without these."""
     size = min(block, jax.tree.leaves(x)[0].shape[0] - start)
     places = np.minimum(np.arange(start, start + block), start + size - 1)
     return jax.tree.map(lambda a: a[places], x), size

@@ -1,4 +1,4 @@
-"""Choosing a method for a kernel, and computing it."""
+"""Validation of a kernel's arguments, the choice of a method, and the computation by it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Outputs = Literal["full", "trace", "diagonal"]
 
 @contextlib.contextmanager
 def reverse_mode(what: str, remedy: str) -> Iterator[None]:
-    """Raise InputError where something that goes backwards meets a function that cannot be."""
+    """Raise InputError where reverse mode is needed of a function that does not have it."""
     try:
         yield
     except ValueError as error:
@@ -50,7 +50,7 @@ def reverse_mode(what: str, remedy: str) -> Iterator[None]:
 def validate(
     f: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer, **choices: str
 ) -> KernelProblem:
-    """Return the problem that a public function's arguments describe; raises what `ntk` does."""
+    """Check the arguments of a public function and return the problem; raises what `ntk` does."""
     require_exact_backend()
     valid = {"outputs": ("full", "trace", "diagonal"), "method": ("auto", "transform", "jacobian", "ntvp")}
     for name, value in choices.items():
@@ -71,29 +71,31 @@ def choose_method(
     bounded: bool = False,
     reduction: Reduction | None = None,
 ) -> tuple[str, str]:
-    """Return the method and why it is the one; with a memory limit that which is bounded, if it works.
+    """Return the method and the reason for it; with a memory limit the one whose memory is bounded, if it works.
 
     Parameters
     ----------
     problem, method, params, x1, x2 : of the computation
     bounded : whether there is a memory limit
-    reducer : what will be computed, if that is known: its program is then traced for both purposes
+    reduction : what will be computed, if that is known: its program is then traced once for both
     """
     if method != "auto":
         return method, "asked for"
     shapes = jax.tree.leaves((abstract(params), one_example(x1)))
     key = ("choice", without_function(problem), bounded, *shapes)
     reduction = reduction or GramReduction(problem.rows, problem.columns, problem.outputs > 1)
-    return cached_compile(problem.function, key, lambda get: _automatic(problem, params, x1, x2, bounded, reduction))
+    return cached_compile(
+        problem.function, key, lambda get: _choose_automatically(problem, params, x1, x2, bounded, reduction)
+    )
 
 
 def check_bounded(memory: int, method: str, reason: str, remedy: str) -> None:
-    """Raise InputError where no memory limit can be kept."""
+    """Raise InputError where the method's memory cannot be limited."""
     if method != "transform":
         raise InputError(f"memory={memory} bounds method='transform', but here it is {method!r} ({reason}); {remedy}.")
 
 
-def _automatic(
+def _choose_automatically(
     problem: KernelProblem, params: Any, x1: Any, x2: Any, bounded: bool, reduction: Reduction
 ) -> tuple[str, str]:
     count = sum(leaf.size for leaf in problem.selected(params))
@@ -124,7 +126,7 @@ def layer_kernels(
 def reduce_gradients(
     problem: KernelProblem, reduction: Reduction, params: Any, x: Any, key: Any = None
 ) -> dict[int, jax.Array]:
-    """Return what a reducer makes of each layer, by program transformation where that works, else from Jacobians."""
+    """Return a reduction of each layer's gradients, by program transformation where that works, else from Jacobians."""
     if why_not_transformed(problem, reduction, params, x, None, key):
         return _from_reference(problem, "jacobian", reduction, params, x, None, key)
     return transformed(problem, reduction, params, x, None, key)
@@ -135,14 +137,16 @@ def why_not_transformed(
 ) -> str:
     """Return why a function's program cannot be transformed, "" if it can; raises only where it has no reverse mode.
 
-    The trace that shows it is the one that is compiled afterwards.
+    The trace made here is the one that is compiled afterwards.
     """
     given = abstract((params, x1, x2, key))
 
     def check(get: Callable[[], Function]) -> str:
         try:
             transformed_program(problem, reduction).eval_shape(*given)
-        except Exception as error:  # whatever it is: there is another way, which says more if f itself is at fault
+        except (
+            Exception
+        ) as error:  # of any kind: there is another method, with a better message if f itself is at fault
             if isinstance(error, ValueError) and NO_REVERSE_MODE.search(str(error)):
                 raise
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -174,7 +178,7 @@ def _shaped(blocks: dict[int, jax.Array], layer: int, problem: KernelProblem, ou
     columns = problem.rows if problem.columns is None else problem.columns
     count = problem.outputs
     shape = (problem.rows, count, columns, count) if crossed else (count, problem.rows, columns)
-    # A selected parameter that the function never reads has no share.
+    # A selected parameter that the function never reads contributes nothing.
     block = blocks.get(layer)
     block = jnp.zeros(shape) if block is None else block
     if crossed:

@@ -19,7 +19,7 @@ from lensjax.tangents.program.reductions import TensorSketch
 
 @dataclasses.dataclass(frozen=True)
 class SketchError:
-    """How far a sketched kernel is from the exact one, on a block of randomly chosen examples.
+    """Difference of a sketched kernel from the exact one, on a block of randomly chosen examples.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class SketchError:
         Root mean square of the differences off the diagonal, each over the geometric mean of the two examples'
         diagonal entries: the error of a cosine.
     examples : int
-        How many were compared.
+        Number of examples compared.
     """
 
     relative: float
@@ -54,8 +54,8 @@ def ntk_features(
     """Return random features whose inner products are the kernel in expectation.
 
     Entry (i, j) of a layer's gradient `A^T G`, signed at random, is added to feature h(i) + h'(j) modulo the width,
-    with h and h' random: a tensor sketch. With few tokens it is made from A and G by Fourier transforms, with many from
-    the gradient of one example at a time. The layers' sketches, all independent, add up to one vector.
+    with h and h' random: a tensor sketch. With few tokens it is computed from A and G by Fourier transforms, with many
+    from the gradient of one example at a time. The layers' sketches, all independent, add up to one vector.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def ntk_features(
     key : PRNG key
         The same key gives the same projections, so that features of different examples can be compared.
     batch : int
-        Examples that go through the function together.
+        Examples in one call of the function.
 
     Returns
     -------
@@ -119,11 +119,11 @@ def sketch_error(
     ----------
     f, params, x, output, parameters : as given to `ntk_features`
     features : float array (N, width) or (N, C, width)
-        What it returned.
+        What that returned.
     key : PRNG key
         Chooses the examples.
     examples : int
-        How many, at least 2.
+        Number of examples, at least 2.
 
     Returns
     -------

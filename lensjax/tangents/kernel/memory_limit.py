@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -25,20 +24,20 @@ EXECUTIONS = (
     ("scan", "dots_with_no_batch_dims_saveable", "layers in a loop, their products kept"),
     ("scan", True, "layers in a loop, recomputed on the way back"),
 )
-"""How a model of `lensjax.models` can be run: `execution`, `remat` and what that is; from fast to small."""
+"""Values of a model's `execution` and `remat`, and a description; from fast to small."""
 
 LARGEST_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to compute the same function.
+    """One of several programs for the same function.
 
     Attributes
     ----------
     function : callable (params, example)
     params : its parameters
-    what : in words, "" for the function as it is
+    what : description, "" for the function as it is
     """
 
     function: Any
@@ -52,10 +51,10 @@ class Choice:
 
     Attributes
     ----------
-    way : Way
+    variant : Variant
     block : int or None
         Examples on each side of a block; None: all at once.
-    how : in words
+    how : description
     """
 
     variant: Variant
@@ -64,7 +63,7 @@ class Choice:
 
 
 def variants(f: Any, params: Any, output: str) -> Iterator[Variant]:
-    """Yield ways to compute an output of a model, or the one way of any other function, from fast to small."""
+    """Yield the variants of a model's output from fast to small, or the one variant of any other function."""
     if not is_model(f):
         yield Variant(f, params, "")
         return
@@ -72,19 +71,16 @@ def variants(f: Any, params: Any, output: str) -> Iterator[Variant]:
         yield Variant(*model_function(f, output), "")
         return
     for execution, remat, what in EXECUTIONS:
-        with _executed_as(f, execution, remat):
-            function, own = model_function(f, output)
-        yield Variant(function, own, what)
+        yield Variant(*model_function(_with_execution(f, execution, remat), output), what)
 
 
-@contextlib.contextmanager
-def _executed_as(model: Any, execution: str, remat: bool | str) -> Iterator[None]:
-    before = model.execution, model.remat
-    model.execution, model.remat = execution, remat
-    try:
-        yield
-    finally:
-        model.execution, model.remat = before
+def _with_execution(model: Any, execution: str, remat: bool | str) -> Any:
+    """Return another module with the model's arrays that is executed as given; the caller's model is not changed."""
+    from flax import nnx
+
+    other = nnx.merge(*nnx.split(model))
+    other.execution, other.remat = execution, remat
+    return other
 
 
 def plan_memory(
@@ -101,25 +97,25 @@ def plan_memory(
 ) -> Choice:
     """Return how a kernel is expected to be computed fastest within a memory limit.
 
-    The first way that fits with all examples at once is taken. Where none does, each way has a largest block that
-    fits, and that with the fewest operations is taken. With K blocks on each side there are K^2 / 2 pairs of them
-    (all K L between two sets of examples), each of which runs both of its sides forwards and backwards again: the
-    estimate is the `operations` of one pair times that number. A way that recomputes takes up to 4/3 of them for a
+    The first variant that fits with all examples at once is taken. Where none does, each variant has a largest block
+    that fits, and the one with the fewest operations is taken. With K blocks on each side there are K^2 / 2 pairs of
+    them (all K L between two sets of examples), each of which runs both of its sides forwards and backwards again: the
+    estimate is the `operations` of one pair times that number. A variant that recomputes takes up to 4/3 of them for a
     pair, and with twice the block there is a quarter of the pairs.
 
     Parameters
     ----------
     problem : Problem
-    model : the language model whose ways are considered; anything else: the problem's function is the only way
+    model : the language model whose variants are considered; anything else: the problem's function is the only one
     params, x1, x2 : of the problem; arrays may be shapes
     output, outputs : as in `ntk`
     memory : bytes beside the parameters and the examples; the kernel counts, or that of two blocks
-    by_layer : whether layers are kept apart, for which there are no blocks
+    by_layer : whether there is a kernel for each layer, which cannot be computed in blocks
 
     Raises
     ------
     InputError
-        If nothing fits, or the device says nothing of memory.
+        If nothing fits, or the device does not say how much memory a program takes.
     """
     choices = list(variants(model if is_model(model) else problem.function, params, output))
     every = problem.rows, problem.columns
@@ -155,12 +151,12 @@ def plan_memory(
 
 
 class Blocks:
-    """A kernel by pairs of blocks of examples, one way.
+    """A kernel computed by one variant in pairs of blocks of examples.
 
     Parameters
     ----------
     problem, variant, x1, x2, outputs : as in `plan_memory`
-    even : whether blocks are made smaller where as few of them do, so that the last one is not padded
+    even : whether a block is made smaller where that needs no more blocks, so that the last one is padded less
 
     Attributes
     ----------
@@ -173,16 +169,16 @@ class Blocks:
         self._given, self._even = (problem, variant, x1, x2, is_crossed(problem, outputs)), even
         self._sides = problem.rows, problem.columns or problem.rows
         longest = max(self._sides)
-        # Even ones are at least two: all examples at once were tried before.
+        # With `even` there are at least two blocks: all examples at once were tried before.
         self.most = self._evened(max(1, min(LARGEST_BLOCK, longest - 1 if even else longest)))
         self.least = min(2, self.most)
 
     def largest(self, memory: int) -> tuple[int, int]:
-        """Return the largest block that fits and the bytes it takes; 0 and those of the smallest if none does.
+        """Return the largest block that fits and the bytes it takes; 0 and those of the smallest if none fits.
 
-        Larger ones are expected to take more. Blocks are compiled and asked how much they take, the next where the
-        line through the last two meets the limit, until the next larger one does not fit or, from 16 examples on, none
-        that may is larger by more than a sixteenth.
+        Larger blocks are expected to take more. Programs of blocks are compiled and their memory read, the next one
+        where the line through the last two meets the limit, until the next larger block does not fit or, from 16
+        examples on, the largest block that may fit is larger by a sixteenth at most.
         """
         sizes = sorted({self._evened(block) for block in range(self.least, self.most + 1)})
         known = [(self.least, self._bytes(self.least))]
@@ -204,7 +200,7 @@ class Blocks:
         return sizes[fits], dict(known)[sizes[fits]]
 
     def cost(self, block: int) -> float:
-        """Return the operations of all pairs of blocks, see `plan_memory`."""
+        """Return the number of operations of all pairs of blocks, see `plan_memory`."""
         rows, columns = (-(-n // block) for n in self._sides)
         pairs = rows * columns / (2 if self._given[0].columns is None else 1)
         return operations(self._traced(block).jaxpr) * pairs
@@ -223,7 +219,7 @@ class Blocks:
 def trace_program(
     problem: KernelProblem, variant: Variant, x1: Any, x2: Any, crossed: bool, sizes: tuple[int, int | None]
 ) -> Any:
-    """Return the traced program for so many examples on each side, second None: the kernel of the first alone."""
+    """Return the traced program for `sizes` (rows, columns) examples; columns None: the rows again."""
 
     def of_size(x: Any, size: int) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), abstract(x))
@@ -237,12 +233,12 @@ def trace_program(
 
 
 def needed_bytes(traced: Any) -> int:
-    """Return what a traced program takes beside its arguments, by the compiled program's own account.
+    """Return the bytes that a traced program takes beside its arguments, by XLA's analysis of the compiled program.
 
     Raises
     ------
     InputError
-        If the device gives none.
+        If there is no such analysis for the device.
     """
     analysis = traced.lower().compile().memory_analysis()
     if analysis is None:
@@ -251,10 +247,10 @@ def needed_bytes(traced: Any) -> int:
 
 
 def operations(jaxpr: Any) -> float:
-    """Count the operations of a jaxpr: two for each term of a product, one for each number that is made otherwise.
+    """Count the operations of a jaxpr: two for each term of a product, one for each number of any other output.
 
-    XLA's own count takes a loop's body once, and so would not see what is recomputed in it. Here that of a `while`,
-    whose length is not known, is taken once, of a `cond` the longest branch.
+    XLA's own count takes a loop's body once, and so does not include what is recomputed in it. Here only the body of a
+    `while`, whose length is not known, is taken once; of a `cond` it is the longest branch.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -262,20 +258,20 @@ def operations(jaxpr: Any) -> float:
         if eqn.primitive is jp.cond_p:
             total += max(inner)
             continue
-        made = sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        count = sum(math.prod(v.aval.shape) for v in eqn.outvars)
         if eqn.primitive is jp.dot_general_p:
             (over, _), _ = eqn.params["dimension_numbers"]
-            made *= 2 * math.prod(eqn.invars[0].aval.shape[axis] for axis in over)
+            count *= 2 * math.prod(eqn.invars[0].aval.shape[axis] for axis in over)
         elif eqn.primitive is jp.conv_general_dilated_p:
             kernel = eqn.invars[1].aval.shape
-            made *= 2 * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        # What a scatter or a reduction calls stands for one number of those that it makes.
-        total += max(made, sum(inner) * (eqn.params["length"] if eqn.primitive is jp.scan_p else 1))
+            count *= 2 * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        # The function that a scatter or a reduction calls is for one of the numbers that it computes.
+        total += max(count, sum(inner) * (eqn.params["length"] if eqn.primitive is jp.scan_p else 1))
     return total
 
 
 def memory_error(memory: int, takes: int, size: int) -> InputError:
-    """Return what to raise where not even a block of `size` examples fits."""
+    """Return the error to raise where not even a block of `size` examples fits."""
     return InputError(
         f"memory={memory} bytes is too little: a block of {size} examples takes {takes}; "
         "allow more, or choose fewer parameters with `parameters`."
@@ -283,5 +279,6 @@ def memory_error(memory: int, takes: int, size: int) -> InputError:
 
 
 def format_mib(count: float) -> str:
+    """Return a number of bytes in MiB, in digits."""
     mib = count / 2**20
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.3g} MiB"

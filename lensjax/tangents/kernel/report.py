@@ -1,4 +1,4 @@
-"""What a kernel computation did with each parameter, and what that costs in memory."""
+"""The report of a kernel computation: how each parameter was treated, and the memory for it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from lensjax.tangents.program.plan import GradientSite, Plan
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """How the share of some parameters is computed.
+    """How the contribution of some parameters to the kernel is computed.
 
     Attributes
     ----------
     parameters : paths of the parameters, several where the function joins them first
     how : {"share", "factors", "materialised", "unused"}
-        "share": taken in passing. "factors": used more than once, so the inputs and cotangents of the uses are kept.
-        "materialised": per-example gradients exist. "unused": the function does not depend on them.
+        "share": in the backward pass, from the factors of one use. "factors": used more than once, so the inputs and
+        cotangents of the uses are kept. "materialised": per-example gradients exist. "unused": the function does not
+        depend on them.
     operations : the primitives that read them, with method "transform"; of materialised ones each named once
     reason : why they are materialised, else ""
     bytes : of the factors that are kept, or of the per-example gradients, for all examples and outputs. Not counted are
@@ -41,13 +42,13 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True)
 class NtkReport:
-    """What `lensjax.tangents.ntk` did.
+    """How `lensjax.tangents.ntk` computed a kernel.
 
     Attributes
     ----------
     method : {"transform", "jacobian", "ntvp"}
-    reason : why this one
-    examples, outputs : how many, outputs for one example
+    reason : why this method
+    examples, outputs : numbers of examples, and of outputs for one example
     treatments : one for each parameter, or for several that are joined
     """
 
@@ -59,7 +60,7 @@ class NtkReport:
 
     @property
     def materialised(self) -> tuple[Treatment, ...]:
-        """Those whose per-example gradients exist, largest first."""
+        """Treatments with per-example gradients, largest first."""
         found = [t for t in self.treatments if t.how == "materialised"]
         return tuple(sorted(found, key=lambda t: -t.bytes))
 
@@ -106,7 +107,7 @@ def _planned(plan: Plan, problem: KernelProblem, examples: int) -> list[Treatmen
     seen: set[int] = set()
     for site in plan.sites:
         seen |= site.node.leaves
-        how = {"share": "share", "group": "factors", "lift": "materialised"}[site.how]
+        how = {"single": "share", "shared": "factors", "materialized": "materialised"}[site.how]
         read = [use.operation.name for use in site.uses]
         operations = tuple(read if site.uses else dict.fromkeys(_readers(plan.block, {site.node.value})))
         names = tuple(problem.selection.names[i] for i in sorted(site.node.leaves))
@@ -116,7 +117,7 @@ def _planned(plan: Plan, problem: KernelProblem, examples: int) -> list[Treatmen
 
 
 def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
-    """Yield the name of each operation that reads one of the values; regions and loops stand for what is in them."""
+    """Yield the name of each operation that reads one of the values, also inside regions and loops."""
     for operation in block.operations:
         read = [isinstance(a, ir.Value) and a in values for a in operation.inputs]
         if operation.body is not None:
@@ -127,11 +128,11 @@ def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
 
 
 def _memory(site: GradientSite, examples: int, outputs: int) -> int:
-    """Bytes that exist for all examples at once: of one iteration for what a loop frees again."""
+    """Return the bytes that exist for all examples at once; of what a loop frees again, those of one iteration."""
     value = site.node.value.aval
-    if site.how == "lift":
+    if site.how == "materialized":
         return int(examples * outputs * math.prod(value.shape) * value.dtype.itemsize)
-    if site.how == "share":
+    if site.how == "single":
         return 0
     total = 0
     for use, loops in zip(site.uses, site.loops_of_uses, strict=True):

@@ -1,4 +1,4 @@
-"""Transformed programs, compiled once for each function and shapes."""
+"""Compiled transformed programs, one for each function and shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lensjax.tangents.program.transform import Transform
 def transformed(
     problem: KernelProblem, reduction: Reduction, params: Any, x1: Any, x2: Any, key: Any = None
 ) -> dict[int, jax.Array]:
-    """Return what the reducer wants for each layer; compiled once for each function and shapes."""
+    """Return the reduction of each layer's gradients; compiled once for each function and shapes."""
     return transformed_program(problem, reduction)(params, x1, x2, key)
 
 
@@ -40,9 +40,9 @@ def transformed_program(problem: KernelProblem, reduction: Reduction) -> Any:
 
 
 def without_function(problem: KernelProblem) -> KernelProblem:
-    """Return the facts alone: what is kept with a function must not keep it alive."""
+    """Return the problem without its function, for a cache key that does not keep the function alive."""
     return dataclasses.replace(problem, function=_no_function)
 
 
 def _no_function(params: Any, example: Any) -> Any:
-    raise AssertionError("only stands for the function where it must not be kept")
+    raise AssertionError("a placeholder for the function, where that must not be kept")

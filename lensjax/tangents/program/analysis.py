@@ -1,4 +1,4 @@
-"""One pass over a program: what depends on the examples, what on parameters alone, and who reads the latter."""
+"""Dependencies in a program: which values depend on the examples, which on parameters alone, and who reads these."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from lensjax.tangents.program import ir
 from lensjax.tangents.program.operations import ParameterUse, parameter_use
 
 WeightedLayers = tuple[tuple[int, float], ...]
-"""(layer, squared gain) of each parameter an entry stands for; a negative layer is told by the iteration of a loop."""
+"""(layer, squared gain) for each parameter that an entry is a sum of.
+
+A negative layer is a placeholder for layers that depend on the iteration of a loop, see `per_iteration_layers`.
+"""
 
 LayerWeights = tuple[WeightedLayers, ...]
-"""The owner for each index of the leading axis, or once for all of them."""
+"""The weighted layers of each index of the leading axis, or one element if they are the same for all indices."""
 
 SAME_ENTRIES = {
     jp.reshape_p,
@@ -30,10 +33,10 @@ SAME_ENTRIES = {
     jp.name_p,
     jp.sharding_constraint_p,
 }
-"""Operations whose output has the entries of their input, moved, cast or negated, each of them once."""
+"""Operations whose output has each entry of their input exactly once, moved, cast or negated."""
 
 IDENTITIES = {jp.copy_p, jp.convert_element_type_p, jp.name_p, jp.sharding_constraint_p}
-"""Those that leave the entries what and where they are."""
+"""Operations that change neither the value nor the position of an entry."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,14 +46,15 @@ class Node:
     Attributes
     ----------
     value : ir.Value
-    leaves : which parameters it stands for
+    leaves : indices of the parameters that it is computed from
     layer_weights : see `LayerWeights`
-    made_by : how its parent became it: "leaf", "entries", "permute", "slice", "join", "scan", "repeat"
-    parents : nodes
+    origin : {"leaf", "entries", "permute", "slice", "join", "scan", "repeat"}
+        What computes it from its parents; "leaf": it is a parameter itself.
+    parents : the nodes that it is computed from
     permutation : of the parent's axes, for "permute"
     region : (start, stop) along each axis of the parent, for "slice"
-    loop : the scan it is an input of, for "scan" and "repeat"
-    loops : all scans it is sliced by, from the outside in
+    loop : the scan that it is an input of, for "scan" and "repeat"
+    loops : all scans that slice it, outermost first
     readers : what consumes it
     """
 
@@ -67,19 +71,39 @@ class Node:
 
     @property
     def uniform(self) -> bool:
-        """Whether all entries stand for the same layers with the same gain."""
+        """Whether all entries have the same layers with the same gain."""
         return len(self.layer_weights) == 1
 
 
 @dataclasses.dataclass(eq=False)
 class Reader:
-    """One consumer of a node: another node, a use that can be tapped, or something that needs the node lifted."""
+    """One consumer of a node: another node, a use with known factors, or the name of anything else.
+
+    The last kind needs the node materialized.
+    """
 
     what: Node | ParameterUse | str
 
 
 class DependencyAnalysis:
-    """One pass over the program: which values depend on examples, which are nodes, and who reads these."""
+    """Dependencies in a program: the values that depend on examples, the nodes, and the readers of the nodes.
+
+    Parameters
+    ----------
+    block : the program
+    parameters : how many of its inputs, the first ones, are parameters
+    layers : number of each parameter's layer, None where it is constant
+    materialized : values to be copied for every example, with the reason
+
+    Attributes
+    ----------
+    batched : values that depend on the examples
+    nodes : value -> node, for values computed from parameters alone
+    materialized_nodes : the same for values that are materialized
+    roots : the nodes of the parameters
+    per_iteration_layers : for the placeholders -1, -2, ...: a loop, and the weighted layers of each of its iterations
+    live : operations that a gradient flows back through
+    """
 
     def __init__(
         self, block: ir.Block, parameters: int, layers: Sequence[int | None], materialized: dict[ir.Value, str]
@@ -100,7 +124,7 @@ class DependencyAnalysis:
         self.read_outputs(block, "output")
 
     def define(self, node: Node) -> Node:
-        """Register a node, or a lifted one as depending on the examples."""
+        """Register a node; one that is materialized counts as depending on the examples."""
         if node.value in self.materialized:
             self.materialized_nodes[node.value] = node
             self.batched.add(node.value)
@@ -117,13 +141,13 @@ class DependencyAnalysis:
         return isinstance(atom, ir.Value) and atom in self.batched
 
     def read_outputs(self, block: ir.Block, what: str) -> None:
-        """Let the outputs of a block count as readers of the nodes among them."""
+        """Register the outputs of a block as readers of the nodes among them."""
         for atom in block.outputs:
             if (node := self.node(atom)) is not None:
                 node.readers.append(Reader(what))
 
     def walk(self, block: ir.Block) -> None:
-        """Classify what a block computes."""
+        """Analyse the operations of a block."""
         for operation in block.operations:
             if operation.kind == "remat":
                 self.remat(operation)
@@ -133,14 +157,14 @@ class DependencyAnalysis:
                 self.primitive(operation)
 
     def alias(self, inner: ir.Value, outer: ir.Atom) -> None:
-        """Let a value inside a region mean what the one outside means."""
+        """Treat a value inside a region like the one outside."""
         if self.is_batched(outer):
             self.batched.add(inner)
         elif (node := self.node(outer)) is not None:
             self.nodes[inner] = node
 
     def remat(self, operation: ir.Operation) -> None:
-        """Classify a checkpointed region, whose inputs are the values outside."""
+        """Analyse a checkpointed region, whose inputs are the values outside."""
         assert operation.body is not None
         for inner, outer in zip(operation.body.inputs, operation.inputs, strict=True):
             self.alias(inner, outer)
@@ -151,7 +175,7 @@ class DependencyAnalysis:
                 self.batched.add(out)
 
     def scan(self, operation: ir.Operation) -> None:
-        """Classify a loop: nodes among its constants are repeated, those among its inputs sliced."""
+        """Analyse a loop: nodes among its constants are repeated, nodes among its scanned inputs are sliced."""
         body = operation.body
         assert body is not None
         consts, carry = operation.params["num_consts"], operation.params["num_carry"]
@@ -192,11 +216,11 @@ class DependencyAnalysis:
                 self.batched.add(out)
 
     def primitive(self, operation: ir.Operation) -> None:
-        """Classify one equation."""
+        """Analyse one equation."""
         if operation not in self.live:
             if any(self.is_batched(a) for a in operation.inputs):
                 self.batched.update(operation.outputs)
-            return  # no gradient flows back through it, so it does not count as a reader
+            return  # no gradient flows back through it, so it is no reader
         nodes = [self.node(a) for a in operation.inputs]
         present = [n for n in nodes if n is not None]
         if len(present) == 1:
@@ -221,7 +245,7 @@ class DependencyAnalysis:
             n.readers.append(Reader(operation.name))
 
     def children(self, operation: ir.Operation, nodes: list[Node | None]) -> list[Node] | None:
-        """Return the nodes an operation on parameters alone makes, or None if it is none of the known ones."""
+        """Return the nodes that an operation on parameters alone computes, or None if the operation is not known."""
         primitive, params, out = operation.primitive, operation.params, operation.outputs[0]
         parent = next(n for n in nodes if n is not None)
         shape = parent.value.aval.shape

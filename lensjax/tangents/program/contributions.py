@@ -1,4 +1,4 @@
-"""The share of a kernel, of norms or of features that one parameter has, from the factors of its gradient.
+"""The contribution of one parameter to a kernel, to norms or to a sketch, from the factors of its gradient.
 
 Axes: B examples, C outputs, T tokens (everything a weight is applied to), H batch axes of a product.
 """
@@ -33,41 +33,41 @@ from lensjax.tangents.program.operations import FactorLayout
 from lensjax.tangents.program.reductions import GramReduction, Reduction, TensorSketch
 
 TOKEN_PAIRS_COST = {"symmetric": 0.8, "plain": 1.0, "outputs": 2.0}
-"""What a product over token pairs takes, with one that makes per-example gradients as the unit (CPU)."""
+"""Cost of a product over token pairs, in units of a product that makes per-example gradients (CPU)."""
 
 GRAM_OVERHEAD = 32
-"""Products of few gradients with each other are slow: they take as long as with so many rows more (CPU)."""
+"""Products of few gradients with each other are slow: as slow as with this many rows more (CPU)."""
 
 LARGEST_PAIRS = 2**26
-"""Bytes of the fused head's products of token pairs, at most."""
+"""Limit of the memory for the fused head's products of token pairs, in bytes."""
 
 OUTER_BYTES = 2**25
-"""Memory for the rows that looked-up cotangents are added to at once, for the factors of products there, and for
-factors spread over features."""
+"""Bytes of the rows that looked-up cotangents are added to at once, of the factors of products there, and of sketched
+factors."""
 
 PATCH_BYTES = 2**28
-"""Memory for the patches of a convolution's inputs at once; beyond it, gradients are made some examples at a time."""
+"""Bytes of the patches of a convolution's inputs at once; beyond it, gradients are made some examples at a time."""
 
 SCATTERED, MULTIPLIED, TRANSFORMED = 0.7, 0.01, 2.5
-"""What sketches take, in nanoseconds: to add an entry, to multiply for a token of one, and for a token's feature to be
-Fourier transformed (CPU)."""
+"""Cost of a sketch in nanoseconds (CPU): of adding an entry to a feature, of multiplying for an entry and a token, and
+of the Fourier transform for a feature and a token."""
 
 RowsOf = Callable[[jax.Array, int], jax.Array]
 
 
 def token_pairs(reduction: GramReduction, tokens: int, outputs: int) -> float:
-    """Return the token pairs of a kernel, counted by what products over them take."""
+    """Return the number of token pairs of a kernel, weighted by the cost of products over them."""
     kind = "outputs" if outputs > 1 else "symmetric" if reduction.columns is None else "plain"
     return reduction.rows * (reduction.columns or reduction.rows) * tokens**2 * TOKEN_PAIRS_COST[kind]
 
 
 def gradient_pairs(reduction: GramReduction, outputs: int) -> float:
-    """Return the pairs of gradients of a kernel, counted by what products of them take."""
+    """Return the number of pairs of gradients of a kernel, weighted by the cost of their products."""
     return (reduction.rows * outputs + GRAM_OVERHEAD) * (reduction.columns or reduction.rows) * outputs
 
 
 def materialized_contribution(cotangents: jax.Array, reduction: Reduction, key: jax.Array | None) -> jax.Array:
-    """Return the share of a parameter whose per-example gradients (B, C, ...) exist."""
+    """Return the contribution of a parameter whose per-example gradients (B, C, ...) exist."""
     flat = cotangents.reshape(*cotangents.shape[:2], -1)
     if isinstance(reduction, TensorSketch):
         assert key is not None
@@ -78,7 +78,7 @@ def materialized_contribution(cotangents: jax.Array, reduction: Reduction, key: 
 def dot_contribution(
     layout: FactorLayout, x: jax.Array, cotangents: jax.Array, reduction: Reduction, key: jax.Array | None
 ) -> jax.Array:
-    """Return the share of a product's parameter; `x` (B, ...) the other operand, `cotangents` (B, C, ...)."""
+    """Return the contribution of a product's parameter; `x` (B, ...) the other operand, `cotangents` (B, C, ...)."""
     left = layout.inputs(x)
     right = jax.vmap(layout.cotangents, 1, 1)(cotangents)
     if left.shape[1] == 1:
@@ -96,7 +96,7 @@ def dot_contribution(
 def convolution_contribution(
     layout: FactorLayout, x: jax.Array, cotangents: jax.Array, reduction: Reduction, key: jax.Array | None
 ) -> jax.Array:
-    """Return the share of a convolution's kernel; `x` (B, ...) its input, `cotangents` (B, C, ...)."""
+    """Return the contribution of a convolution's kernel; `x` (B, ...) its input, `cotangents` (B, C, ...)."""
     groups = layout.use.operation.params["feature_group_count"]
     left = jax.eval_shape(layout.inputs, x)
     if groups == 1 and (isinstance(reduction, TensorSketch) or left.size * left.dtype.itemsize <= PATCH_BYTES):
@@ -117,7 +117,7 @@ def convolution_contribution(
 def factor_contribution(
     left: jax.Array, right: jax.Array, inputs_first: bool, reduction: Reduction, key: jax.Array | None
 ) -> jax.Array:
-    """Return the share of gradients `left[b].T @ right[b, c]`, or of their transposes."""
+    """Return the contribution of gradients `left[b].T @ right[b, c]`, or of their transposes."""
     (examples, tokens, d), (_, outputs, _, e) = left.shape, right.shape
     if isinstance(reduction, TensorSketch):
         assert key is not None
@@ -149,7 +149,7 @@ def _single_token_contribution(left: jax.Array, right: jax.Array, reduction: Gra
 def lookup_contribution(
     ids: jax.Array, right: jax.Array, height: int, shared: bool, reduction: Reduction, key: jax.Array | None
 ) -> jax.Array:
-    """Return the share of a table whose rows `ids` (B, T) were looked up, with cotangents `right` (B, C, T, e).
+    """Return the contribution of a table whose rows `ids` (B, T) were looked up, with cotangents `right` (B, C, T, e).
 
     `shared`: the ids are the same for all examples.
     """
@@ -181,7 +181,7 @@ def row_chunk_contribution(
     height: int,
     reduction: Reduction,
 ) -> jax.Array:
-    """Return the share of gradients that are sums of products and of added rows, some rows at a time.
+    """Return the contribution of gradients that are sums of products and of added rows, some rows at a time.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def row_chunk_contribution(
         See `reduce_products`; beyond the last row the left factor must be zero.
     table : ids (B, T), -1 for none, and the rows (B, C, T, e) that are added there
     height : number of rows
-    reducer : what is wanted
+    reduction : Reduction
     """
     examples = reduction.examples
     if table is not None:
@@ -220,12 +220,12 @@ def head_contribution(
     reduction: Reduction | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the cotangents (B, C, T, d) of the hidden states and the share of the head's weight."""
+    """Return the cotangents (B, C, T, d) of the hidden states and the contribution of the head's weight."""
     hidden, labels, normalizers, logits = saved
     if isinstance(reduction, GramReduction):
         (examples, tokens), (vocabulary, width), outputs = labels.shape, weight.shape, cotangents.shape[1]
         pairs = reduction.rows * (reduction.columns or reduction.rows)
-        # As many outputs as there are, the large products are of the left factors alone.
+        # However many outputs there are, the large products are those of the left factors alone.
         direct = token_pairs(reduction, tokens, 1) * (vocabulary + outputs**2 * width)
         dense = vocabulary * width * (outputs * examples * tokens + gradient_pairs(reduction, outputs))
         if direct < dense and pairs * tokens**2 * normalizers.dtype.itemsize <= LARGEST_PAIRS:
@@ -242,7 +242,7 @@ def head_contribution(
     columns, column_signs = reduction.hash_entries(key, width, "right", dtype)
     scaled = cotangents.astype(dtype)[..., None]
     right = scaled * (hidden.astype(dtype) * column_signs)[:, None]
-    # Besides the logits' gradients, a chunk of the vocabulary takes as many rows of the gradient of one example.
+    # Besides the logits' gradients, a chunk of the vocabulary needs the same rows of one example's weight gradient.
     bytes_per_row = max(normalizers.size, 2 * width) * dtype.itemsize
     size, pieces = split_columns(vocabulary, bytes_per_row, LOGIT_BYTES)
 
@@ -297,7 +297,7 @@ def _by_products(
     """Return features of signed factors from their products, one at a time."""
 
     def one(b: jax.Array, c: jax.Array) -> jax.Array:
-        # Where the outputs share a factor it has an axis of 1, to which indices are clamped.
+        # A factor that is the same for all outputs has an axis of 1, to which indices are clamped.
         own, others = (x[b, jnp.minimum(c, x.shape[1] - 1)] for x in (left, right))
         product = jnp.einsum(
             "td,te->de", own, others, precision=EXACT, preferred_element_type=accumulation_dtype(own, others)
@@ -308,7 +308,7 @@ def _by_products(
 
 
 def _added(entries: jax.Array, rows: jax.Array, columns: jax.Array, reduction: TensorSketch) -> jax.Array:
-    """Add signed entries (n, e) up in the features that their rows and columns go to."""
+    """Return the sums of signed entries (n, e) over the features that their rows and columns hash to."""
     places = (rows[:, None] + columns) % reduction.width
     return jnp.zeros(reduction.width, accumulation_dtype(entries)).at[places.reshape(-1)].add(entries.reshape(-1))
 

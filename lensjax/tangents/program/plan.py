@@ -1,16 +1,17 @@
-"""Where each parameter's per-example gradient can be read off a program, and where it has to be materialised.
+"""Where each parameter's per-example gradient can be read off a program, and where it has to be materialized.
 
-Every value that is computed from parameters alone is a node. A node's gradient is the whole gradient of what it was
-made from, up to a rearrangement of its entries, as long as nothing else reads those parameters; so the way from a
-parameter is followed through reshapes, casts, stacks, disjoint slices and scans to the operation that meets the
-examples. What is found there decides:
+Every value that is computed from parameters alone is a node. As long as nothing else reads the parameters that a node
+is computed from, its gradient is their whole gradient, up to a rearrangement of the entries. So each parameter is
+followed through reshapes, casts, stacks, disjoint slices and scans to the operation where it meets the examples:
 
-- one product, row lookup or fused head: the share of the kernel comes from the operation's inputs and cotangents;
+- one product, row lookup or fused head: its contribution to the kernel is computed from the operation's inputs and
+  cotangents;
 - several of them (tied weights, weights shared by layers or by the iterations of a loop): their inputs and cotangents
   are collected, since the uses have cross terms;
-- anything else: the value is *lifted*, that is copied for every example, and its gradient exists for every example.
+- anything else: the value is *materialized*: it is copied for every example, and so its gradient exists for every
+  example.
 
-Lifting is right for every program, so whatever is not recognised is lifted, and the report says so.
+Materializing is correct for every program, so it is what happens to whatever is not recognised; the report says so.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ from lensjax.tangents.program.operations import FactorLayout, ParameterUse, fact
 
 @dataclasses.dataclass(eq=False)
 class GradientSite:
-    """A place where a share of the kernel comes out, for one node.
+    """A place where a contribution to the kernel is computed, for one node.
 
     Attributes
     ----------
     node : Node
         Where the gradient is taken.
-    how : {"share", "group", "lift"}
-    uses : the operations that are tapped; none for "lift"
-    canonicals : for each use, how its factors become matrices of one common shape
-    loops_of_uses : for "group", the loops around each use that the node is not sliced by
-    reason : why it was lifted
+    how : {"single", "shared", "materialized"}
+        From the factors of one use, from those of several uses, or from per-example gradients.
+    uses : the operations that read the node; none for "materialized"
+    layouts : for each use, how its factors become matrices of one common shape
+    loops_of_uses : for "shared", the loops around each use that the node is not sliced by
+    reason : why it is materialized
     index : position among the plan's sites
     """
 
     node: Node
-    how: Literal["share", "group", "lift"]
+    how: Literal["single", "shared", "materialized"]
     uses: tuple[ParameterUse, ...] = ()
     layouts: tuple[FactorLayout, ...] = ()
     loops_of_uses: tuple[tuple[ir.Operation, ...], ...] = ()
@@ -51,16 +53,16 @@ class GradientSite:
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """What to do with a program.
+    """How the gradients of a program are computed.
 
     Attributes
     ----------
     block : the program
     batched : values that depend on the examples
-    sites : where shares come out
-    lifted : value -> its site
-    tapped : operation -> (position among the site's uses, site)
-    tables : what the negative layers -1, -2, ... mean: a loop, and the owner in each of its iterations
+    sites : where contributions are computed
+    materialized : value -> its site
+    use_sites : operation -> (position among the site's uses, site)
+    per_iteration_layers : for the layers -1, -2, ...: a loop, and the weighted layers of each of its iterations
     """
 
     block: ir.Block
@@ -71,7 +73,7 @@ class Plan:
     per_iteration_layers: list[tuple[ir.Operation, LayerWeights]]
 
     def loop_of(self, site: GradientSite) -> ir.Operation | None:
-        """Return the loop whose iterations tell the site's layers apart, if any."""
+        """Return the loop whose iterations have different layers at the site, if any."""
         return next(
             (self.per_iteration_layers[-layer - 1][0] for layer, _ in site.node.layer_weights[0] if layer < 0), None
         )
@@ -85,12 +87,12 @@ def make_plan(block: ir.Block, parameters: int, layers: Sequence[int | None]) ->
     block : ir.Block
         Its first `parameters` inputs are parameters, the others belong to one example.
     parameters : int
-    layers : for each parameter the number of its layer, or None where it is held constant
+    layers : for each parameter the number of its layer, or None where it is constant
     """
     materialized: dict[ir.Value, str] = {}
     while True:
         analysis = DependencyAnalysis(block, parameters, layers, materialized)
-        chosen = _Chooser(analysis)
+        chosen = _SiteChooser(analysis)
         if not chosen.to_materialize:
             break
         materialized |= chosen.to_materialize
@@ -100,14 +102,14 @@ def make_plan(block: ir.Block, parameters: int, layers: Sequence[int | None]) ->
         block,
         analysis.batched,
         chosen.sites,
-        {site.node.value: site for site in chosen.sites if site.how == "lift"},
+        {site.node.value: site for site in chosen.sites if site.how == "materialized"},
         {use.operation: (i, site) for site in chosen.sites for i, use in enumerate(site.uses)},
         analysis.per_iteration_layers,
     )
 
 
-class _Chooser:
-    """Follow each parameter to where its share comes out; collect what has to be lifted for that."""
+class _SiteChooser:
+    """Follow each parameter to the sites of its gradient; collect what has to be materialized."""
 
     def __init__(self, analysis: DependencyAnalysis) -> None:
         self.materialized = analysis.materialized
@@ -116,24 +118,24 @@ class _Chooser:
         self.visited: set[Node] = set()
         for root in analysis.roots:
             self.visit(root)
-        # A lifted value that is not reached any more would be counted beside what replaced it: give up on its way.
+        # A materialized value that is not reached any more would be counted in addition to what replaced it: then the
+        # parameters themselves are materialized.
         for node in analysis.materialized_nodes.values():
             if node not in self.visited:
                 self.to_materialize.update(
                     {r.value: "other uses of it are" for r in analysis.roots if r.leaves & node.leaves}
                 )
         self.to_materialize = {
-            value: materialization_reason
-            for value, materialization_reason in self.to_materialize.items()
-            if value not in self.materialized
+            value: reason for value, reason in self.to_materialize.items() if value not in self.materialized
         }
 
     def visit(self, node: Node) -> None:
+        """Find the sites of a node's gradient."""
         if node in self.visited:
             return
         self.visited.add(node)
         if node.value in self.materialized:
-            self.sites.append(GradientSite(node, "lift", reason=self.materialized[node.value]))
+            self.sites.append(GradientSite(node, "materialized", reason=self.materialized[node.value]))
             return
         if not node.readers:
             return
@@ -142,7 +144,7 @@ class _Chooser:
             if isinstance(what, ParameterUse):
                 layout = factor_layout(what, tuple(range(len(node.value.aval.shape))), None)
                 assert layout is not None
-                self.sites.append(GradientSite(node, "share", (what,), (layout,), ((),)))
+                self.sites.append(GradientSite(node, "single", (what,), (layout,), ((),)))
                 return
             if isinstance(what, Node) and what.origin != "repeat" and self.is_only_path(what):
                 self.visit(what)
@@ -159,19 +161,19 @@ class _Chooser:
         followed = node.uniform and self.collect_uses(node, tuple(range(len(node.value.aval.shape))), (), found)
         if followed and not found:
             return
-        shared_site = self.shared_site(node, found) if followed else None
-        if shared_site is not None:
-            self.sites.append(shared_site)
+        site = self.shared_site(node, found) if followed else None
+        if site is not None:
+            self.sites.append(site)
         else:
             self.to_materialize[node.value] = self.materialization_reason(node)
 
     def is_only_path(self, child: Node) -> bool:
-        """Whether all gradient of the child's parents goes through the child, and its layers stay apart."""
+        """Whether the whole gradient of the child's parents goes through the child, and its layers can be separated."""
         if any(len(p.readers) != 1 for p in child.parents):
             return False
         if child.origin == "scan" or child.uniform:
             return True
-        # Layers that differ along the leading axis can be told apart by a scan over it, and by nothing else.
+        # Layers that differ along the leading axis can be separated by a scan over it, and by nothing else.
         if len(child.readers) != 1 or not isinstance(child.readers[0].what, Node):
             return False
         following = child.readers[0].what
@@ -193,12 +195,13 @@ class _Chooser:
     def shared_site(
         self, node: Node, found: list[tuple[ParameterUse, tuple[int, ...], tuple[ir.Operation, ...]]]
     ) -> GradientSite | None:
+        """Return the site of a node with several uses, or None if their factors do not have a common shape."""
         for rows in range(1, max(2, len(node.value.aval.shape))):
             layouts = [factor_layout(use, permutation, rows) for use, permutation, _ in found]
             if all(c is not None for c in layouts):
                 uses = tuple(use for use, _, _ in found)
                 return GradientSite(
-                    node, "group", uses, tuple(c for c in layouts if c), tuple(loops for *_, loops in found)
+                    node, "shared", uses, tuple(c for c in layouts if c), tuple(loops for *_, loops in found)
                 )
         return None
 
@@ -229,7 +232,7 @@ class _Chooser:
         return True
 
     def materialization_reason(self, node: Node) -> str:
-        """Say why a node has to be lifted."""
+        """Return why a node has to be materialized, for the report."""
 
         def names(n: Node) -> list[str]:
             out: list[str] = []

@@ -1,7 +1,8 @@
-"""The share of a parameter with several uses, whose per-example gradient is the sum over them.
+"""The contribution of a parameter with several uses, whose per-example gradient is the sum over them.
 
-Products alone are joined along their tokens. Where rows are looked up as well (an embedding tied to the head) there
-are two ways: cross terms by token pairs, which never make a gradient; or the summed gradient, some rows at a time.
+The factors of products are concatenated along their tokens. Where rows are looked up as well (an embedding tied to the
+head) there are two methods: cross terms over token pairs, which never make a gradient; or the summed gradient, some
+rows at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class _Head:
         assert weight is not None
 
         def left(start: jax.Array, size: int) -> jax.Array:
-            # `row_chunk_contribution` counts on from `start`, and wants zeros after the last row.
+            # `row_chunk_contribution` needs the row at `start` first, and zeros after the last row.
             own = min(size, weight.shape[0])
             factor = softmax_minus_onehot(
                 self.hidden, weight, self.labels, self.normalizers, self.logits, start=start, size=own
@@ -80,7 +81,7 @@ class _Head:
 def use_token_pairs(
     uses: Sequence[ParameterUse], in_loops: bool, tokens: Sequence[int], outputs: int, reduction: Reduction
 ) -> bool:
-    """Whether a parameter's cross terms are taken by token pairs; a head's own share is then taken in passing.
+    """Whether a parameter's cross terms are computed over token pairs; a head then contributes in the backward pass.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def use_token_pairs(
     in_loops : whether any is in a loop
     tokens : of each use, for one example
     outputs : of each example
-    reducer : what is wanted
+    reduction : Reduction
     """
     kinds = [use.kind for use in uses]
     dense = len(kinds) - kinds.count("rows")
@@ -101,7 +102,7 @@ def use_token_pairs(
     looked_up = sum(n for n, kind in zip(tokens, kinds, strict=True) if kind == "rows")
     others = sum(tokens) - looked_up
     pairs = reduction.rows * (reduction.columns or reduction.rows)
-    # Operations on token pairs come with passes over all of these; the other way makes the head's left factor again.
+    # Operations on token pairs also read and write them all; the other method computes the head's left factor again.
     crossed = others if reduction.columns is None else 2 * others
     direct = 2 * pairs * looked_up * (looked_up + crossed) * outputs**2
     return direct < uses[0].shape[0] * reduction.examples * others
@@ -115,16 +116,16 @@ def shared_contribution(
     reduction: Reduction,
     direct: bool,
 ) -> jax.Array:
-    """Return the share of a parameter that is used more than once.
+    """Return the contribution of a parameter that is used more than once.
 
     Parameters
     ----------
-    canonicals : one for each use
-    saved : for each use what its forward pass saved, with the iterations of the loops around it as axis 1: (B, L, ...)
-    cotangents : for each use those of its output, (B, C, L, ...)
+    layouts : one for each use
+    saved : for each use, what its forward pass saved, with the iterations of the loops around it as axis 1: (B, L, ...)
+    cotangents : for each use, those of its output, (B, C, L, ...)
     weight : the parameter, where a head is among the uses
-    reducer : what is wanted
-    direct : see `use_token_pairs`; a head's own share is then left out here
+    reduction : Reduction
+    direct : the answer of `use_token_pairs`; a head's own contribution is then left out here
     """
     dots: list[_Dense] = []
     heads: list[_Head] = []
@@ -201,7 +202,7 @@ def _token_pair_contribution(
         head = heads[0]
         right = head.columns()
         source = (head.hidden, head.labels, head.normalizers, head.logits)
-    added = jnp.where((ids < 0)[:, None, :, None], 0, added)  # these looked nothing up
+    added = jnp.where((ids < 0)[:, None, :, None], 0, added)  # these tokens look nothing up
     ids = jnp.maximum(ids, 0)
     split = reduction.sides
     one_way = _cross_terms(split_tree(source, reduction, 0), split(right)[0], split(ids)[1], split(added)[1], weight)

@@ -1,9 +1,10 @@
-"""Run a planned program for all examples so that one backward pass hands back what is wanted of the gradients.
+"""Run a planned program for all examples so that one backward pass returns a reduction of the per-example gradients.
 
-Every tapped operation and every lift is a custom-VJP function with an extra argument of zeros, its *slot*. The slot
-does nothing on the way forward; on the way back its cotangent is the share of the kernel that the parameter has there.
-Cotangents of one slot add up, so the gradient with respect to the slots is the kernel. Parameters used more than once
-have *taps* instead: the cotangent of a tap is that of the operation's output, and the factors are joined at the end.
+Every use of a parameter and every materialized value is a custom-VJP function with an extra argument of zeros, its
+*accumulator*. The forward pass ignores it; in the backward pass its cotangent is the parameter's contribution to the
+kernel. Cotangents of one accumulator add up, so the gradient with respect to the accumulators is the kernel. Parameters
+used more than once have *taps* instead: the cotangent of a tap is that of the operation's output, and the factors are
+joined at the end.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from lensjax.tangents.program.plan import GradientSite, Plan
 from lensjax.tangents.program.reductions import Reduction, TensorSketch
 
 Tap = tuple[int, int]
-"""(index of the site, position among its uses)."""
+"""(index of the site, position among the uses there)."""
 
 
 @dataclasses.dataclass
 class _Frame:
-    """What a piece of the program reads and leaves besides its values."""
+    """What a part of the program reads and saves besides its values."""
 
     accumulators: dict[int, jax.Array]
     taps: dict[Tap, jax.Array]
@@ -43,28 +44,29 @@ class Transform:
     Parameters
     ----------
     plan : Plan
-    reducer : what is wanted of the per-example gradients
-    outputs : how many numbers the function gives for one example
+    reduction : Reduction
+        Of the per-example gradients.
+    outputs : how many numbers the function returns for one example
     """
 
     def __init__(self, plan: Plan, reduction: Reduction, outputs: int) -> None:
         self.plan, self.reduction, self.outputs = plan, reduction, outputs
         self.loop_numbers: dict[ir.Operation, int] = {}
         self.accumulator_numbers: dict[Any, int] = {}
-        self.direct = {s.index: self._direct(s) for s in plan.sites if s.how == "group"}
-        self.shared_sites = [] if isinstance(reduction, TensorSketch) else [s for s in plan.sites if s.how == "group"]
+        self.direct = {s.index: self._direct(s) for s in plan.sites if s.how == "shared"}
+        self.shared_sites = [] if isinstance(reduction, TensorSketch) else [s for s in plan.sites if s.how == "shared"]
         self.loops_of: dict[Tap, tuple[ir.Operation, ...]] = {
             (s.index, i): (*s.node.loops, *s.loops_of_uses[i]) for s in self.shared_sites for i in range(len(s.uses))
         }
 
     def __call__(self, params: Sequence[jax.Array], examples: Sequence[jax.Array], key: Any) -> dict[int, jax.Array]:
-        """Return what the reducer wants for each layer, shaped `reduction.shape(outputs)`.
+        """Return the reduction for each layer, shaped `reduction.shape(outputs)`.
 
         Parameters
         ----------
         params : leaves of the parameters
         examples : leaves of the examples, (B, ...)
-        key : PRNG key for features, else None
+        key : PRNG key for a `TensorSketch`, else None
         """
         self.key = key
         dtype = jnp.result_type(jnp.float32, *(p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating)))
@@ -80,24 +82,24 @@ class Transform:
             flat = [w.reshape(self.reduction.examples, -1) for w in wide]
             return jnp.concatenate(flat, axis=1), frame.saved
 
-        y, pull, saved = jax.vjp(total, accumulators, taps, has_aux=True)
+        y, vjp, saved = jax.vjp(total, accumulators, taps, has_aux=True)
         if self.outputs == 1:
-            shared, collected = jax.tree.map(lambda c: c[None], pull(jnp.ones_like(y)))
+            shared, collected = jax.tree.map(lambda c: c[None], vjp(jnp.ones_like(y)))
         else:
             seeds = jnp.broadcast_to(jnp.eye(self.outputs, dtype=y.dtype)[:, None], (self.outputs, *y.shape))
-            shared, collected = jax.vmap(pull)(seeds)
+            shared, collected = jax.vmap(vjp)(seeds)
         return self._collect(shared, collected, saved)
 
-    # What goes in
+    # Inputs of the differentiated function
 
     def _accumulator_index(self, site: GradientSite) -> int:
-        """Return the number of the site's slot; sites of the same layers with the same gain share one."""
+        """Return the number of the site's accumulator; sites of the same layers and gains have one in common."""
         loop = self.plan.loop_of(site)
         what = site.node.layer_weights[0] if loop is None else site
         return self.accumulator_numbers.setdefault(what, len(self.accumulator_numbers))
 
     def _has_accumulator(self, site: GradientSite, position: int = 0) -> bool:
-        if site.how != "group" or isinstance(self.reduction, TensorSketch):
+        if site.how != "shared" or isinstance(self.reduction, TensorSketch):
             return True
         return self.direct[site.index] and site.uses[position].kind == "head"
 
@@ -130,7 +132,7 @@ class Transform:
     # Running the program
 
     def _widen(self, value: jax.Array, atom: ir.Atom) -> jax.Array:
-        """Give every example its own value."""
+        """Return the value with an axis of examples."""
         if isinstance(atom, ir.Value) and atom in self.plan.batched:
             return value
         return jnp.broadcast_to(jnp.asarray(value), (self.reduction.examples, *jnp.shape(value)))
@@ -172,7 +174,7 @@ class Transform:
         return list(jax.vmap(operation.bind, in_axes=axes)(*operands))
 
     def _widen_unless(self, x: Any, value: ir.Value) -> Any:
-        # Marked as depending on the examples although its operands are the same for all of them.
+        # It counts as depending on the examples although its operands are the same for all of them.
         if value not in self.plan.batched or value in self.plan.materialized:
             return x
         return jnp.broadcast_to(x, (self.reduction.examples, *x.shape))
@@ -247,7 +249,7 @@ class Transform:
             ),
         ]
 
-    # Operations with a share
+    # Operations with a contribution
 
     def _key_of(self, site: GradientSite, frame: _Frame) -> jax.Array | None:
         if self.key is None:
@@ -258,10 +260,11 @@ class Transform:
         return jax.random.key_data(key)
 
     def _over_outputs(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function of cotangents (B, C, ...) and other arrays one of cotangents (B, ...).
+        """Turn a function of cotangents (B, C, ...) and other arrays into one of cotangents (B, ...).
 
-        It returns (pulled (B, C, ...) or None, share shaped `reduction.shape(C)`). Where all pairs of outputs are
-        wanted, the call sees all outputs together once the pull-back is mapped over them: a mapping rule of its own.
+        The function returns (cotangents (B, C, ...) of an input or None, contribution shaped `reduction.shape(C)`).
+        For the kernel of all pairs of outputs it gets all outputs together once the backward pass is mapped over them,
+        by a mapping rule of its own.
         """
         if not self.reduction.crossed:
 
@@ -281,7 +284,7 @@ class Transform:
         def rule(size: int, mapped: Any, ct: jax.Array, *arrays: Any) -> Any:
             if not mapped[0]:
                 ct = jnp.broadcast_to(ct, (size, *ct.shape))
-            # The rest comes from the forward pass, which knows nothing of the mapping over outputs.
+            # The rest is from the forward pass, which is not mapped over outputs.
             arrays = jax.tree.map(lambda x, m: x[0] if m else x, arrays, tuple(mapped[1:]))
             input_cotangent, contribution = function(jnp.moveaxis(ct, 0, 1), *arrays)
             out = (
@@ -306,7 +309,7 @@ class Transform:
             return copies(w)
 
         def forward(accumulator: jax.Array, w: jax.Array, key: Any) -> Any:
-            # Not by `materialize`, whose rule has no gradient for w: the kernel itself is differentiated through here.
+            # Not by `materialize`, whose rule has no gradient for w, which derivatives of the kernel itself need.
             return copies(w), (accumulator, key)
 
         def backward(residual: Any, ct: jax.Array) -> Any:
@@ -329,14 +332,14 @@ class Transform:
         call = self._use_call(use, layout, shared_ids)
         out, saved = call(accumulator, tap, self._key_of(site, frame), operands[use.which], rest)
         if tap is not None:
-            # The weight itself is needed where the head's left factor is made again.
+            # The weight itself is needed where the head's left factor is computed again.
             frame.saved[site.index, position] = (*saved, operands[use.which]) if use.kind == "head" else saved
         return out
 
     def _use_call(self, use: ParameterUse, layout: FactorLayout, shared_ids: bool) -> Callable[..., Any]:
         reduction = self.reduction
 
-        def pull(ct: jax.Array, key: Any, w: jax.Array, saved: tuple[jax.Array, ...]) -> Any:
+        def contribute(ct: jax.Array, key: Any, w: jax.Array, saved: tuple[jax.Array, ...]) -> Any:
             key = _wrap(key)
             if use.kind == "head":
                 return contributions.head_contribution(saved, w, ct, reduction, key)
@@ -348,7 +351,7 @@ class Transform:
                 return None, contributions.convolution_contribution(layout, saved[0], ct, reduction, key)
             return None, contributions.dot_contribution(layout, saved[0], ct, reduction, key)
 
-        contribute_all = self._over_outputs(pull)
+        contribute_all = self._over_outputs(contribute)
 
         @jax.custom_vjp
         def call(accumulator: Any, tap: Any, key: Any, w: jax.Array, rest: tuple[jax.Array, ...]) -> Any:
@@ -374,7 +377,7 @@ class Transform:
         call.defvjp(forward, backward)
         return call
 
-    # What comes out
+    # Results
 
     def _collect(
         self,
@@ -385,7 +388,7 @@ class Transform:
         results: dict[int, jax.Array] = {}
 
         def add(site: GradientSite, contribution: jax.Array) -> None:
-            """Add a share (iterations, ...), or (...) where no loop tells the layers apart, to its layers."""
+            """Add a contribution to its layers: (iterations, ...) if these differ by iteration, else (...)."""
             loop = self.plan.loop_of(site)
             gains: dict[int, Any] = {}  # of each layer, in each iteration
             for layer, gain in site.node.layer_weights[0]:
@@ -394,11 +397,11 @@ class Transform:
                     continue
                 for i, iteration in enumerate(self.plan.per_iteration_layers[-layer - 1][1]):
                     for own, times in iteration:
-                        # A copy: a number, where the layer is the same in all iterations, or their gains so far.
+                        # An array, also where the gain so far is one number for all iterations; and a copy.
                         gains[own] = gains.get(own, 0.0) + np.zeros(len(contribution))
                         gains[own][i] += gain * times
             for layer, gain in gains.items():
-                # Features are linear in the gradient, the others quadratic.
+                # A sketch is linear in the gradient, the other reductions are quadratic.
                 factor = np.sqrt(gain) if isinstance(self.reduction, TensorSketch) else np.asarray(gain)
                 if loop is not None:
                     factor = np.broadcast_to(factor, len(contribution)).astype(contribution.dtype)
@@ -431,7 +434,7 @@ class Transform:
         collected: dict[Tap, jax.Array],
         saved: dict[Tap, tuple[jax.Array, ...]],
     ) -> jax.Array:
-        """Return the share of a parameter with several uses: (iterations, ...) if these tell its layers, else (...)."""
+        """Return the contribution of a parameter with several uses: (iterations, ...) if layers differ by iteration."""
         sliced = [loop.params["length"] for loop in site.node.loops]
         times = math.prod(sliced)
         residuals, cotangents, weight = [], [], None
