@@ -67,7 +67,7 @@ def hessian_product(loss: Callable[[Any], Any], x: Any, v: Any) -> Any:
 def gauss_newton_map(
     outputs: Callable[[Any], Any], output_hvp: Callable[[Any, Any], Any], x: Any
 ) -> Callable[[Any], Any]:
-    """Return v -> J^T middle(z, J v), with J the Jacobian and z the value of `outputs` at x.
+    """Return v -> J^T output_hvp(z, J v), with J the Jacobian and z the value of `outputs` at x.
 
     Raises
     ------

@@ -123,7 +123,7 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
         assert worst(got.reshape(labels.shape), losses(*wide)) < tolerance
         logits = logits.reshape(*labels.shape, -1) if keep else None
         known = (hidden, weight, labels, normalizers.reshape(labels.shape), logits)
-        hidden_cotangents, share = cross_entropy_gram.cross_entropy_vjp(*known, cotangents, pairs)
+        hidden_cotangents, contribution = cross_entropy_gram.cross_entropy_vjp(*known, cotangents, pairs)
         again, by_tokens = cross_entropy_gram.cross_entropy_vjp_token_gram(*known, cotangents, rows=1)
         for c in range(2):
             (into_hidden,) = jax.vjp(lambda h: losses(h, wide[1]), wide[0])[1](cotangents[:, c].astype(float))
@@ -134,7 +134,7 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
         right = cotangents.astype(float)[..., None] * wide[0][:, None]
         flat = jnp.einsum("btv,bctd->bcvd", left, right).reshape(6, -1)
         want = np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)
-        assert worst(share, want) < tolerance
+        assert worst(contribution, want) < tolerance
         assert worst(by_tokens, want[:1, :, 1:]) < tolerance
         first = cross_entropy_gram.cross_entropy_vjp_token_gram(*known, cotangents[:, :1], rows=None)
         assert worst(first[0], np.asarray(hidden_cotangents[:, :1])) < tolerance

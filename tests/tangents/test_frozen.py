@@ -62,11 +62,11 @@ def programs(monkeypatch):
     texts, jit = [], jax.jit
 
     def recording(function, **options):
-        made = jit(function, **options)
+        compiled = jit(function, **options)
 
         def call(*args, **named):
-            texts.append(made.lower(*args, **named).as_text())
-            return made(*args, **named)
+            texts.append(compiled.lower(*args, **named).as_text())
+            return compiled(*args, **named)
 
         return call
 

@@ -30,8 +30,8 @@ def batch(n=4, length=7):
     return {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(labels), "attention_mask": jnp.asarray(mask)}
 
 
-def gpt2(dtype=jnp.float64, **facts):
-    model = init_model({**CONFIG, **facts}, jax.random.key(0), dtype)
+def gpt2(dtype=jnp.float64, **changes):
+    model = init_model({**CONFIG, **changes}, jax.random.key(0), dtype)
     # Weights of a size that makes every part of the kernel count.
     nnx.update(model, jax.tree.map(lambda a: a * 5 if a.ndim == 2 else a, nnx.state(model, nnx.Param)))
     return model

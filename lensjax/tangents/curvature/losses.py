@@ -206,9 +206,9 @@ def head_gauss_newton(
         change = d_hidden @ weight.T + hidden @ d_weight.T
         if len(inputs) == 3:
             logits, change = logits + inputs[2].astype(wide), change + tangents[2].astype(wide)
-        chances = jax.nn.softmax(logits, axis=1)
-        mean = jnp.sum(chances * change, axis=1, keepdims=True)
-        logits_product = chances * (change - mean) * counts[:, None]
+        probabilities = jax.nn.softmax(logits, axis=1)
+        mean = jnp.sum(probabilities * change, axis=1, keepdims=True)
+        logits_product = probabilities * (change - mean) * counts[:, None]
         weight_products = (logits_product.T @ hidden, logits_product.sum(0))[: len(sums)]
         return tuple(a + b for a, b in zip(sums, weight_products, strict=True)), logits_product @ weight
 

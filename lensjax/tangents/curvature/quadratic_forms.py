@@ -41,7 +41,7 @@ def hessian_quadratic_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves,
 
     Returns
     -------
-    list of scalars; or None if the loss cannot be differentiated forwards (`jax.custom_vjp`).
+    list of scalars; or None if the loss has no forward mode (`jax.custom_vjp`).
     """
     run = _along(loss, leaves, v, second=True)
     if run is None:
@@ -52,12 +52,12 @@ def hessian_quadratic_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves,
 def gauss_newton_quadratic_forms(
     outputs: Callable[[Leaves], Any], output_hvp: Callable[[Any, Any], Any], leaves: Leaves, v: Leaves
 ) -> list[jax.Array] | None:
-    """Return v_i . (J^T middle(z, J v))_i of each leaf i, with z the outputs and J their Jacobian.
+    """Return v_i . (J^T output_hvp(z, J v))_i of each leaf i, with z the outputs and J their Jacobian.
 
     Parameters
     ----------
     outputs : callable, leaves -> pytree of arrays
-    middle : callable (z, J v) -> pytree like z
+    output_hvp : callable (z, J v) -> pytree like z
     leaves, v : lists of floating-point arrays, alike
 
     Returns
@@ -103,7 +103,7 @@ def _ones(steps: list[jax.Array]) -> list[jax.Array]:
 def _along(
     function: Callable[[Leaves], Any], leaves: Leaves, v: Leaves, *, second: bool
 ) -> Callable[[list[jax.Array]], Any] | None:
-    """Return a function of one step for each leaf, or None if there is no differentiating it forwards.
+    """Return a function of one step for each leaf, or None if the function has no forward mode.
 
     It may only be called with steps of 0, in one `jax.jvp` with all tangents 1, and a `jax.grad` of that.
     """

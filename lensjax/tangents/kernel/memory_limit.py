@@ -181,13 +181,13 @@ class Blocks:
         examples on, the largest block that may fit is larger by a sixteenth at most.
         """
         sizes = sorted({self._evened(block) for block in range(self.least, self.most + 1)})
-        known = [(self.least, self._bytes(self.least))]
+        known = [(self.least, self.program_bytes(self.least))]
         if known[0][1] > memory:
             return 0, known[0][1]
-        guess, fits, too_large = 8, 0, len(sizes)  # the latter two are places in `sizes`
+        guess, fits, too_large = 8, 0, len(sizes)  # the latter two are indices of `sizes`
         while sizes[too_large - 1] - sizes[fits] > sizes[fits] // 16:
             place = min(max(bisect.bisect_right(sizes, guess) - 1, fits + 1), too_large - 1)
-            known.append((sizes[place], self._bytes(sizes[place])))
+            known.append((sizes[place], self.program_bytes(sizes[place])))
             if known[-1][1] <= memory:
                 fits = place
             else:
@@ -212,7 +212,8 @@ class Blocks:
         rows, columns = (min(block, n) for n in self._sides)
         return trace_program(*self._given, (rows, columns))
 
-    def _bytes(self, block: int) -> int:
+    def program_bytes(self, block: int) -> int:
+        """Return the bytes that the program of a pair of blocks takes."""
         return needed_bytes(self._traced(block))
 
 

@@ -357,7 +357,7 @@ def _with_gradient(block: ir.Block) -> set[ir.Operation]:
             found.add(operation)
             live.update(a for a in operation.inputs if ir.is_float(a))
             if operation.body is not None:
-                visit(operation.body)  # as if all its outputs were read: at worst too much is materialised
+                visit(operation.body)  # as if all its outputs were read: at worst too much is materialized
 
     visit(block)
     return found
@@ -367,7 +367,7 @@ def _depends(block: ir.Block, moving: Sequence[bool]) -> list[bool]:
     """Return which outputs of a block depend on the inputs marked `moving`."""
     marked = {v for v, m in zip(block.inputs, moving, strict=True) if m}
     for operation in block.operations:
-        # Regions are taken whole: too much is marked at worst, and costs copies, not exactness.
+        # Regions are treated as one operation: at worst too much is marked, which costs copies, not exactness.
         if any(isinstance(a, ir.Value) and a in marked for a in operation.inputs):
             marked.update(operation.outputs)
     return [isinstance(a, ir.Value) and a in marked for a in block.outputs]

@@ -168,7 +168,7 @@ def lookup_contribution(
     elif isinstance(reduction, GramReduction):
         direct = token_pairs(reduction, tokens, outputs) * outputs**2 * width
         if direct < height * (examples * outputs * width + gradient_pairs(reduction, outputs) * width):
-            # Ids of -1 looked nothing up: their cotangents do not count.
+            # Tokens with an id of -1 look nothing up, and so add no gradient.
             right = jnp.where((ids < 0)[:, None, :, None], 0, right)
             (ids1, ids2), (right1, right2) = reduction.sides(ids), reduction.sides(right)
             return reduction.arrange(row_gram(ids1, right1, ids2, right2))

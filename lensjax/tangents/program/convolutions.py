@@ -60,7 +60,7 @@ def patches(params: dict[str, Any], x: jax.Array, kernel: tuple[int, ...], out: 
     return jnp.swapaxes(x, 2, 3)
 
 
-def places_last(params: dict[str, Any], ct: jax.Array) -> jax.Array:
+def flatten_positions(params: dict[str, Any], ct: jax.Array) -> jax.Array:
     """Return cotangents (B, G, T, channels / G) of outputs (B, ...), positions in the order of `patches`."""
     batch, channel, *places = params["dimension_numbers"].out_spec
     groups = params["feature_group_count"]

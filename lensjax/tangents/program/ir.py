@@ -115,7 +115,7 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def holds(program: Any, primitive: Any) -> bool:
-    """Whether a program or one that it calls has an equation of the primitive."""
+    """Whether a program, or one that it calls, has an equation with the primitive."""
     return any(e.primitive is primitive or any(holds(p, primitive) for p in called(e)) for e in program.eqns)
 
 

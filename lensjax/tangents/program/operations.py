@@ -113,7 +113,7 @@ class FactorLayout:
         if self.use.kind == "head":
             return ct
         if self.use.kind == "conv":
-            return convolutions.places_last(self.use.operation.params, ct)
+            return convolutions.flatten_positions(self.use.operation.params, ct)
         if self.use.kind == "rows":
             offset = self.use.operation.params["dimension_numbers"].offset_dims
             tokens = [i for i in range(ct.ndim - 1) if i not in offset]

@@ -231,12 +231,12 @@ def _cross_terms(
 
     def entries(i: jax.Array) -> jax.Array:
         if logits is None:
-            # As many "rows of the head" as tokens looked up; no label among them, for it is an id and not a place.
+            # One "row of the head" for each looked-up token; without labels, which are ids and not indices of these rows.
             none = jnp.full_like(labels[i], -1)
-            chances = softmax_minus_onehot(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
+            probabilities = softmax_minus_onehot(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
         else:
-            chances = jnp.exp(logits[i][:, ids] - normalizers[i][:, None, None])
-        left = chances - (labels[i][:, None, None] == ids)
+            probabilities = jnp.exp(logits[i][:, ids] - normalizers[i][:, None, None])
+        left = probabilities - (labels[i][:, None, None] == ids)
         return jnp.where(labels[i][:, None, None] == IGNORED, 0, left)
 
     return crossed_gram(entries, right, added)

@@ -20,7 +20,7 @@ WALKS = ("dense_layer", "left_operand", "tied_embedding", "head_in_chunks", "sca
          "stacked_and_shared_within", "scan_in_a_scan", "branches", "custom_forward_rule", "low_rank_product",
          "disjoint_slices", "experts_by_lookup", "convolution", "rounded_on_the_side", "policy_of_checkpoint",
          "through_complex_numbers", "parameter_without_effect", "region_told_apart_by_input")  # fmt: skip
-"""One for each way that a program is walked; the rules for what is met on it are the same for both matrices."""
+"""One for each kind of program; the rules for its operations are the same for both matrices."""
 
 
 def problem(name):

@@ -13,7 +13,7 @@ from lensjax.tangents.program.reductions import TensorSketch
 
 
 def f(p, ids):
-    """Every way a share comes about: tied fused head, stack under a scan, loop constant, lookup, materialised bias."""
+    """Every kind of contribution: tied fused head, stack under a scan, loop constant, lookup, materialised bias."""
     h = p["e"][ids] + p["pos"][jnp.arange(6)]
     h = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w + p["b"]), None), h, jnp.stack([p["u"], 2 * p["v"]]))[0]
     h = jax.lax.fori_loop(0, 2, lambda i, c: jnp.sin(c @ p["r"]), h)
@@ -42,7 +42,7 @@ def test_features_are_unbiased_and_their_error_falls_with_width():
                 kernels.append(phi @ phi.T / scale)
             error = np.stack(kernels) - exact / scale
             standard_error = error.std(0) / np.sqrt(40)
-            # Biased by a lost or doubled share, the mean would be off by far more than its standard error.
+            # Biased by a lost or doubled contribution, the mean would be off by far more than its standard error.
             assert np.abs(error.mean(0) / standard_error).max() < 4.5
             spread[width] = error.std()
         assert 2.5 < spread[16] / spread[256] < 6.5  # about sqrt(256 / 16)
@@ -67,7 +67,7 @@ def test_error_falls_with_any_width_also_for_wide_layers_and_gradients_of_low_ra
 
 @pytest.mark.parametrize("width", [31, 8])  # more than rows and columns, and fewer
 @pytest.mark.parametrize("outputs", [(1, 1), (1, 3), (3, 1)])
-def test_both_ways_of_sketching_are_the_sum_of_signed_entries(width, outputs, monkeypatch):
+def test_both_methods_of_sketching_are_the_sum_of_signed_entries(width, outputs, monkeypatch):
     with jax.enable_x64(True):
         rng, key, reduction = np.random.default_rng(5), jax.random.key(4), TensorSketch(5, width)
         left, right = rng.normal(size=(5, outputs[0], 3, 12)), rng.normal(size=(5, outputs[1], 3, 9))
@@ -137,7 +137,7 @@ def test_all_uses_of_a_parameter_have_the_same_projection():
 
 
 def test_features_are_linear_in_the_gradient():
-    """Scaling an example's output scales its features: no share is quadratic or lost on the way."""
+    """Scaling an example's output scales its features: no contribution is quadratic or lost."""
     with jax.enable_x64(True):
         p, x = inputs()
         key = jax.random.key(1)

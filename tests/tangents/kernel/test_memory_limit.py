@@ -40,7 +40,7 @@ def model_and_batch(dtype=jnp.float32):
 
 
 def needs(model, batch, rows, columns=None):
-    """Bytes that each way of computing the loss kernel of a model takes for so many examples, from fast to small."""
+    """Bytes of each variant of a model's loss kernel for so many examples, from fast to small."""
     found = {}
     for variant in variants(model, None, "loss"):
         problem = validate(variant.function, variant.params, batch, None, None, False)
@@ -110,6 +110,31 @@ def dense_kernel(model, batch):
 RECOMPUTED = "layers in a loop, recomputed on the way back"
 
 
+def test_the_callers_model_is_never_changed(monkeypatch):
+    """Neither while its variants are made nor where one fails; and all variants have the model's own arrays."""
+    model, batch = deep_and_batch(2)
+    found = [memory_limit.model_function, []]
+
+    def observed(variant, output):
+        found[1].append((model.execution, model.remat, variant.execution, variant.remat))
+        assert variant.kernel[...] is model.kernel[...]
+        return found[0](variant, output)
+
+    monkeypatch.setattr(memory_limit, "model_function", observed)
+    made = list(variants(model, None, "loss"))
+    assert len(made) == 3
+    assert [one[:2] for one in found[1]] == [("unroll", False)] * 3
+    assert [one[2:] for one in found[1]] == [execution[:2] for execution in memory_limit.EXECUTIONS]
+
+    def failing(variant, output):
+        raise RuntimeError
+
+    monkeypatch.setattr(memory_limit, "model_function", failing)
+    with pytest.raises(RuntimeError):
+        ntk(model, batch, memory=10**6)
+    assert (model.execution, model.remat) == ("unroll", False)
+
+
 @pytest.mark.usefixtures("quick_to_compile")
 def test_blocks_recompute_where_that_makes_them_so_much_larger():
     model, batch = deep_and_batch(40)
@@ -164,7 +189,7 @@ def test_blocks_recompute_nothing_where_that_makes_them_no_larger(monkeypatch):
 )
 def test_the_largest_block_that_fits(monkeypatch, takes):
     asked = []
-    monkeypatch.setattr(Blocks, "_bytes", lambda self, block: asked.append(block) or takes(block))
+    monkeypatch.setattr(Blocks, "program_bytes", lambda self, block: asked.append(block) or takes(block))
     p, x = jnp.ones(3), jnp.ones((2000, 3))
     problem = validate(jnp.dot, p, x, None, None, False)
     for rows, even in ((2000, False), (2000, True), (17, True), (2, True), (1, False)):
@@ -280,7 +305,7 @@ def test_any_function_falls_back_on_blocks():
 
 @pytest.mark.usefixtures("quick_to_compile")
 def test_fewer_parameters_than_outputs():
-    """Without a limit "auto" takes another method than the one that is bounded."""
+    """Without a limit "auto" chooses another method than the one whose memory is bounded."""
     rng = np.random.default_rng(0)
     p, x = jnp.asarray(rng.normal(size=3), np.float32), jnp.asarray(rng.normal(size=(12, 8, 3)), np.float32)
 
