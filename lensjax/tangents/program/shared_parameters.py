@@ -231,7 +231,7 @@ def _cross_terms(
 
     def entries(i: jax.Array) -> jax.Array:
         if logits is None:
-            # One "row of the head" for each looked-up token; without labels, which are ids and not indices of these rows.
+            # One "row of the head" for each looked-up token, without labels: these are ids, not indices of such rows.
             none = jnp.full_like(labels[i], -1)
             probabilities = softmax_minus_onehot(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
         else:
