@@ -30,9 +30,9 @@ from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.request import DEMO_LEARNING_RATE
 from lensjax.select.request import Request, prepare
 from lensjax.tangents import (
-    example_forms,
     hessian_trace,
     model_loss,
+    per_example_quadratic_forms,
 )
 from lensjax.tasks import Encoded, batches
 
@@ -86,7 +86,9 @@ def measure(tuner: FineTuner, f: Any, sums: Any, tokens: Any, size: int) -> dict
     few = Encoded(train.ids[:EXAMPLES], train.prompt_lengths[:EXAMPLES], 0, train.separate)
     (examples,) = batches(few, **{**one, "batch_size": EXAMPLES})
     moved = jax.tree.map(jnp.subtract, params, tuner.initial)
-    forms = example_forms(f, params, moved, jax.tree.map(jnp.asarray, examples), steps=STEPS, by_layer=layer)
+    forms = per_example_quadratic_forms(
+        f, params, moved, jax.tree.map(jnp.asarray, examples), steps=STEPS, by_layer=layer
+    )
     largest_form = {name: float(values.max()) for name, values in forms.items()}
     distances = layer_distances(params, tuner.initial, by_layer=layer)
     # The bound speaks of the loss of a sample, which is the mean over its tokens; its means are over samples.

@@ -13,8 +13,7 @@ import numpy as np
 from lensjax._display import table
 from lensjax.errors import InputError
 from lensjax.laws import fit
-from lensjax.tangents.curvature.operator import same_structure
-from lensjax.tangents.parameters import ByLayer, layer_name, leaf_names
+from lensjax.tangents.parameters import ByLayer, layer_name, leaf_names, same_structure
 
 Form = Literal["hessian", "isotropic"]
 
@@ -144,8 +143,8 @@ def generalization_bound(
     distances : mapping layer -> |v_i|
         From `layer_distances`.
     quadratic_forms : mapping layer -> max over examples of v_i^T Hess_i^+ v_i, optional
-        From `example_forms`.
-        The maximum should be over all examples; over some of them it is an estimate from below.
+        From `per_example_quadratic_forms`. The maximum should be over all examples; over some of them it is an estimate
+        from below.
     traces : mapping layer -> trace of the layer's Hessian, optional
         Used where `quadratic_forms` is not given: H_i = |v_i|^2 tr(Hess_i), which follows from noise of the same size
         in all directions. Traces of Gauss-Newton matrices are never negative; a negative trace counts as 0,

@@ -7,7 +7,7 @@ import pytest
 
 from lensjax import InputError
 from lensjax.bound import compare_phases, corollary_bound, fit_power_law, generalization_bound, layer_distances
-from lensjax.tangents import example_forms, hessian_trace
+from lensjax.tangents import hessian_trace, per_example_quadratic_forms
 
 
 def test_terms_by_hand():
@@ -121,7 +121,7 @@ def test_from_a_network_that_was_really_trained():
             params = step(params)
         distances = layer_distances(params, initial)
         moved = jax.tree.map(jnp.subtract, params, initial)
-        forms = {name: a.max() for name, a in example_forms(loss, params, moved, train, steps=24).items()}
+        forms = {name: a.max() for name, a in per_example_quadratic_forms(loss, params, moved, train, steps=24).items()}
         traces = hessian_trace(loss, params, train, key=jax.random.key(0), probes=16).by_layer
         facts = {"loss_bound": 4.0, "test_loss": float(loss(params, test))}
         bounds = [

@@ -1,7 +1,7 @@
-"""The hot numerical primitives of lensjax: plain JAX, any device, each with one signature."""
+"""The numerical primitives that lensjax spends most of its time in: plain JAX, for any device."""
 
 from lensjax_kernels.cross_entropy import head_cross_entropy
-from lensjax_kernels.cross_entropy_gram import head_losses, head_pull, head_pull_by_tokens
+from lensjax_kernels.cross_entropy_gram import cross_entropy_vjp, cross_entropy_vjp_token_gram, head_losses
 from lensjax_kernels.gram import (
     crossed_gram,
     reduce_products,
@@ -10,20 +10,20 @@ from lensjax_kernels.gram import (
     token_gram,
     weighted_gram,
 )
-from lensjax_kernels.rademacher import pack_random_signs, random_signs_like, unpack_signs
+from lensjax_kernels.rademacher import pack_rademacher, rademacher_like, unpack_rademacher
 
 __all__ = [
+    "cross_entropy_vjp",
+    "cross_entropy_vjp_token_gram",
     "crossed_gram",
     "head_cross_entropy",
     "head_losses",
-    "head_pull",
-    "head_pull_by_tokens",
-    "pack_random_signs",
-    "random_signs_like",
+    "pack_rademacher",
+    "rademacher_like",
     "reduce_products",
     "reduce_weight_gradients",
     "row_gram",
     "token_gram",
-    "unpack_signs",
+    "unpack_rademacher",
     "weighted_gram",
 ]

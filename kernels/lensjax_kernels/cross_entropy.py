@@ -11,10 +11,10 @@ IGNORED = -100
 """The label of a position that has no loss, as in Hugging Face."""
 
 CHUNK_ROWS = 512
-"""Rows taken at once by default: with fewer, adding up the (V, d) gradient of the weight costs more than the logits."""
+"""Default limit of the rows of a chunk: with fewer, adding the weight's (V, d) gradients costs more than the logits."""
 
 CHUNK_ELEMENTS = 2**25
-"""Logits that exist at once by default, at most: 128 MB in float32."""
+"""Default limit of the logits that exist at once: 128 MB in float32."""
 
 
 @functools.partial(jax.jit, static_argnames="chunk")
@@ -26,11 +26,11 @@ def head_cross_entropy(
     bias: jax.Array | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Cross-entropy of `hidden @ weight.T + bias` against `labels`, one loss a row.
+    """Cross-entropy of `hidden @ weight.T + bias` against `labels`, one loss for each row.
 
-    Rows are taken in chunks: a chunk's logits are made, reduced to losses and dropped; the backward pass makes
-    them again. Differentiable in forward mode, reverse mode and both nested, and under `jax.vmap`. Compiled as one call
-    of this name, by which `lensjax.tangents` knows it.
+    The logits of one chunk of rows at a time are computed, reduced to losses and freed; the backward pass computes them
+    again. Differentiable in forward mode, reverse mode and both nested, and under `jax.vmap`. Compiled as one call of
+    this name, by which `lensjax.tangents` recognises it.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def head_cross_entropy(
         hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
         labels = jnp.pad(labels, (0, missing), constant_values=IGNORED)
 
-    # Widened outside the scan and narrowed inside: the pieces' gradients of the weight then add up in float32.
+    # Cast outside the scan and back inside: the gradients of the weight are then added in float32.
     dtype = weight.dtype
     wide = weight.astype(jnp.promote_types(jnp.float32, dtype))
 
@@ -84,10 +84,10 @@ def head_cross_entropy(
 
 
 def _losses(hidden: jax.Array, weight: jax.Array, labels: jax.Array, bias: jax.Array | None) -> jax.Array:
-    accumulator = jnp.promote_types(jnp.float32, hidden.dtype)
-    logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulator)
+    accumulation_dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=accumulation_dtype)
     if bias is not None:
-        logits = logits + bias.astype(accumulator)
+        logits = logits + bias.astype(accumulation_dtype)
     # A comparison, not a gather: its transpose is elementwise too, and the head weight is used only once.
     is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=1)

@@ -1,8 +1,9 @@
-"""The fused head and cross-entropy for several examples: losses, pull-back, and what the weight's gradients give.
+"""The fused head and cross-entropy for several examples: losses, VJP, and reductions of the weight's gradients.
 
 The gradient of one token's loss with respect to the logits is `softmax - one-hot`, so the head's per-example weight
 gradient is `left.T @ right` with left = softmax - one-hot, (tokens x vocabulary), and right = cotangent * hidden.
-The left factor is made a chunk of the vocabulary at a time from the hidden states and each token's log-normaliser.
+The left factor is computed for a chunk of the vocabulary at a time from the hidden states and each token's
+log-normaliser.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED
 from lensjax_kernels.gram import (
     EXACT,
-    Reduce,
-    accumulator,
+    ReduceFunction,
+    accumulation_dtype,
     pad_axis,
     reduce_weight_gradients,
     split_columns,
@@ -28,10 +29,10 @@ from lensjax_kernels.gram import (
 )
 
 LOGIT_BYTES = 2**26
-"""Logits that exist at once where they are not kept."""
+"""Bytes of the logits that exist at once where they are not kept."""
 
 FACTOR_BYTES = 2**24
-"""Left factors whose token pairs are multiplied at once: the products copy and transpose parts of them."""
+"""Bytes of the left factors whose token pairs are multiplied at once: the products copy and transpose parts of them."""
 
 
 def head_losses(
@@ -51,7 +52,7 @@ def head_losses(
     losses, log_normalizers : float arrays (M,), at least float32
     logits : float array (M, V), or None
     """
-    dtype = accumulator(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     size, pieces = split_columns(rows, vocabulary * dtype.itemsize, LOGIT_BYTES)
     if keep:
@@ -73,7 +74,7 @@ def head_losses(
     return losses.reshape(-1)[:rows], normalizers.reshape(-1)[:rows], None
 
 
-def head_left(
+def softmax_minus_onehot(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
@@ -92,10 +93,10 @@ def head_left(
     labels : int array (..., T)
     log_normalizers : float array (..., T)
     logits : float array (..., T, V), optional
-        Where they were kept; else they are made again.
+        If they were kept; else they are computed again.
     start, size : int
-        The rows; default all. Where they would end after the last row, they end with it, and the rows before
-        `start` that are then among them have zeros.
+        The rows; default all. A chunk that would end after the last row ends with it instead; its rows before
+        `start` are zero then.
 
     Returns
     -------
@@ -114,22 +115,22 @@ def head_left(
 
 
 def rows_at(weight: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Return the rows of the weight that `head_left` takes for `start` and `size`."""
+    """Return the rows of the weight that belong to `start` and `size` of `softmax_minus_onehot`."""
     return jax.lax.dynamic_slice_in_dim(weight, jnp.minimum(start, weight.shape[0] - size), size)
 
 
-def head_pull(
+def cross_entropy_vjp(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
     log_normalizers: jax.Array,
     logits: jax.Array | None,
     cotangents: jax.Array,
-    reduce: Reduce | None,
+    reduce: ReduceFunction | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Pull cotangents of the losses back to the hidden states, and reduce the weight's per-example gradients.
+    """Return the VJP of the losses for the hidden states, and a reduction of the weight's per-example gradients.
 
-    Both need softmax - one-hot, which is made once, a chunk of the vocabulary at a time.
+    Both need softmax - one-hot, which is computed once, for a chunk of the vocabulary at a time.
 
     Parameters
     ----------
@@ -139,28 +140,28 @@ def head_pull(
     log_normalizers : float array (B, T)
     logits : float array (B, T, V), or None where they were not kept
     cotangents : float array (B, C, T)
-    reduce : callable (B, C, K) -> array, or None where nothing is to be reduced
+    reduce : callable (B, C, K) -> array, or None for no reduction
         See `reduce_weight_gradients`.
 
     Returns
     -------
-    float array (B, C, T, d), like `hidden` in dtype; and the sum of what `reduce` gave, or None.
+    float array (B, C, T, d), like `hidden` in dtype; and the sum of the results of `reduce`, or None.
     """
     dtype = log_normalizers.dtype
     right = cotangents.astype(dtype)[..., None] * hidden[:, None].astype(dtype)
     size, pieces = split_columns(weight.shape[0], labels.size * dtype.itemsize, LOGIT_BYTES)
 
     def one(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
+        left = softmax_minus_onehot(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
         direction = jnp.einsum("btv,vd->btd", left, rows_at(weight, start, size).astype(dtype))
         return direction, jnp.zeros((), dtype) if reduce is None else reduce_weight_gradients(left, right, reduce)
 
     direction, reduced = _summed(one, size, pieces)
-    pulled = cotangents.astype(dtype)[..., None] * direction[:, None]
-    return pulled.astype(hidden.dtype), None if reduce is None else reduced
+    hidden_cotangents = cotangents.astype(dtype)[..., None] * direction[:, None]
+    return hidden_cotangents.astype(hidden.dtype), None if reduce is None else reduced
 
 
-def head_pull_by_tokens(
+def cross_entropy_vjp_token_gram(
     hidden: jax.Array,
     weight: jax.Array,
     labels: jax.Array,
@@ -169,15 +170,16 @@ def head_pull_by_tokens(
     cotangents: jax.Array,
     rows: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull cotangents back to the hidden states and return the weight's kernel, by token pairs.
+    """Return the VJP of the losses for the hidden states and the weight's kernel, computed over token pairs.
 
-    Cheaper than `head_pull` where examples times tokens is below the width; keeps one number for each pair of tokens.
+    Cheaper than `cross_entropy_vjp` where examples times tokens is below the width; keeps one number for each pair of
+    tokens.
 
     Parameters
     ----------
-    hidden, weight, labels, log_normalizers, logits, cotangents : see `head_pull`
+    hidden, weight, labels, log_normalizers, logits, cotangents : see `cross_entropy_vjp`
     rows : int or None
-        The first `rows` examples are the kernel's rows, the others its columns; None: all are both.
+        The first `rows` examples are the kernel's rows, the others its columns; None: all are rows and columns.
 
     Returns
     -------
@@ -194,22 +196,22 @@ def head_pull_by_tokens(
     blocks = symmetric_blocks(examples)
 
     def one(start: jax.Array) -> tuple[jax.Array, Any]:
-        left = head_left(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
+        left = softmax_minus_onehot(hidden, weight, labels, log_normalizers, logits, start=start, size=size)
         direction = jnp.einsum("btv,vd->btd", left, rows_at(weight, start, size).astype(dtype))
         if symmetric:
             return direction, token_products(left.reshape(examples * tokens, -1), blocks, tokens)
         return direction, jnp.einsum("ntv,msv->ntms", *sides(left), precision=EXACT)
 
     direction, products = _summed(one, size, pieces)
-    pulled = (cotangents.astype(dtype)[..., None] * direction[:, None]).astype(hidden.dtype)
+    hidden_cotangents = (cotangents.astype(dtype)[..., None] * direction[:, None]).astype(hidden.dtype)
     if symmetric:
         others = token_products(right.reshape(examples * tokens, -1), blocks, tokens)
-        return pulled, summed_products(blocks, products, others, tokens)
-    return pulled, weighted_gram(products, *sides(right))
+        return hidden_cotangents, summed_products(blocks, products, others, tokens)
+    return hidden_cotangents, weighted_gram(products, *sides(right))
 
 
 def _summed(one: Callable[[jax.Array], tuple[jax.Array, Any]], size: int, pieces: int) -> tuple[jax.Array, Any]:
-    """Add up what a function gives for each chunk of the vocabulary."""
+    """Return the sum of a function over the chunks of the vocabulary."""
     if pieces == 1:
         return one(jnp.int32(0))
 

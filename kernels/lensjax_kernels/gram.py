@@ -1,8 +1,8 @@
 """Contractions of per-example weight gradients that never hold all of these gradients at once.
 
 The gradient of a weight that a layer multiplies with is, for example b and output c, `left[b].T @ right[b, c]`: inputs
-times cotangents, summed over the tokens. What is wanted of it is almost always a sum over its entries: inner products
-between examples, or squares. So a chunk of columns is made for all examples, reduced, and dropped.
+times cotangents, summed over the tokens. Almost all uses need a sum over its entries only: inner products between
+examples, or squares. So a chunk of columns is computed for all examples, reduced, and freed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_BYTES = 2**21
-"""Per-example gradients that exist at once: 2 to 4 MB were fastest on CPU."""
+"""Bytes of the per-example gradients that exist at once: 2 to 4 MB were fastest on CPU."""
 
 LEAST_COLUMNS = 32
 """A chunk has at least this many columns, however many examples there are: narrower products are slow."""
@@ -24,16 +24,16 @@ EXACT = jax.lax.Precision.HIGHEST
 """Kernels are used for their small differences: no reduced-precision passes on devices that have them."""
 
 HALVED_ROWS = 512
-"""A symmetric product is halved from so many rows on: products of fewer are slow, above all on several cores."""
+"""From this many rows on a symmetric product is halved: products of fewer are slow, above all on several cores."""
 
 PAIR_BYTES = 2**24
-"""Products of token pairs that exist at once, if they can be split that far."""
+"""Bytes of the products of token pairs that exist at once, if they can be split that far."""
 
-Reduce = Callable[[jax.Array], jax.Array]
+ReduceFunction = Callable[[jax.Array], jax.Array]
 
 
 def reduce_weight_gradients(
-    left: jax.Array, right: jax.Array, reduce: Reduce, *, chunk_bytes: int = CHUNK_BYTES
+    left: jax.Array, right: jax.Array, reduce: ReduceFunction, *, chunk_bytes: int = CHUNK_BYTES
 ) -> jax.Array:
     """Sum `reduce` over the columns of all per-example weight gradients `left[b].T @ right[b, c]`.
 
@@ -43,18 +43,18 @@ def reduce_weight_gradients(
     right : float array (B, C, T, e)
         C outputs for each example.
     reduce : callable
-        From (B, C, K), some K entries of each gradient, to what these contribute; contributions are added.
-        Must give zero for entries that are zero.
+        From (B, C, K), some K entries of each gradient, to their contribution; contributions are added.
+        It must be zero for entries that are zero.
     chunk_bytes : int
-        About how much memory the gradients may take that exist at once; at least `LEAST_COLUMNS` columns do.
+        About the memory of the gradients that exist at once, of at least `LEAST_COLUMNS` columns.
 
     Returns
     -------
-    array, as `reduce` gives, accumulated in at least float32.
+    array, as from `reduce`, accumulated in at least float32.
     """
     examples, tokens, d = left.shape
     outputs, e = right.shape[1], right.shape[3]
-    dtype = accumulator(left, right)
+    dtype = accumulation_dtype(left, right)
     if outputs == 1 and d > e:
         left, right, d, e = right[:, 0], left[:, None], e, d
     size, pieces = split_columns(e, examples * outputs * d * dtype.itemsize, chunk_bytes)
@@ -79,11 +79,11 @@ def reduce_weight_gradients(
 def reduce_products(
     products: Sequence[tuple[jax.Array, jax.Array]],
     plus: jax.Array | None,
-    reduce: Reduce,
+    reduce: ReduceFunction,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> jax.Array:
-    """Sum `reduce` over the rows of per-example gradients that are sums of products and of something dense.
+    """Sum `reduce` over the rows of per-example gradients that are sums of products and of a dense array.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def reduce_products(
     reduce, chunk_bytes : see `reduce_weight_gradients`
     """
     everything = [x for product in products for x in product] + ([] if plus is None else [plus])
-    dtype = accumulator(*everything)
+    dtype = accumulation_dtype(*everything)
     rows = plus.shape[2] if plus is not None else products[0][0].shape[-1]
     shape = jax.eval_shape(lambda: _gradient(_arranged(products), plus, dtype)).shape
     size, pieces = split_columns(rows, shape[0] * shape[1] * shape[3] * dtype.itemsize, chunk_bytes)
@@ -118,17 +118,17 @@ def reduce_products(
 
 
 def _arranged(products: Sequence[tuple[jax.Array, jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
-    """Return products with the rows of the left factor where they are fastest: before the tokens for one output."""
+    """Return products with the left factor's axes in the fastest order: rows before tokens for one output."""
     return [(rows_first(x) if _row_axis(x, y) == 1 else x, y) for x, y in products]
 
 
 def _row_axis(left: jax.Array, right: jax.Array) -> int:
-    """Return where `_arranged` has the rows of a left factor."""
+    """Return the axis of the rows of a left factor from `_arranged`."""
     return 1 if left.ndim == 3 and right.shape[1] == 1 else left.ndim - 1
 
 
 def _gradient(products: Sequence[tuple[jax.Array, jax.Array]], plus: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Return the sum (B, C, v, e) of products as `_arranged` gives them."""
+    """Return the sum (B, C, v, e) of products from `_arranged`."""
     total = plus
     for left, right in products:
         if left.ndim == 4:
@@ -147,8 +147,8 @@ def _gradient(products: Sequence[tuple[jax.Array, jax.Array]], plus: jax.Array |
 def rows_first(left: jax.Array) -> jax.Array:
     """Return left factors (..., T, d) as (..., d, T), so that a product with (..., T, e) is one of plain matrices.
 
-    On CPU that is 1.2 to 2.6 times as fast as contracting the first axes of both, the copy included; not so with
-    several outputs among the columns. XLA would undo it without the barrier.
+    On CPU that is 1.2 to 2.6 times as fast as contracting the first axes of both, with the copy, but not with several
+    outputs among the columns. XLA would undo it without the barrier.
     """
     return jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2))
 
@@ -156,7 +156,7 @@ def rows_first(left: jax.Array) -> jax.Array:
 def split_columns(columns: int, bytes_per_column: int, chunk_bytes: int) -> tuple[int, int]:
     """Return (columns of a chunk, chunks) so that a chunk takes about `chunk_bytes`.
 
-    Chunks have multiples of 8 columns, and divide the columns evenly if some size near does.
+    The size of a chunk is a multiple of 8, and a divisor of the number of columns if there is one nearby.
     """
     pieces = max(1, math.ceil(columns * bytes_per_column / chunk_bytes))
     if pieces == 1:
@@ -174,7 +174,7 @@ def pad_axis(x: jax.Array, axis: int, missing: int) -> jax.Array:
     return x if missing == 0 else jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
-def accumulator(*arrays: jax.Array) -> jnp.dtype:
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Return the dtype to accumulate in: that of the arrays, at least float32."""
     return jnp.dtype(jnp.result_type(jnp.float32, *(a.dtype for a in arrays)))
 
@@ -182,7 +182,7 @@ def accumulator(*arrays: jax.Array) -> jnp.dtype:
 def symmetric_blocks(examples: int) -> list[tuple[slice, slice]]:
     """Return (rows, columns) of blocks that cover one side of a matrix and its diagonal: three quarters of it.
 
-    A second halving would leave out an eighth more, which its smaller products cost again.
+    A second halving would save another eighth, and lose it again because its products are smaller.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def symmetric_blocks(examples: int) -> list[tuple[slice, slice]]:
     return [(first, second), (first, first), (second, second)] if examples > 1 else [(first, first)]
 
 
-def symmetric_from(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Array]) -> jax.Array:
+def assemble_symmetric(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Array]) -> jax.Array:
     """Return the symmetric matrix whose `symmetric_blocks` are given."""
     size = max(columns.stop for _, columns in blocks)
     whole = jnp.zeros((size, size), parts[0].dtype)
@@ -208,17 +208,18 @@ def symmetric_from(blocks: Sequence[tuple[slice, slice]], parts: Sequence[jax.Ar
 def gram_matrix(x: jax.Array) -> jax.Array:
     """Return `x @ x.T` for x (N, K), in at least float32; where N is large, mostly on one side of the diagonal."""
     whole = [(slice(0, len(x)), slice(0, len(x)))]
-    blocks, dtype = symmetric_blocks(len(x)) if len(x) >= HALVED_ROWS else whole, accumulator(x)
+    blocks, dtype = symmetric_blocks(len(x)) if len(x) >= HALVED_ROWS else whole, accumulation_dtype(x)
     parts = [jnp.matmul(x[r], x[c].T, precision=EXACT, preferred_element_type=dtype) for r, c in blocks]
-    return parts[0] if len(parts) == 1 else symmetric_from(blocks, parts)
+    return parts[0] if len(parts) == 1 else assemble_symmetric(blocks, parts)
 
 
 def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: jax.Array) -> jax.Array:
     """Return inner products of per-example weight gradients, contracted over pairs of tokens.
 
     Entry (i, c, j, k) is `<left1[i].T @ right1[i, c], left2[j].T @ right2[j, k]>`, computed as the sum over token
-    pairs of `(left1 left2^T) * (right1 right2^T)`: no gradient is made, and the pairs of some rows' tokens exist at
-    a time. It pays where examples times tokens is far below the widths; see `reduce_weight_gradients`.
+    pairs of `(left1 left2^T) * (right1 right2^T)`: no gradient is computed, and only the pairs of some rows'
+    tokens exist at a time. It is faster where examples times tokens is far below the widths; else see
+    `reduce_weight_gradients`.
 
     Parameters
     ----------
@@ -229,13 +230,13 @@ def token_gram(left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: ja
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(left1, right1, left2, right2)
+    dtype = accumulation_dtype(left1, right1, left2, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         inputs = jnp.einsum("td,msd->tms", one[0], left2, precision=EXACT, preferred_element_type=dtype)
         return _weighted(inputs, one[1], right2, dtype)
 
-    return _by_rows(row, (left1, right1), right1, right2)
+    return _map_rows(row, (left1, right1), right1, right2)
 
 
 def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -250,10 +251,10 @@ def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
     -------
     float array (N, C, N, C), at least float32.
     """
-    (examples, tokens, _), outputs, dtype = left.shape, right.shape[1], accumulator(left, right)
+    (examples, tokens, _), outputs, dtype = left.shape, right.shape[1], accumulation_dtype(left, right)
     if outputs > 1 or (examples * tokens) ** 2 * dtype.itemsize > PAIR_BYTES:
         return token_gram(left, right, left, right)
-    # Parts of matrices: parts of arrays with more axes are copied and transposed for every product.
+    # Slices of matrices, because slices of arrays with more axes are copied and transposed for every product.
     flat = (left.reshape(examples * tokens, -1), right.reshape(examples * tokens, -1))
     blocks = symmetric_blocks(examples)
     weights, products = (token_products(x, blocks, tokens) for x in flat)
@@ -262,7 +263,7 @@ def symmetric_token_gram(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def token_products(x: jax.Array, blocks: Sequence[tuple[slice, slice]], tokens: int) -> list[jax.Array]:
     """Return the blocks of `x @ x.T` for x (N * T, d); blocks count examples, of T tokens each."""
-    dtype, parts = accumulator(x), []
+    dtype, parts = accumulation_dtype(x), []
     for rows, columns in blocks:
         ours, theirs = (x[s.start * tokens : s.stop * tokens] for s in (rows, columns))
         parts.append(jnp.matmul(ours, theirs.T, precision=EXACT, preferred_element_type=dtype))
@@ -280,14 +281,14 @@ def summed_products(
     for (rows, columns), one, other in zip(blocks, weights, products, strict=True):
         shape = (rows.stop - rows.start, tokens, columns.stop - columns.start, tokens)
         parts.append(jnp.sum((one * other).reshape(shape), axis=(1, 3)))
-    return symmetric_from(blocks, parts)[:, None, :, None]
+    return assemble_symmetric(blocks, parts)[:, None, :, None]
 
 
 def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Array) -> jax.Array:
     """Return inner products of per-example gradients of a table whose rows were looked up.
 
-    The gradient of example i, output c has `right1[i, c, t]` added to row `ids1[i, t]` for each t, so that two
-    tokens meet where their ids are equal.
+    In the gradient of example i, output c, `right1[i, c, t]` is added to row `ids1[i, t]` for each t, so that two
+    tokens have an inner product where their ids are equal.
 
     Parameters
     ----------
@@ -298,13 +299,13 @@ def row_gram(ids1: jax.Array, right1: jax.Array, ids2: jax.Array, right2: jax.Ar
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(right1, right2)
+    dtype = accumulation_dtype(right1, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         equal = (one[0][:, None, None] == ids2).astype(dtype)
         return _weighted(equal, one[1], right2, dtype)
 
-    return _by_rows(row, (ids1, right1), right1, right2)
+    return _map_rows(row, (ids1, right1), right1, right2)
 
 
 def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, right2: jax.Array) -> jax.Array:
@@ -317,18 +318,18 @@ def crossed_gram(entries: Callable[[jax.Array], jax.Array], right1: jax.Array, r
     right1 : float array (N, C, T, e)
         Right factor of the dense gradients.
     right2 : float array (M, C', S, e)
-        What is added to the looked-up rows.
+        Added to the looked-up rows.
 
     Returns
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(right1, right2)
+    dtype = accumulation_dtype(right1, right2)
 
     def row(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _weighted(entries(one[0]).astype(dtype), one[1], right2, dtype)
 
-    return _by_rows(row, (jnp.arange(right1.shape[0]), right1), right1, right2)
+    return _map_rows(row, (jnp.arange(right1.shape[0]), right1), right1, right2)
 
 
 def weighted_gram(weights: jax.Array, right1: jax.Array, right2: jax.Array) -> jax.Array:
@@ -344,14 +345,14 @@ def weighted_gram(weights: jax.Array, right1: jax.Array, right2: jax.Array) -> j
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(weights, right1, right2)
-    return _by_rows(lambda one: _weighted(one[0], one[1], right2, dtype), (weights, right1), right1, right2)
+    dtype = accumulation_dtype(weights, right1, right2)
+    return _map_rows(lambda one: _weighted(one[0], one[1], right2, dtype), (weights, right1), right1, right2)
 
 
-def _by_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2: jax.Array) -> jax.Array:
-    """Map over examples, as many together as `PAIR_BYTES` allows: few large products are faster than many small."""
+def _map_rows(row: Callable[..., jax.Array], each: Any, right1: jax.Array, right2: jax.Array) -> jax.Array:
+    """Map over examples, as many at once as `PAIR_BYTES` allows: few large products are faster than many small ones."""
     (examples, outputs, tokens, _), others = right1.shape, right2.shape[:3]
-    one = outputs * tokens * math.prod(others) * accumulator(right1, right2).itemsize
+    one = outputs * tokens * math.prod(others) * accumulation_dtype(right1, right2).itemsize
     together = max(1, PAIR_BYTES // max(1, one))
     return jax.vmap(row)(each) if together >= examples else jax.lax.map(row, each, batch_size=together)
 
@@ -366,7 +367,7 @@ def _weighted(weights: jax.Array, right1: jax.Array, right2: jax.Array, dtype: j
 
 
 def add_rows(into: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """Add rows (B, C, T, e) to `into` (B, C, V, e) at ids (B, T); ids outside [0, V) are left out."""
+    """Add rows (B, C, T, e) to `into` (B, C, V, e) at ids (B, T); ids outside [0, V) are ignored."""
     height = into.shape[2]
     ids = jnp.where((ids >= 0) & (ids < height), ids, height)  # a negative index would count from the end
 

@@ -1,7 +1,7 @@
 """The token-Gram contraction as one fused device kernel: no block of token pairs ever reaches the device's memory.
 
-Written for the Triton backend of Pallas, on purpose: it multiplies in full float32, runs on GPUs from Ampere on, and
-lowers without one, so that the tests can prove it. That backend is deprecated from JAX 0.11 on, and goes with our move
+Written for the Triton backend of Pallas on purpose: it multiplies in full float32, runs on GPUs from Ampere on, and
+lowers without a GPU, as the tests show. That backend is deprecated from JAX 0.11 on, and goes with our move
 there: Mosaic GPU, its successor, is made for Hopper and later and has no matrix product in full float32. On a GPU it
 has not been run yet; nothing calls it unless it is asked for by name.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lensjax_kernels.gram import EXACT, accumulator, pad_axis
+from lensjax_kernels.gram import EXACT, accumulation_dtype, pad_axis
 
 TOKENS = 32
 """Tokens of a tile: two tiles of token pairs stay in registers."""
@@ -28,10 +28,10 @@ WIDTH = 32
 def token_gram_fused(
     left1: jax.Array, right1: jax.Array, left2: jax.Array, right2: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Return what `token_gram` returns, by one kernel with a program for each entry.
+    """Return `token_gram` of the arguments, by one device kernel with a program for each entry.
 
-    A program goes over tiles of token pairs; of each it sums the products of the left and of the right factors in
-    registers, multiplies the two and adds up.
+    A program loops over tiles of token pairs; for each it sums the products of the left and of the right factors in
+    registers, multiplies the two and adds.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def token_gram_fused(
     -------
     float array (N, C, M, C'), at least float32.
     """
-    dtype = accumulator(left1, right1, left2, right2)
+    dtype = accumulation_dtype(left1, right1, left2, right2)
     (examples1, outputs1), (examples2, outputs2) = right1.shape[:2], right2.shape[:2]
     lefts = [_padded(x) for x in (left1, left2)]
     rights = [_padded(x.reshape(-1, *x.shape[2:])) for x in (right1, right2)]
@@ -60,7 +60,7 @@ def token_gram_fused(
         out_specs=pl.BlockSpec((1, 1), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((examples1 * outputs1, examples2 * outputs2), dtype),
         interpret=interpret,
-        # The parameters choose the backend.
+        # The type of the parameters selects the backend.
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     )
     found = kernel(lefts[0], rights[0], lefts[1], rights[1])
@@ -68,7 +68,7 @@ def token_gram_fused(
 
 
 def _padded(x: jax.Array) -> jax.Array:
-    """Fill tokens and width up to whole tiles; zeros add nothing to any product."""
+    """Pad tokens and width with zeros to whole tiles."""
     return pad_axis(pad_axis(x, 1, -x.shape[1] % TOKENS), 2, -x.shape[2] % WIDTH)
 
 

@@ -1,4 +1,4 @@
-"""Random signs, one bit each: drawn as words, stored as words, and made floats only where they are used."""
+"""Rademacher variables (random signs) of one bit each: drawn and stored in words, and converted to floats in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def words_for(count: int) -> int:
     return -(-count // BITS)
 
 
-def pack_random_signs(key: jax.Array, count: int) -> jax.Array:
+def pack_rademacher(key: jax.Array, count: int) -> jax.Array:
     """Draw `count` independent signs, each +1 or -1 with probability 1/2.
 
     Parameters
@@ -32,17 +32,17 @@ def pack_random_signs(key: jax.Array, count: int) -> jax.Array:
     uint32 array (ceil(count / 32),)
         Sign i is bit i % 32 of word i // 32; a set bit means -1. The bits after the last sign are random too.
     """
-    # Without the barrier XLA fuses the drawing into what unpacks, and draws a word again for each of its 32 signs.
+    # Without the barrier XLA fuses the drawing into the unpacking, and draws each word again for its 32 signs.
     return jax.lax.optimization_barrier(jax.random.bits(key, (words_for(count),), jnp.uint32))
 
 
-def unpack_signs(words: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+def unpack_rademacher(words: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Return the first signs of `words` as numbers.
 
     Parameters
     ----------
     words : uint32 array (W,)
-        From `pack_random_signs`.
+        From `pack_rademacher`.
     shape : sequence of int
         Of the result; at most 32 W elements, in row-major order.
     dtype : dtype
@@ -63,7 +63,7 @@ def unpack_signs(words: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
     words = words[: words_for(count)]
     shifted = words[:, None] << (BITS - 1 - jnp.arange(BITS, dtype=jnp.uint32))
     if jnp.dtype(dtype) == jnp.float32:
-        # The drawn bit becomes the sign bit of 1.0: two integer operations and no comparison.
+        # The bit becomes the sign bit of 1.0: two integer operations and no comparison.
         one = jnp.uint32(0x3F800000)
         signs = jax.lax.bitcast_convert_type((shifted & jnp.uint32(0x80000000)) | one, jnp.float32)
     else:
@@ -71,7 +71,7 @@ def unpack_signs(words: jax.Array, shape: Sequence[int], dtype: Any = jnp.float3
     return signs.reshape(-1)[:count].reshape(shape)
 
 
-def random_signs_like(key: jax.Array, arrays: Sequence[Any]) -> list[jax.Array]:
+def rademacher_like(key: jax.Array, arrays: Sequence[Any]) -> list[jax.Array]:
     """Draw one sign for each element of several arrays.
 
     Parameters
@@ -89,10 +89,10 @@ def random_signs_like(key: jax.Array, arrays: Sequence[Any]) -> list[jax.Array]:
     `jax.random.rademacher`, which draws 32 random bits for each sign.
     """
     counts = [words_for(math.prod(a.shape)) for a in arrays]
-    words = pack_random_signs(key, BITS * sum(counts))
+    words = pack_rademacher(key, BITS * sum(counts))
     signs, start = [], 0
     for array, count in zip(arrays, counts, strict=True):
         own = jax.lax.slice(words, (start,), (start + count,))
-        signs.append(unpack_signs(own, array.shape, array.dtype))
+        signs.append(unpack_rademacher(own, array.shape, array.dtype))
         start += count
     return signs

@@ -1,6 +1,12 @@
 """Neural tangent kernels and curvature of language models, and of any differentiable function."""
 
-from lensjax.tangents.curvature.lanczos import QuadraticForm, Spectrum, example_forms, quadratic_form, spectrum
+from lensjax.tangents.curvature.lanczos import (
+    QuadraticForm,
+    Spectrum,
+    per_example_quadratic_forms,
+    quadratic_form,
+    spectrum,
+)
 from lensjax.tangents.curvature.losses import Composed, model_loss
 from lensjax.tangents.curvature.operator import CurvatureOperator, curvature_operator, gauss_newton_product, hvp
 from lensjax.tangents.curvature.trace import TraceEstimate, hessian_trace
@@ -26,7 +32,6 @@ __all__ = [
     "Treatment",
     "block_for",
     "curvature_operator",
-    "example_forms",
     "explain",
     "gauss_newton_product",
     "gradient_norms",
@@ -39,6 +44,7 @@ __all__ = [
     "ntk_features",
     "ntk_operator",
     "ntk_outputs",
+    "per_example_quadratic_forms",
     "quadratic_form",
     "sketch_error",
     "spectrum",

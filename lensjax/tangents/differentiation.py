@@ -1,7 +1,7 @@
-"""Derivatives along a direction, also of functions that can only be differentiated backwards.
+"""Jacobian-, Hessian- and Gauss-Newton-vector products, also of functions that have reverse mode only.
 
-A function with a backward rule of its own (`jax.custom_vjp`) has no forward mode. The pull-back ``u -> J^T u`` is
-linear, and the pull-back of that is ``v -> J v``: two passes backwards do what one forwards does.
+A function with a `jax.custom_vjp` has no forward mode. The vector-Jacobian product ``u -> J^T u`` is linear, and its
+own vector-Jacobian product is ``v -> J v``: reverse mode twice computes what forward mode does.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lensjax.errors import InputError
 from lensjax.tangents.program import ir
 
 NO_REVERSE_MODE = re.compile("Reverse-mode differentiation does not work")
-"""What JAX says of a `while_loop`."""
+"""The message of JAX's error for a `while_loop`."""
 
 
 def no_forward_mode(error: Exception) -> bool:
-    """Whether JAX raised it because a function has no forward mode."""
+    """Whether JAX raised the error because a function has no forward mode."""
     return isinstance(error, TypeError) and "can't apply forward-mode autodiff" in str(error)
 
 
-def pushed(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
+def jvp(function: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """Return J v, with J the Jacobian of `function` at x.
 
     Raises
     ------
     InputError
-        If the function's backward rule cannot be differentiated backwards either.
+        If the function's backward rule has no reverse mode either.
     """
 
-    def forwards(v: Any) -> Any:
+    def forward(v: Any) -> Any:
         return jax.jvp(function, (x,), (v,))[1]
 
-    def backwards(v: Any) -> Any:
-        z, pull = jax.vjp(function, x)
-        return jax.vjp(lambda u: pull(u)[0], jax.tree.map(jnp.zeros_like, z))[1](v)[0]
+    def reverse(v: Any) -> Any:
+        z, vjp = jax.vjp(function, x)
+        return jax.vjp(lambda u: vjp(u)[0], jax.tree.map(jnp.zeros_like, z))[1](v)[0]
 
-    return _either(function, x, v, forwards, backwards, "a product with its Jacobian")
+    return _forward_or_reverse(function, x, v, forward, reverse, "a product with its Jacobian")
 
 
 def hessian_product(loss: Callable[[Any], Any], x: Any, v: Any) -> Any:
@@ -55,61 +55,65 @@ def hessian_product(loss: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """
     gradient = jax.grad(loss)
 
-    def forwards(v: Any) -> Any:
+    def forward(v: Any) -> Any:
         return jax.jvp(gradient, (x,), (v,))[1]
 
-    def backwards(v: Any) -> Any:
+    def reverse(v: Any) -> Any:
         return jax.vjp(gradient, x)[1](v)[0]  # v^T H, which is H v: it is symmetric
 
-    return _either(loss, x, v, forwards, backwards, "its Hessian")
+    return _forward_or_reverse(loss, x, v, forward, reverse, "its Hessian")
 
 
-def sandwich(outputs: Callable[[Any], Any], middle: Callable[[Any, Any], Any], x: Any) -> Callable[[Any], Any]:
-    """Return v -> J^T middle(z, J v), with J the Jacobian and z the value of `outputs` at x.
+def gauss_newton_map(
+    outputs: Callable[[Any], Any], output_hvp: Callable[[Any, Any], Any], x: Any
+) -> Callable[[Any], Any]:
+    """Return v -> J^T output_hvp(z, J v), with J the Jacobian and z the value of `outputs` at x.
 
     Raises
     ------
     InputError
-        As `pushed`, by what is returned.
+        As `jvp`, when the returned function is called.
     """
-    if _own_rules(outputs, x):
-        z, pull = jax.vjp(outputs, x)
-        return lambda v: pull(middle(z, pushed(outputs, x, v)))[0]
-    z, push = jax.linearize(outputs, x)
-    transposed = jax.linear_transpose(push, x)
-    return lambda v: transposed(middle(z, push(v)))[0]
+    if _has_custom_vjp(outputs, x):
+        z, vjp = jax.vjp(outputs, x)
+        return lambda v: vjp(output_hvp(z, jvp(outputs, x, v)))[0]
+    z, linear = jax.linearize(outputs, x)
+    transposed = jax.linear_transpose(linear, x)
+    return lambda v: transposed(output_hvp(z, linear(v)))[0]
 
 
-def _either(
+def _forward_or_reverse(
     function: Callable[[Any], Any],
     x: Any,
     v: Any,
-    forwards: Callable[[Any], Any],
-    backwards: Callable[[Any], Any],
+    forward: Callable[[Any], Any],
+    reverse: Callable[[Any], Any],
     what: str,
 ) -> Any:
-    if _own_rules(function, x):
-        # JAX finds out only when it runs or compiles a program, by an operation that stands for what is missing.
-        program = jax.make_jaxpr(forwards)(v)
-        if _names(program) & {"custom_lin"}:
-            return _twice(what, lambda: backwards(v))
-    return forwards(v)
+    if _has_custom_vjp(function, x):
+        # JAX raises only when it runs or compiles a program: the missing rule is an operation of its own in there.
+        program = jax.make_jaxpr(forward)(v)
+        if _primitive_names(program) & {"custom_lin"}:
+            return _reverse_over_reverse(what, lambda: reverse(v))
+    return forward(v)
 
 
-def _own_rules(function: Callable[[Any], Any], x: Any) -> bool:
-    """Whether a function has backward rules of its own somewhere; not looked for where Python decides by values."""
+def _has_custom_vjp(function: Callable[[Any], Any], x: Any) -> bool:
+    """Whether a function has a `jax.custom_vjp` in it; False where it branches on values and cannot be traced."""
     try:
         return ir.holds(jax.make_jaxpr(function)(x), jp.custom_vjp_call_p)
     except jax.errors.ConcretizationTypeError:
         return False
 
 
-def _names(program: Any) -> set[str]:
-    """Return the names of all primitives in a program and those that it calls."""
-    return {e.primitive.name for e in program.eqns}.union(*(_names(p) for e in program.eqns for p in ir.called(e)))
+def _primitive_names(program: Any) -> set[str]:
+    """Return the names of all primitives in a program and in those that it calls."""
+    return {e.primitive.name for e in program.eqns}.union(
+        *(_primitive_names(p) for e in program.eqns for p in ir.called(e))
+    )
 
 
-def _twice(what: str, make: Callable[[], Any]) -> Any:
+def _reverse_over_reverse(what: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -27,11 +27,12 @@ class Negative:
     smallest : float
         The most negative eigenvalue, 0 if there is none.
     relative : float
-        Its size over the largest absolute eigenvalue: near the rounding error of the kernel's dtype it is rounding.
+        Its size over the largest absolute eigenvalue; if that is near the rounding error of the kernel's dtype, it is
+        rounding.
     share : float
-        Part of the initial squared residual that lies in their directions, 0 to 1.
+        Fraction of the initial squared residual in their directions, 0 to 1.
     clipped : bool
-        Whether they count as 0 from here on.
+        Whether they were set to 0.
     """
 
     count: int
@@ -120,9 +121,9 @@ class KernelDynamics:
         ----------
         t, learning_rate, discrete : as in `residual_norm`
         cross_kernel : float array (M, N), or (M, C, N, C)
-            Kernel between the other examples and the training examples. No inverse is taken. Directions whose
-            eigenvalue is not resolved move nothing: gradients that cancel on the training examples have no inner
-            product with any other gradient, and what the cross kernel has there is rounding, which eta t multiplies.
+            Kernel between the other examples and the training examples. No inverse is computed. Directions whose
+            eigenvalue is not resolved are left out: gradients that cancel on the training examples have inner products
+            of 0 with any other gradient, and the cross kernel's entries there are rounding, which eta t multiplies.
 
         Returns
         -------
@@ -232,7 +233,7 @@ def kernel_dynamics(
         y.
     negative : {"clip", "keep", "refuse"}
         What to do with negative eigenvalues: set them to 0 (their residuals then stay), let their residuals grow, or
-        raise. What they were is in the result's `negative` either way.
+        raise. The result's `negative` describes them in any case.
 
     Returns
     -------
@@ -248,10 +249,10 @@ def kernel_dynamics(
     -----
     The decomposition is made in float64 whatever the caller's precision; the result has the default float dtype.
 
-    An eigenvalue counts as 0 where its size is at most ``2 sqrt(K) eps max |Theta|``, what independent rounding errors
-    of the kernel's entries come to (eps that of the kernel's dtype: give it as it was computed, not cast), or
-    ``K eps lam_max`` of float64, what the decomposition itself does. Repeated examples give such directions. Their
-    residuals stay, and predictions do not move along them.
+    An eigenvalue is treated as 0 where its size is at most ``2 sqrt(K) eps max |Theta|``, the effect of independent
+    rounding errors of the kernel's entries (eps is that of the kernel's dtype: pass it as it was computed, not cast),
+    or ``K eps lam_max`` of float64, the error of the decomposition itself. Repeated examples have such directions.
+    Their residuals stay, and predictions do not move along them.
 
     Examples
     --------

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
-from lensjax.tangents.parameters import FROZEN, leaf_names
+from lensjax.tangents.frozen_model import FrozenModel, frozen_as_arguments
 
 OUTPUTS = {
     "loss": "mean loss over the example's labelled tokens, nats per token",
@@ -21,13 +21,13 @@ OUTPUTS = {
     "gold_logit": "mean logit of the labelled tokens",
     "projections": "mean over the labelled tokens of 4 random projections of the logits; 4 outputs",
 }
-"""What a model's output can be, with its unit."""
+"""Possible outputs of a model, each with its definition and unit."""
 
 PROJECTIONS = 4
 
 
 def is_model(f: Any) -> bool:
-    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so brings its own parameters."""
+    """Whether `f` has the interface of `lensjax.models.LanguageModel`, and so its own parameters."""
     return hasattr(f, "loss_sums") and callable(f)
 
 
@@ -64,128 +64,68 @@ def ntk_outputs(model: Any, output: str = "loss", *, seed: int = 0) -> tuple[Mod
     """
     if output not in OUTPUTS:
         raise InputError(f"output={output!r} is not known; choose one of {', '.join(OUTPUTS)}.")
-    from flax import nnx
-
-    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    f = _kept(graph, output, seed)
-    return (dataclasses.replace(f, frozen=frozen) if jax.tree.leaves(frozen) else f), params
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class WithFrozen:
-    """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
-
-    As a pytree it has the leaves of both, the parameters under the names that they have by themselves.
-    """
-
-    def __init__(self, params: Any, frozen: Any) -> None:
-        self.params, self.frozen = params, frozen
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """Return the leaves with their names, and the structure of both parts."""
-        children, structures = [], []
-        for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
-            leaves, structure = jax.tree.flatten(tree)
-            names = [prefix + name for name in leaf_names(tree)]
-            children += [(jax.tree_util.DictKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
-            structures.append((structure, len(leaves)))
-        return children, tuple(structures)
-
-    @classmethod
-    def tree_unflatten(cls, structures: Any, leaves: Any) -> WithFrozen:
-        """Put the leaves back."""
-        (own, count), (frozen, _) = structures
-        leaves = list(leaves)
-        return cls(jax.tree.unflatten(own, leaves[:count]), jax.tree.unflatten(frozen, leaves[count:]))
+    return ModelOutput.split(model, output, seed)
 
 
 def model_function(model: Any, output: str) -> tuple[Any, Any]:
-    """Return `ntk_outputs(model, output)`, with what the model holds beside its parameters as arguments too.
-
-    Nothing is compiled twice then, and no frozen weight is a constant of a program.
-    """
+    """Return `ntk_outputs(model, output)`, with the arrays that the model holds beside its parameters as arguments."""
     return frozen_as_arguments(*ntk_outputs(model, output))
 
 
-def frozen_as_arguments(f: Any, params: Any) -> tuple[Any, Any]:
-    """Return a function and its parameters, those that a `ModelOutput` holds frozen among the latter."""
-    if not isinstance(f, ModelOutput) or not jax.tree.leaves(f.frozen):
-        return f, params
-    return _kept_with_frozen(f.graph, f.output, f.seed), WithFrozen(params, f.frozen)
+def split_model_args(f: Any, output: str, params: Any, *args: Any) -> tuple[Any, ...]:
+    """Return (f, params, *args) of a call with a function, or with a model, which has no argument for its parameters.
 
-
-def opened(f: Any, output: str, params: Any, *given: Any) -> tuple[Any, ...]:
-    """Return (f, params, *given) of a call; a model's has one argument fewer, for it brings its parameters.
-
-    The last one may come by its own name then, and stand where it stands after a function.
+    All arguments after a model are one position earlier; its last one may be given by name.
 
     Raises
     ------
     InputError
-        If a model is given all of them, or another function an `output`, which would mean nothing.
+        If a model is given with parameters, or another function with an `output`.
     """
     if is_model(f):
-        return (*model_function(f, output), *moved_up(f, params, *given))
+        return (*model_function(f, output), *shift_args(f, params, *args))
     if output != "loss":
         raise InputError(
             f"output={output!r} is one of language models, but f is a {type(f).__name__} without `loss_sums`, "
             "which says itself what it returns; leave `output` out, or give a model of `lensjax.models`."
         )
-    return (*frozen_as_arguments(f, params), *given)
+    return (*frozen_as_arguments(f, params), *args)
 
 
-def moved_up(model: Any, *given: Any) -> tuple[Any, ...]:
-    """Return the arguments after the parameters, of a call that gives a model and so no parameters.
+def shift_args(model: Any, *args: Any) -> tuple[Any, ...]:
+    """Return the arguments after the parameters of a call with a model, and so without parameters.
 
     Raises
     ------
     InputError
-        If one is given too many.
+        If there is an argument for the parameters.
     """
-    *others, before, last = given
+    *others, before, last = args
     if before is not None and last is not None:
         raise InputError(
-            f"{type(model).__name__} brings its own parameters, so of the {len(given)} arguments after it one is too "
+            f"{type(model).__name__} brings its own parameters, so of the {len(args)} arguments after it one is too "
             "many; leave the parameters out."
         )
     return (*others, before if last is None else last)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _FrozenOutput:
-    of_params: ModelOutput
-
-    def __call__(self, both: WithFrozen, example: Mapping[str, jax.Array]) -> jax.Array:
-        return dataclasses.replace(self.of_params, frozen=both.frozen)(both.params, example)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_with_frozen(graph: Any, output: str, seed: int) -> _FrozenOutput:
-    return _FrozenOutput(_kept(graph, output, seed))
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "output", "seed"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class ModelOutput:
+class ModelOutput(FrozenModel):
     """A language model's output as a function of (parameters, one example); from `ntk_outputs`.
 
     Attributes
     ----------
-    graph : what Flax NNX needs beside the arrays
+    graph, frozen : see `FrozenModel`; the leaves of this pytree are those of `frozen`
     output, seed : as given to `ntk_outputs`
-    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
     """
 
-    graph: Any
     output: str
     seed: int
-    frozen: Any
 
     def __call__(self, params: Any, example: Mapping[str, jax.Array]) -> jax.Array:
         """Return the output for one example."""
-        from flax import nnx
-
-        model = nnx.merge(self.graph, params, self.frozen)
+        model = self.model(params)
         batch = {name: value[None] for name, value in example.items()}
         if self.output in ("loss", "loss_sum"):
             total, tokens = model.loss_sums(batch)
@@ -208,10 +148,3 @@ def _labelled_logits(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Ar
         labels = batch["labels"]
         return model(batch["input_ids"], mask, model.shift_right(labels))[0], labels[0]
     return model(batch["input_ids"], mask)[0, :-1], next_token_labels(batch["labels"], mask)[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(graph: Any, output: str, seed: int) -> ModelOutput:
-    from flax import nnx
-
-    return ModelOutput(graph, output, seed, nnx.State({}))

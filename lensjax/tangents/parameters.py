@@ -1,7 +1,8 @@
-"""What a tangent computation is about: a function, its parameters, which of them count, and two sets of examples."""
+"""The parameters of a function: their names, which of them are selected, and in which layer each belongs."""
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,12 +18,103 @@ Select = Callable[[str, Any], bool] | str | Sequence[str] | None
 ByLayer = bool | Literal["parameter"] | Callable[[str], str]
 
 FROZEN = "(frozen) "
-"""What the names of arrays begin with that a model holds beside its parameters."""
+"""Prefix of the names of arrays that a model holds beside its parameters."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class WithFrozen:
+    """Parameters and the other arrays of a model, such as the frozen weights under LoRA adapters.
+
+    As a pytree it has the leaves of both, those of the parameters first and under the names that they have by
+    themselves.
+    """
+
+    def __init__(self, params: Any, frozen: Any) -> None:
+        self.params, self.frozen = params, frozen
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """Return the leaves with their names, and the structure of both parts."""
+        children, structures = [], []
+        for prefix, tree in (("", self.params), (FROZEN, self.frozen)):
+            leaves, structure = jax.tree.flatten(tree)
+            names = [prefix + name for name in leaf_names(tree)]
+            children += [(jax.tree_util.DictKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)]
+            structures.append((structure, len(leaves)))
+        return children, tuple(structures)
+
+    @classmethod
+    def tree_unflatten(cls, structures: Any, leaves: Any) -> WithFrozen:
+        """Put the leaves back."""
+        (own, count), (frozen, _) = structures
+        leaves = list(leaves)
+        return cls(jax.tree.unflatten(own, leaves[:count]), jax.tree.unflatten(frozen, leaves[count:]))
+
+
+def without_frozen(params: Any) -> Any:
+    """Return the parameters of a function, without a model's other arrays."""
+    return params.params if isinstance(params, WithFrozen) else params
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSelection:
+    """Which parameters of a function a computation is about; the others are constants.
+
+    Attributes
+    ----------
+    names : path of each parameter leaf
+    layers : number of each leaf's layer, None where the leaf is not selected
+    layer_names : name of each layer
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[int | None, ...]
+    layer_names: tuple[str, ...]
+
+    @property
+    def selected_layers(self) -> list[int]:
+        """The number of the layer of each selected leaf."""
+        return [layer for layer in self.layers if layer is not None]
+
+    def selected(self, params: Any) -> list[Any]:
+        """Return the selected leaves of a tree like the parameters, with or without frozen arrays."""
+        leaves = jax.tree.leaves(params)
+        layers = self.layers[: len(leaves)]
+        return [leaf for leaf, layer in zip(leaves, layers, strict=True) if layer is not None]
+
+    def replace(self, params: Any, selected: Sequence[Any], others: Callable[[Any], Any] | None = None) -> Any:
+        """Return a tree like the parameters with the selected leaves replaced, and `others` applied to the rest."""
+        leaves, structure = jax.tree.flatten(params)
+        values, layers = iter(selected), self.layers[: len(leaves)]
+        new = [
+            next(values) if layer is not None else leaf if others is None else others(leaf)
+            for leaf, layer in zip(leaves, layers, strict=True)
+        ]
+        return jax.tree.unflatten(structure, new)
+
+
+def select_layers(names: Sequence[str], selected: Sequence[bool], by_layer: ByLayer) -> ParameterSelection:
+    """Return a selection whose leaves are grouped by `by_layer`.
+
+    Raises
+    ------
+    InputError
+        If there is no such `by_layer`.
+    """
+    layer_of = {i: layer_name(by_layer, names[i]) for i, own in enumerate(selected) if own}
+    layer_names = tuple(dict.fromkeys(layer_of.values()))
+    layers = tuple(layer_names.index(layer_of[i]) if own else None for i, own in enumerate(selected))
+    return ParameterSelection(tuple(names), layers, layer_names)
 
 
 def abstract(tree: Any) -> Any:
     """Return the shapes and dtypes of a tree of arrays."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jax.typeof(a).shape, jax.typeof(a).dtype), tree)
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Whether two pytrees have the same structure."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    return bool(structures[0] == structures[1])
 
 
 def one_example(x: Any) -> Any:
@@ -60,13 +152,13 @@ def count_examples(x: Any, name: str) -> int:
     return int(sizes.pop())  # type: ignore[arg-type]
 
 
-def selection(parameters: Select, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-    """Return which of the leaves count; frozen ones never do.
+def match_parameters(parameters: Select, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return which of the leaves are selected; frozen arrays never are.
 
     Raises
     ------
     InputError
-        If `parameters` is none of the things it may be, or a pattern is of no parameter.
+        If `parameters` is neither a predicate nor patterns, or a pattern matches no parameter.
     """
     if parameters is not None and not callable(parameters):
         # An iterator would be used up by whoever reads it first.
@@ -77,11 +169,12 @@ def selection(parameters: Select, names: Sequence[str], leaves: Sequence[Any]) -
             )
         for pattern in [parameters] if isinstance(parameters, str) else parameters:
             if not fnmatch.filter([n for n in names if not n.startswith(FROZEN)], pattern):
-                raise _none(f"parameters: {pattern!r}", names)
+                raise none_selected(f"parameters: {pattern!r}", names)
     return [not n.startswith(FROZEN) and select(parameters, n, a) for n, a in zip(names, leaves, strict=True)]
 
 
-def _none(what: str, names: Sequence[str]) -> InputError:
+def none_selected(what: str, names: Sequence[str]) -> InputError:
+    """Return the error to raise where `what` selects no parameter."""
     own = [name for name in names if not name.startswith(FROZEN)]
     some = ", ".join(own[:8]) + (", ..." if len(own) > 8 else "")
     return InputError(
@@ -90,25 +183,39 @@ def _none(what: str, names: Sequence[str]) -> InputError:
     )
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _is_real(leaf: Any) -> bool:
-    return not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+def is_array_or_number(leaf: Any) -> bool:
+    """Whether a leaf can be an argument of a compiled program."""
+    return is_array(leaf) or isinstance(leaf, int | float | complex)
 
 
-def _refuse(leaves: Iterable[tuple[str, Any]]) -> None:
-    wrong = [f"{name or 'the whole'} ({getattr(leaf, 'dtype', type(leaf).__name__)})" for name, leaf in leaves]
+def is_not_complex(leaf: Any) -> bool:
+    """Whether a leaf is an array of real numbers, integers among them."""
+    return is_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+
+
+def is_real_float(leaf: Any) -> bool:
+    """Whether a leaf is an array of real floating-point numbers: what can be differentiated."""
+    return is_array(leaf) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def refuse_undifferentiable(leaves: Iterable[tuple[str, Any]], allowed: Callable[[Any], bool], remedy: str) -> None:
+    """Raise InputError if some leaves (name, leaf) are not `allowed`; `remedy` ends the message."""
+    wrong = [
+        f"{name or 'the whole'} ({getattr(leaf, 'dtype', type(leaf).__name__)})"
+        for name, leaf in leaves
+        if not allowed(leaf)
+    ]
     if wrong:
-        raise InputError(
-            f"params: {', '.join(wrong[:4])} cannot be differentiated. Make numbers arrays (jnp.asarray), hold complex "
-            "arrays as two real ones, keep functions outside of params, or leave such leaves out (parameters=...)."
-        )
+        raise InputError(f"params: {', '.join(wrong[:4])} cannot be differentiated{remedy}")
 
 
 def select(parameters: Select, name: str, leaf: Any) -> bool:
-    """Whether a parameter counts."""
+    """Whether a parameter is selected."""
     if parameters is None:
         return True
     if callable(parameters):

@@ -123,23 +123,23 @@ def test_fused_head(rows, vocabulary, width, dtype, tolerance, keep, monkeypatch
         assert worst(got.reshape(labels.shape), losses(*wide)) < tolerance
         logits = logits.reshape(*labels.shape, -1) if keep else None
         known = (hidden, weight, labels, normalizers.reshape(labels.shape), logits)
-        pulled, share = cross_entropy_gram.head_pull(*known, cotangents, pairs)
-        again, by_tokens = cross_entropy_gram.head_pull_by_tokens(*known, cotangents, rows=1)
+        hidden_cotangents, contribution = cross_entropy_gram.cross_entropy_vjp(*known, cotangents, pairs)
+        again, by_tokens = cross_entropy_gram.cross_entropy_vjp_token_gram(*known, cotangents, rows=1)
         for c in range(2):
             (into_hidden,) = jax.vjp(lambda h: losses(h, wide[1]), wide[0])[1](cotangents[:, c].astype(float))
-            assert worst(pulled[:, c], into_hidden) < tolerance
+            assert worst(hidden_cotangents[:, c], into_hidden) < tolerance
             assert worst(again[:, c], into_hidden) < tolerance
         softmax = jax.nn.softmax(wide[0] @ wide[1].T)
         left = jnp.where((labels == -100)[..., None], 0, softmax - jax.nn.one_hot(labels, vocabulary))
         right = cotangents.astype(float)[..., None] * wide[0][:, None]
         flat = jnp.einsum("btv,bctd->bcvd", left, right).reshape(6, -1)
         want = np.asarray(flat @ flat.T).reshape(3, 2, 3, 2)
-        assert worst(share, want) < tolerance
+        assert worst(contribution, want) < tolerance
         assert worst(by_tokens, want[:1, :, 1:]) < tolerance
-        first = cross_entropy_gram.head_pull_by_tokens(*known, cotangents[:, :1], rows=None)
-        assert worst(first[0], np.asarray(pulled[:, :1])) < tolerance
+        first = cross_entropy_gram.cross_entropy_vjp_token_gram(*known, cotangents[:, :1], rows=None)
+        assert worst(first[0], np.asarray(hidden_cotangents[:, :1])) < tolerance
         assert worst(first[1], want[:, :1, :, :1]) < tolerance
-        assert cross_entropy_gram.head_pull(*known, cotangents, None)[1] is None
+        assert cross_entropy_gram.cross_entropy_vjp(*known, cotangents, None)[1] is None
 
 
 @pytest.mark.parametrize(

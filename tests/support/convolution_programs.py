@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-SHARE, FACTORS, LIFTED = "share", "factors", "materialised"
+SHARE, FACTORS, MATERIALIZED = "share", "factors", "materialised"
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 PROGRAMS = {}
 
@@ -33,7 +33,7 @@ def image(x):
     return jnp.stack([x, jnp.sin(3 * x)], -1)[None]
 
 
-@program({"w": (3, 2, 2, 3), "b": (3,)}, w=SHARE, b=LIFTED)
+@program({"w": (3, 2, 2, 3), "b": (3,)}, w=SHARE, b=MATERIALIZED)
 def plain(p, x):
     return total(jnp.tanh(convolve(image(x), p["w"], (1, 1), "SAME", dimension_numbers=NHWC) + p["b"]))
 
@@ -88,12 +88,12 @@ def a_long_kernel(p, x):
     return total(convolve(x[None], p["w"], (1,), [(37, 20)], dimension_numbers=("NHC", "HIO", "NHC")))
 
 
-@program({"w": (3, 2, 2, 4)}, w=LIFTED)
+@program({"w": (3, 2, 2, 4)}, w=MATERIALIZED)
 def groups_of_batches(p, x):
     x = jnp.concatenate([image(x), jnp.cos(image(x))])
     return total(convolve(x, p["w"], (1, 1), "SAME", dimension_numbers=NHWC, batch_group_count=2))
 
 
-@program({"w": (2, 5, 4)}, w=LIFTED)
+@program({"w": (2, 5, 4)}, w=MATERIALIZED)
 def the_parameter_is_convolved(p, x):
     return total(convolve(p["w"][..., None], x[:3, :2, None, None], (1, 1), "SAME", dimension_numbers=NHWC))

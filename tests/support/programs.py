@@ -1,7 +1,7 @@
 """Small programs, each with something in it that an NTK by program transformation can get wrong.
 
 Each entry: name -> (f(params, example), shapes of the parameters, kind of example, how each parameter is expected to be
-treated). The kinds: "vector" (T=5, d=4) floats, "tokens" (T=6) ints below 7.
+treated). Kinds of examples: "vector" (T=5, d=4) floats, "tokens" (T=6) ints below 7.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from lensjax_kernels import head_cross_entropy
 
-SHARE, FACTORS, LIFTED, UNUSED = "share", "factors", "materialised", "unused"
+SHARE, FACTORS, MATERIALIZED, UNUSED = "share", "factors", "materialised", "unused"
 PROGRAMS = {}
 
 
@@ -30,7 +30,7 @@ def total(x):
     return jnp.stack([jnp.sum(jnp.sin(x) * weights), jnp.sum(jnp.tanh(x) * weights[::-1])])
 
 
-@program({"w": (4, 3), "b": (3,), "s": (4,)}, w=SHARE, b=LIFTED, s=LIFTED)
+@program({"w": (4, 3), "b": (3,), "s": (4,)}, w=SHARE, b=MATERIALIZED, s=MATERIALIZED)
 def dense_layer(p, x):
     return total(jnp.tanh((x * p["s"]) @ p["w"] + p["b"]))
 
@@ -131,7 +131,7 @@ def fused_head_in_a_scan(p, x):
     return total(jax.lax.scan(step, 0.0, x)[0][None])
 
 
-@program({"h": (7, 4), "w": (4, 4)}, h=LIFTED, w=SHARE)
+@program({"h": (7, 4), "w": (4, 4)}, h=MATERIALIZED, w=SHARE)
 def head_of_normalised_rows(p, x):
     rows = p["h"] / jnp.linalg.norm(p["h"], axis=1, keepdims=True)
     return total(jax.jit(head_cross_entropy)(x @ p["w"], rows, jnp.arange(5)))
@@ -142,7 +142,7 @@ def untied_fused_head(p, ids):
     return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
-@program({"e": (7, 4), "h": (7, 4), "b": (7,)}, "tokens", e=SHARE, h=SHARE, b=LIFTED)
+@program({"e": (7, 4), "h": (7, 4), "b": (7,)}, "tokens", e=SHARE, h=SHARE, b=MATERIALIZED)
 def head_with_bias(p, ids):
     return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids, bias=p["b"]))
 
@@ -159,7 +159,7 @@ def a_head_of_the_same_name(p, ids):
     return total(jax.jit(head_cross_entropy_of_another)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
-@program({"w": (3, 4, 4), "b": (3, 4)}, w=SHARE, b=LIFTED)
+@program({"w": (3, 4, 4), "b": (3, 4)}, w=SHARE, b=MATERIALIZED)
 def scanned_stack(p, x):
     def layer(c, own):
         return jnp.tanh(c @ own["w"] + own["b"]), None
@@ -195,7 +195,7 @@ def stacked_and_shared_within(p, x):
     return total(jax.lax.scan(layer, x, jnp.stack([p["a"], p["b"]]))[0])
 
 
-@program({"w": (4, 4), "r": (4, 4), "b": (4,)}, w=FACTORS, r=FACTORS, b=LIFTED)
+@program({"w": (4, 4), "r": (4, 4), "b": (4,)}, w=FACTORS, r=FACTORS, b=MATERIALIZED)
 def recurrent_network(p, x):
     def step(h, xt):
         h = jnp.tanh(xt @ p["w"] + h @ p["r"] + p["b"])
@@ -214,12 +214,12 @@ def scan_in_a_scan(p, x):
     return total(c) + sums @ jnp.arange(2.0)
 
 
-@program({"h": (4,), "w": (4, 4)}, h=LIFTED, w=FACTORS)
+@program({"h": (4,), "w": (4, 4)}, h=MATERIALIZED, w=FACTORS)
 def parameter_as_first_carry(p, x):
     return total(jax.lax.scan(lambda h, xt: (jnp.tanh(h @ p["w"] + xt), None), p["h"], x)[0])
 
 
-@program({"w": (4, 4)}, w=LIFTED)
+@program({"w": (4, 4)}, w=MATERIALIZED)
 def loop_on_parameters_alone(p, x):
     power = jax.lax.fori_loop(0, 3, lambda i, m: m @ p["w"] / 2, p["w"])
     return total(x @ power)
@@ -230,7 +230,7 @@ def counted_loop(p, x):
     return total(jax.lax.fori_loop(0, 3, lambda i, h: jnp.sin(h @ p["w"] + i), x))
 
 
-@program({"w": (4, 4), "v": (4, 4)}, w=LIFTED, v=LIFTED)
+@program({"w": (4, 4), "v": (4, 4)}, w=MATERIALIZED, v=MATERIALIZED)
 def branches(p, x):
     return total(jax.lax.cond(x.sum() > 0, lambda h: jnp.tanh(h @ p["w"]), lambda h: h @ p["v"] * h, x))
 
@@ -254,7 +254,7 @@ def straight_through(x, w):
 straight_through.defvjp(lambda x, w: (straight_through(x, w), (x, w)), lambda r, g: (g @ r[1].T * 3, r[0].T @ g * 2))
 
 
-@program({"w": (4, 4)}, w=LIFTED)
+@program({"w": (4, 4)}, w=MATERIALIZED)
 def custom_backward_rule(p, x):
     return total(straight_through(x, p["w"]) + x)
 
@@ -267,12 +267,12 @@ def twice_as_steep(x):
 twice_as_steep.defjvp(lambda x, t: (twice_as_steep(*x), 2 * jnp.cos(x[0]) * t[0]))
 
 
-@program({"w": (4, 4), "v": (4, 4)}, w=SHARE, v=LIFTED)
+@program({"w": (4, 4), "v": (4, 4)}, w=SHARE, v=MATERIALIZED)
 def custom_forward_rule(p, x):
     return total(twice_as_steep(x @ p["w"]) @ twice_as_steep(p["v"]))
 
 
-@program({"w": (4, 4), "a": (4, 2), "b": (2, 4)}, w=LIFTED, a=LIFTED, b=LIFTED)
+@program({"w": (4, 4), "a": (4, 2), "b": (2, 4)}, w=MATERIALIZED, a=MATERIALIZED, b=MATERIALIZED)
 def low_rank_product(p, x):
     return total(jnp.tanh(x @ (p["w"] + 0.5 * p["a"] @ p["b"])))
 
@@ -287,7 +287,7 @@ def sum_of_two(p, x):
     return total(x @ (p["v"] - 3.0 * p["w"]))
 
 
-@program({"v": (4, 4)}, v=LIFTED)
+@program({"v": (4, 4)}, v=MATERIALIZED)
 def sum_with_itself(p, x):
     return total(x @ (p["v"] + p["v"].T))
 
@@ -298,13 +298,13 @@ def fused_projections(p, x):
     return total(jax.nn.softmax(q @ k.T))
 
 
-@program({"w": (4, 6), "p": (9, 4)}, w=SHARE, p=LIFTED)
+@program({"w": (4, 6), "p": (9, 4)}, w=SHARE, p=MATERIALIZED)
 def disjoint_slices(p, x):
     a, b = jnp.split(p["w"], 2, axis=1)
     return total(jnp.tanh(x @ a) * ((x + p["p"][2:7]) @ b))
 
 
-@program({"w": (4, 6)}, w=LIFTED)
+@program({"w": (4, 6)}, w=MATERIALIZED)
 def overlapping_slices(p, x):
     return total(jnp.tanh(x @ p["w"][:, :4]) * (x @ p["w"][:, 2:]))
 
@@ -316,7 +316,7 @@ def unrolled_stack(p, x):
     return total(x)
 
 
-@program({"w": (4, 4), "n": (4,)}, w=LIFTED, n=LIFTED)
+@program({"w": (4, 4), "n": (4,)}, w=MATERIALIZED, n=MATERIALIZED)
 def normalised_weight(p, x):
     return total(x @ (p["n"] * p["w"] / jnp.linalg.norm(p["w"], axis=0)))
 
@@ -372,12 +372,12 @@ def parameter_without_effect(p, x):
     return total(x @ p["w"])
 
 
-@program({"w": (4, 4), "t": ()}, w=SHARE, t=LIFTED)
+@program({"w": (4, 4), "t": ()}, w=SHARE, t=MATERIALIZED)
 def scalar_parameter(p, x):
     return total(x @ p["w"]) * p["t"]
 
 
-@program({"w": (4, 4)}, w=LIFTED)
+@program({"w": (4, 4)}, w=MATERIALIZED)
 def penalty_on_the_weights(p, x):
     return total(x @ p["w"]) + jnp.sum(p["w"] ** 2)
 
@@ -404,7 +404,7 @@ def looked_up_and_multiplied(p, x):
     return total(jnp.tanh(p["w"][ids] + x @ p["w"]) @ p["w"].T)
 
 
-@program({"v": (4, 4), "w": (4, 4)}, v=SHARE, w=LIFTED)
+@program({"v": (4, 4), "w": (4, 4)}, v=SHARE, w=MATERIALIZED)
 def parameter_times_parameter(p, x):
     return total(x @ p["v"] @ jnp.exp(p["w"]))
 
@@ -415,12 +415,12 @@ def policy_of_checkpoint(p, x):
     return total(layer(p["w"], x))
 
 
-@program({"w": (4, 4)}, w=LIFTED)
+@program({"w": (4, 4)}, w=MATERIALIZED)
 def used_with_both_signs(p, x):
     return total(jnp.tanh(x @ p["w"]) @ -p["w"])
 
 
-@program({"w": (4, 4), "f": (4,)}, w=LIFTED, f=LIFTED)
+@program({"w": (4, 4), "f": (4,)}, w=MATERIALIZED, f=MATERIALIZED)
 def through_complex_numbers(p, x):
     turned = (x + 1j * x[:, ::-1]) @ p["w"].astype(complex)
     return total(jnp.abs(turned) + jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["f"]), 4))
@@ -473,7 +473,7 @@ def two_stacks_added(p, x):
     return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ (w[0] + w[1])), None), x, both)[0])
 
 
-@program({"w": (4, 4), "s": (2, 4, 4)}, w=LIFTED, s=SHARE)
+@program({"w": (4, 4), "s": (2, 4, 4)}, w=MATERIALIZED, s=SHARE)
 def rounded_on_the_side(p, x):
     """What is cast to integers or truth values moves in steps, which have no derivative."""
     rounded = (p["w"] * 3).astype(jnp.int32).astype(x.dtype) / 3

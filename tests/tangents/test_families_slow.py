@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax.models import init_model
 from lensjax.tangents import OUTPUTS, gradient_norms, hessian_trace, hvp, ntk, ntk_operator, ntk_outputs
@@ -100,16 +100,16 @@ def test_large_kernels_of_several_outputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_large_curvature(name):
     """Probes by parameter in float32, against products with the Hessian in float64, and the Gauss-Newton matrix's."""
-    key, facts = jax.random.key(3), {"probes": 1, "by_layer": "parameter"}
+    key, options = jax.random.key(3), {"probes": 1, "by_layer": "parameter"}
     small, batch = model_and_batch(name, jnp.float32, LARGE, 3, 128)
     leaves, structure = jax.tree.flatten(nnx.state(small, nnx.Param))
-    signs = random_signs_like(jax.random.split(jax.random.fold_in(key, 0), 1)[0], leaves)
-    found = {m: hessian_trace(small, batch, key=key, matrix=m, **facts) for m in ("hessian", "gauss_newton")}
+    signs = rademacher_like(jax.random.split(jax.random.fold_in(key, 0), 1)[0], leaves)
+    found = {m: hessian_trace(small, batch, key=key, matrix=m, **options) for m in ("hessian", "gauss_newton")}
     with jax.enable_x64(True):
         model, batch = model_and_batch(name, jnp.float64, LARGE, 3, 128)
         v = jax.tree.unflatten(structure, [s.astype(jnp.float64) for s in signs])
         product = jax.jit(lambda v: hvp(model, v, batch))(v)
         forms = [float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(v), jax.tree.leaves(product), strict=True)]
-        wide = hessian_trace(model, batch, key=key, matrix="gauss_newton", **facts)
+        wide = hessian_trace(model, batch, key=key, matrix="gauss_newton", **options)
     assert close(found["hessian"].samples, forms, 1e-5)
     assert close(found["gauss_newton"].samples, wide.samples, 1e-5)

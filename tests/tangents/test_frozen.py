@@ -14,7 +14,7 @@ from lensjax.models.lora import add_lora
 from lensjax.tangents import (
     Composed,
     curvature_operator,
-    example_forms,
+    frozen_model,
     gradient_norms,
     hessian_trace,
     hvp,
@@ -24,11 +24,11 @@ from lensjax.tangents import (
     ntk_features,
     ntk_operator,
     ntk_outputs,
+    per_example_quadratic_forms,
 )
-from lensjax.tangents.curvature import losses
 from lensjax.tangents.kernel import memory_limit
-from lensjax.tangents.kernel.compute import checked
-from lensjax.tangents.language_models import FROZEN
+from lensjax.tangents.kernel.compute import validate
+from lensjax.tangents.parameters import FROZEN
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -62,11 +62,11 @@ def programs(monkeypatch):
     texts, jit = [], jax.jit
 
     def recording(function, **options):
-        made = jit(function, **options)
+        compiled = jit(function, **options)
 
         def call(*args, **named):
-            texts.append(made.lower(*args, **named).as_text())
-            return made(*args, **named)
+            texts.append(compiled.lower(*args, **named).as_text())
+            return compiled(*args, **named)
 
         return call
 
@@ -119,7 +119,7 @@ def test_curvature(programs):
     traces = [hessian_trace(*model_loss(model), batch(), key=key, probes=1, chunk=1) for model in models]
     assert traces[0].trace != pytest.approx(traces[1].trace, rel=0.01)
     assert hessian_trace(models[0], batch(), key=key, probes=1, chunk=1).trace == traces[0].trace
-    forms = example_forms(f, params, v, batch(), function="identity", steps=1, by_layer=False)
+    forms = per_example_quadratic_forms(f, params, v, batch(), function="identity", steps=1, by_layer=False)
     assert np.isfinite(forms[""]).all()
     assert len(programs) == 6
     assert max(map(constants, programs)) < FEW
@@ -138,19 +138,19 @@ def test_an_operator_keeps_its_function():
     loss, params = model_loss(adapted(1))
     v = jax.tree.map(jnp.ones_like, params)
     operator = curvature_operator(loss, params, batch())
-    losses._kept.cache_clear()
+    frozen_model.empty_model.cache_clear()
     product = np.concatenate([np.ravel(a) for a in jax.tree.leaves(operator @ v)])
     assert 0 < np.abs(product).max() < np.inf
 
 
 def test_kernels_within_a_memory_limit(monkeypatch):
-    monkeypatch.setattr(memory_limit, "VARIANTS", memory_limit.VARIANTS[-1:])
+    monkeypatch.setattr(memory_limit, "EXECUTIONS", memory_limit.EXECUTIONS[-1:])
     model, x = adapted(1), {name: jnp.concatenate([a] * 3)[:8] for name, a in batch().items()}
     x["input_ids"] = x["labels"] = (x["input_ids"] + jnp.arange(8)[:, None]) % 23
     whole = ntk(model, x)
-    (way,) = memory_limit.ways(model, None, "loss")
-    problem = checked(way.function, way.params, x, None, None, False)
-    limit = memory_limit.needed_bytes(memory_limit.traced(problem, way, x, None, False, (2, 2)))
+    (variant,) = memory_limit.variants(model, None, "loss")
+    problem = validate(variant.function, variant.params, x, None, None, False)
+    limit = memory_limit.needed_bytes(memory_limit.trace_program(problem, variant, x, None, False, (2, 2)))
     kernel, report = ntk(model, x, memory=limit, return_report=True)
     assert "in blocks of 2 examples, layers in a loop, recomputed" in report.reason
     assert all(FROZEN not in name for treatment in report.treatments for name in treatment.parameters)

@@ -13,8 +13,8 @@ from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.models.lora import add_lora
 from lensjax.tangents import explain, ntk, ntk_blocks, ntk_operator, ntk_outputs
-from lensjax.tangents.language_models import WithFrozen, model_function
-from lensjax.tangents.parameters import leaf_names
+from lensjax.tangents.language_models import model_function
+from lensjax.tangents.parameters import WithFrozen, leaf_names
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 9}
 
@@ -30,8 +30,8 @@ def batch(n=4, length=7):
     return {"input_ids": jnp.asarray(ids), "labels": jnp.asarray(labels), "attention_mask": jnp.asarray(mask)}
 
 
-def gpt2(dtype=jnp.float64, **facts):
-    model = init_model({**CONFIG, **facts}, jax.random.key(0), dtype)
+def gpt2(dtype=jnp.float64, **changes):
+    model = init_model({**CONFIG, **changes}, jax.random.key(0), dtype)
     # Weights of a size that makes every part of the kernel count.
     nnx.update(model, jax.tree.map(lambda a: a * 5 if a.ndim == 2 else a, nnx.state(model, nnx.Param)))
     return model

@@ -13,13 +13,15 @@ import numpy as np
 from lensjax_kernels.gram import EXACT
 
 from lensjax.errors import InputError
-from lensjax.tangents.curvature.losses import opened_loss, with_frozen, without_frozen
-from lensjax.tangents.curvature.operator import CurvatureOperator, Matrix, cut, dot, facts_of, join
+from lensjax.tangents.curvature.losses import split_loss_args
+from lensjax.tangents.curvature.operator import CurvatureOperator, concatenate_leaves, split_like
+from lensjax.tangents.curvature.problem import Matrix, make_curvature_problem
+from lensjax.tangents.curvature.quadratic_forms import dot
 from lensjax.tangents.parameters import ByLayer, Select, count_examples
-from lensjax.tangents.program.compile_cache import compiled
+from lensjax.tangents.program.compile_cache import cached_compile
 
 CUT = 1e-6
-"""Eigenvalues below this share of the largest count as zero in a pseudo-inverse."""
+"""Eigenvalues below this fraction of the largest are treated as zero in a pseudo-inverse."""
 
 
 def positive_part(eigenvalues: np.ndarray) -> np.ndarray:
@@ -53,15 +55,14 @@ class QuadraticForm:
     ----------
     value : float
     change : float
-        By how much the last step changed the value, relative to it: what is still missing is of that size where the
-        steps converge.
+        Relative change of the value by the last step: an estimate of the remaining error where the steps converge.
     residual : float
-        Norm of the part of H v_k outside the space spanned so far, over the largest eigenvalue: 0 where that space
-        is invariant, and the value exact.
+        Norm of the part of H v_k outside the Krylov space so far, over the largest eigenvalue: 0 where that space is
+        invariant and the value exact.
     steps : int
         Products with H.
     eigenvalues, weights : float64 arrays (steps,)
-        Ritz values, and the share of |v|^2 that each holds: the quadrature ``value = |v|^2 sum_k w_k g(lam_k)``.
+        Ritz values, and the fraction of |v|^2 for each: the quadrature ``value = |v|^2 sum_k w_k g(lam_k)``.
     """
 
     value: float
@@ -75,7 +76,7 @@ class QuadraticForm:
 def tridiagonal(
     multiply: Callable[[jax.Array], jax.Array], v: jax.Array, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run Lanczos with full reorthogonalisation; may be compiled and mapped.
+    """Run Lanczos with full reorthogonalisation; it can be compiled and mapped.
 
     Parameters
     ----------
@@ -87,8 +88,8 @@ def tridiagonal(
 
     Returns
     -------
-    diagonal (steps,), beside (steps,) of the tridiagonal matrix, whose last entry leads out of it; and |v|.
-    Once the space is invariant the rest is zero.
+    The diagonal (steps,) and the off-diagonal (steps,) of the tridiagonal matrix, where the last off-diagonal entry is
+    that of the next step; and |v|. Once the Krylov space is invariant, all further entries are zero.
 
     References
     ----------
@@ -100,7 +101,7 @@ def tridiagonal(
     basis = jnp.zeros((steps, v.shape[0]), v.dtype).at[0].set(start)
 
     def step(k: jax.Array, state: Any) -> Any:
-        basis, diagonal, beside, largest = state
+        basis, diagonal, off_diagonal, largest = state
         w = multiply(basis[k])
         a, w = _orthogonal(basis, k, w)
         b = jnp.linalg.norm(w)
@@ -108,31 +109,35 @@ def tridiagonal(
         b = jnp.where(b > 30 * jnp.finfo(v.dtype).eps * largest, b, 0.0)
         following = jnp.where(b > 0, w / jnp.where(b > 0, b, 1.0), 0.0)
         basis = basis.at[k + 1].set(following, mode="drop")
-        return basis, diagonal.at[k].set(a), beside.at[k].set(b), largest
+        return basis, diagonal.at[k].set(a), off_diagonal.at[k].set(b), largest
 
     zeros = jnp.zeros(steps, v.dtype)
-    _, diagonal, beside, _ = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros, jnp.zeros((), v.dtype)))
-    return diagonal, beside, norm
+    _, diagonal, off_diagonal, _ = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros, jnp.zeros((), v.dtype)))
+    return diagonal, off_diagonal, norm
 
 
 def _orthogonal(basis: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return v_k . w, and what of w is orthogonal to the basis (K, P), whose row k is v_k."""
+    """Return v_k . w, and the part of w orthogonal to the basis (K, P), whose row k is v_k."""
     along = dot(basis[k], w)
-    # The large part first: matrix products over P add up in order on CPU, see `dot`.
+    # The large part first: matrix products over P add in order on CPU, see `dot`.
     w = w - along * basis[k]
     for _ in range(2):  # twice is enough
         w = w - jnp.matmul(jnp.matmul(basis, w, precision=EXACT), basis, precision=EXACT)
     return along, w
 
 
-def quadrature(diagonal: Any, beside: Any, norm: Any, function: Callable[[np.ndarray], np.ndarray]) -> QuadraticForm:
+def quadrature(
+    diagonal: Any, off_diagonal: Any, norm: Any, function: Callable[[np.ndarray], np.ndarray]
+) -> QuadraticForm:
     """Return |v|^2 e_1^T g(T) e_1 for the tridiagonal matrix of `tridiagonal`, in float64."""
-    diagonal, beside = np.asarray(diagonal, np.float64), np.asarray(beside, np.float64)
-    ends = np.flatnonzero(beside == 0)
+    diagonal, off_diagonal = np.asarray(diagonal, np.float64), np.asarray(off_diagonal, np.float64)
+    ends = np.flatnonzero(off_diagonal == 0)
     steps = int(ends[0]) + 1 if len(ends) else len(diagonal)
 
     def decompose(count: int) -> tuple[np.ndarray, np.ndarray]:
-        matrix = np.diag(diagonal[:count]) + np.diag(beside[: count - 1], 1) + np.diag(beside[: count - 1], -1)
+        matrix = (
+            np.diag(diagonal[:count]) + np.diag(off_diagonal[: count - 1], 1) + np.diag(off_diagonal[: count - 1], -1)
+        )
         eigenvalues, vectors = np.linalg.eigh(matrix)
         return eigenvalues, vectors[0] ** 2
 
@@ -147,7 +152,7 @@ def quadrature(diagonal: Any, beside: Any, norm: Any, function: Callable[[np.nda
     elif len(ends) == 0:
         change = 1.0
     largest = float(np.abs(eigenvalues).max())
-    residual = float(beside[steps - 1]) / largest if largest > 0 else 0.0
+    residual = float(off_diagonal[steps - 1]) / largest if largest > 0 else 0.0
     return QuadraticForm(value, change, residual, steps, eigenvalues, weights)
 
 
@@ -164,13 +169,13 @@ def quadratic_form(
     ----------
     operator : CurvatureOperator
     v : pytree like the parameters
-        Its leaves that count.
+        Its selected leaves are used.
     function : {"identity", "positive_part", "pseudo_inverse"} or callable eigenvalues (K,) -> (K,)
         "positive_part": negative eigenvalues are set to 0, H^+ of LensLLM's Theorem 2. "pseudo_inverse": inverses,
         small eigenvalues left out (`CUT`); Lanczos resolves small eigenvalues last, so look at `change`.
     steps : int
-        Products with H at most. Fewer are made where the space becomes invariant. They are kept: `steps` vectors as
-        long as the parameters.
+        Products with H at most. Fewer where the Krylov space becomes invariant. Their results are kept: `steps`
+        vectors as long as the parameters.
 
     Returns
     -------
@@ -193,15 +198,15 @@ def quadratic_form(
 
 
 def _lanczos(operator: CurvatureOperator, v: Any, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Run Lanczos product by product, for batches that do not fit into one compiled call."""
+    """Run Lanczos with one call for each product, for batches that do not fit into one compiled call."""
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1.")
     flat = operator.flatten(v)
     norm = float(jnp.linalg.norm(flat))
     steps = min(steps, operator.size)
-    diagonal, beside = np.zeros(steps), np.zeros(steps)
+    diagonal, off_diagonal = np.zeros(steps), np.zeros(steps)
     if norm == 0:
-        return diagonal, beside, 0.0
+        return diagonal, off_diagonal, 0.0
     basis = jnp.zeros((steps + 1, flat.shape[0]), flat.dtype).at[0].set(flat / norm)
     largest = 0.0
     for k in range(steps):
@@ -214,14 +219,14 @@ def _lanczos(operator: CurvatureOperator, v: Any, steps: int) -> tuple[np.ndarra
             )
         largest = max(largest, abs(diagonal[k]), length)
         if length <= 30 * float(jnp.finfo(flat.dtype).eps) * largest or k + 1 == operator.size:
-            return diagonal[: k + 1], beside[: k + 1], norm
-        beside[k] = length
-    return diagonal, beside, norm
+            return diagonal[: k + 1], off_diagonal[: k + 1], norm
+        off_diagonal[k] = length
+    return diagonal, off_diagonal, norm
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _extend(basis: jax.Array, k: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Put the direction of w that is new after row k of an orthonormal basis; return v_k . w and its length too."""
+    """Append to row k of an orthonormal basis the part of w orthogonal to it; also return v_k . w and its norm."""
     along, w = _orthogonal(basis, k, w)
     length = jnp.linalg.norm(w)
     return basis.at[k + 1].set(w / jnp.where(length > 0, length, 1.0)), along, length
@@ -234,9 +239,9 @@ class Spectrum:
     Attributes
     ----------
     eigenvalues, weights : float64 arrays (K,)
-        Ascending Ritz values of all probes and the share of the spectrum each stands for; the weights add up to 1.
+        Ascending Ritz values of all probes and the fraction of the spectrum for each; the weights add up to 1.
     smallest, largest : float
-        Extreme Ritz values: bounds from inside.
+        Extreme Ritz values; the extreme eigenvalues lie outside of them.
     probes : int
     """
 
@@ -257,7 +262,7 @@ def spectrum(operator: CurvatureOperator, *, key: jax.Array, probes: int = 4, st
     probes : int
         Random starts, at least 1.
     steps : int
-        Products for each.
+        Products for each probe.
 
     Returns
     -------
@@ -276,7 +281,7 @@ def spectrum(operator: CurvatureOperator, *, key: jax.Array, probes: int = 4, st
         raise InputError(f"probes={probes} must be at least 1.")
     found = []
     for own in jax.random.split(key, probes):
-        start = operator.random_signs(own)
+        start = operator.rademacher(own)
         found.append(quadrature(*_lanczos(operator, start, steps), identity))
     values = np.concatenate([q.eigenvalues for q in found])
     weights = np.concatenate([q.weights for q in found]) / probes
@@ -284,7 +289,7 @@ def spectrum(operator: CurvatureOperator, *, key: jax.Array, probes: int = 4, st
     return Spectrum(values[order], weights[order], float(values.min()), float(values.max()), probes)
 
 
-def example_forms(
+def per_example_quadratic_forms(
     f: Any,
     params: Any,
     v: Any,
@@ -298,8 +303,8 @@ def example_forms(
 ) -> dict[str, np.ndarray]:
     """Return v_i^T g(H_i) v_i of each example's loss and each diagonal block H_i of its Hessian.
 
-    Their maxima over examples are the H_i of LensLLM's Theorem 2. Called as ``example_forms(f, params, v, batch)``,
-    or as ``example_forms(model, v, batch)``.
+    Their maxima over examples are the H_i of LensLLM's Theorem 2. Called as
+    ``per_example_quadratic_forms(f, params, v, batch)``, or as ``per_example_quadratic_forms(model, v, batch)``.
 
     Parameters
     ----------
@@ -307,7 +312,7 @@ def example_forms(
     v : pytree like the parameters
         For the theorem: fine-tuned minus pre-trained weights.
     batch : pytree whose leaves have a leading axis of N examples
-        `f` gets one at a time, with a leading axis of 1.
+        `f` is called with one at a time, with a leading axis of 1.
     function, steps : as in `quadratic_form`
 
     Returns
@@ -319,38 +324,38 @@ def example_forms(
     InputError
         As `curvature_operator` and `quadratic_form`, and if the leaves of `batch` do not share their first axis.
     """
-    f, params, v, batch = opened_loss(f, params, v, batch)
-    facts = facts_of(f, params, matrix, parameters, by_layer, None)
+    f, params, v, batch = split_loss_args(f, params, v, batch)
+    problem = make_curvature_problem(f, params, matrix, parameters, by_layer, None)
     if function not in FUNCTIONS:
         raise InputError(f"function={function!r} is not known; choose one of {', '.join(FUNCTIONS)}.")
     if steps < 1:
         raise InputError(f"steps={steps} must be at least 1.")
     count_examples(batch, "batch")
-    operator = CurvatureOperator(facts, f, params, [jax.tree.map(lambda a: a[:1], batch)])
+    operator = CurvatureOperator(problem, f, params, [jax.tree.map(lambda a: a[:1], batch)])
     sizes = list(operator.block_sizes().values())
     steps, largest = min(steps, max(sizes)), max(sizes)
-    # The leaves block by block, so that a block is one piece of a vector: the basis is as long as the largest of them.
-    own = [b for b in facts.blocks if b is not None]
+    # The leaves are ordered by block, so that a block is contiguous and the basis as long as the largest block only.
+    own = problem.selection.selected_layers
     order = sorted(range(len(own)), key=own.__getitem__)
 
     def make(get: Callable[[], Any]) -> Any:
-        def run(params: Any, frozen: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
-            f, chosen = with_frozen(get(), frozen), facts.chosen(params)
-            arranged = [chosen[i] for i in order]
+        def run(params: Any, flat: jax.Array, examples: Any, start: jax.Array, size: jax.Array) -> Any:
+            f, selected = get(), problem.selected(params)
+            arranged = [selected[i] for i in order]
 
             def piece(vector: jax.Array) -> jax.Array:
                 part = jax.lax.dynamic_slice_in_dim(jnp.pad(vector, (0, largest)), start, largest)
                 return jnp.where(jnp.arange(largest) < size, part, 0)
 
             def one(example: Any) -> Any:
-                product, weight = facts.prepare(f, params, jax.tree.map(lambda a: a[None], example))
+                product, weight = problem.product_fn(f, params, jax.tree.map(lambda a: a[None], example))
 
                 def multiply(w: jax.Array) -> jax.Array:
                     whole = jnp.zeros(flat.shape[0] + largest, w.dtype)
                     whole = jax.lax.dynamic_update_slice_in_dim(whole, w, start, 0)
-                    leaves = dict(zip(order, cut(whole, arranged), strict=True))
+                    leaves = dict(zip(order, split_like(whole, arranged), strict=True))
                     out = product([leaves[i] for i in range(len(order))])
-                    return piece(join([out[i] for i in order])) / jnp.maximum(weight, 1)
+                    return piece(concatenate_leaves([out[i] for i in order])) / jnp.maximum(weight, 1)
 
                 return tridiagonal(multiply, piece(flat), steps)
 
@@ -358,14 +363,13 @@ def example_forms(
 
         return jax.jit(run)
 
-    kept, frozen = without_frozen(f)
-    run = compiled(kept, ("example forms", facts, steps), make)
+    run = cached_compile(f, ("example forms", problem, steps), make)
     leaves = operator.unflatten(operator.flatten(v))
-    flat = join([leaves[i] for i in order])
+    flat = concatenate_leaves([leaves[i] for i in order])
     result = {}
-    for block, name in enumerate(facts.block_names):
+    for block, name in enumerate(problem.block_names):
         start, size = sum(sizes[:block]), sizes[block]
-        of_block = run(params, frozen, flat, batch, jnp.array(start), jnp.array(size))
+        of_block = run(params, flat, batch, jnp.array(start), jnp.array(size))
         found = [np.asarray(a, np.float64) for a in of_block]
         if not all(np.isfinite(a).all() for a in found):
             raise InputError(f"the curvature of an example's loss is not finite in {name}: check the batch for NaN.")

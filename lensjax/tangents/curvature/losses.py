@@ -1,4 +1,4 @@
-"""Losses in two parts, outputs and what is made of them: for functions, and the cross-entropy of language models."""
+"""Losses in two parts, outputs and a loss of these: of any function, and the cross-entropy of language models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
-from lensjax.tangents.language_models import is_model, moved_up
+from lensjax.tangents.frozen_model import FrozenModel, frozen_as_arguments
+from lensjax.tangents.language_models import is_model, shift_args
 
 CHUNK_ROWS = 512
 CHUNK_ELEMENTS = 2**24
-"""Most tokens, and most logits, that exist at once."""
+"""Limits of the tokens, and of the logits, that exist at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,76 +61,44 @@ def model_loss(model: Any) -> tuple[ModelLoss, Any]:
     Notes
     -----
     Frozen weights, such as those under LoRA adapters, belong to `f`, which is a pytree with these as its leaves.
-    `hessian_trace`, `curvature_operator` and `example_forms` hand them to their programs as arguments, and compile
-    once for all models of the same structure. In a program of your own give it `f` as an argument too, or XLA keeps a
-    copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
+    `hessian_trace`, `curvature_operator` and `per_example_quadratic_forms` hand them to their programs as
+    arguments, and compile once for all models of the same structure. In a program of your own give it `f` as an
+    argument too, or XLA keeps a copy of the weights in it: ``jax.jit(hvp)(f, params, v, batch)``.
     """
-    from flax import nnx
-
-    graph, params, frozen = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    f = _kept(graph, hasattr(model, "shift_right"))
-    return with_frozen(f, frozen if jax.tree.leaves(frozen) else None), params
+    return ModelLoss.split(model, hasattr(model, "shift_right"))
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(graph: Any, separate: bool) -> ModelLoss:
-    from flax import nnx
-
-    return ModelLoss(graph, nnx.State({}), separate)
-
-
-def without_frozen(f: Any) -> tuple[Any, Any]:
-    """Return a loss without the weights that a `ModelLoss` holds frozen, and these; None for any other function.
-
-    The first is the same for models of the same structure.
-    """
-    if not isinstance(f, ModelLoss) or not jax.tree.leaves(f.frozen):
-        return f, None
-    return _kept(f.graph, f.separate), f.frozen
-
-
-def opened_loss(f: Any, params: Any, *given: Any) -> tuple[Any, ...]:
-    """Return (f, params, *given) of a call, as `opened` does, with a model's mean loss as the function.
+def split_loss_args(f: Any, params: Any, *args: Any) -> tuple[Any, ...]:
+    """Return (f, params, *args) of a call, as `split_model_args` does, with a model's mean loss as the function.
 
     Raises
     ------
     InputError
-        If a model is given all of them.
+        If a model is given with parameters.
     """
-    return (*model_loss(f), *moved_up(f, params, *given)) if is_model(f) else (f, params, *given)
-
-
-def with_frozen(f: Any, frozen: Any) -> Any:
-    """Return what `without_frozen` took apart."""
-    return f if frozen is None else dataclasses.replace(f, frozen=frozen)
+    if is_model(f):
+        return (*frozen_as_arguments(*model_loss(f)), *shift_args(f, params, *args))
+    return (*frozen_as_arguments(f, params), *args)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["frozen"], meta_fields=["graph", "separate"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class ModelLoss:
+class ModelLoss(FrozenModel):
     """The cross-entropy of a language model as a function of its parameters; from `model_loss`.
 
     Attributes
     ----------
-    graph : what Flax NNX needs beside the arrays
-    frozen : nnx.State of the arrays that are no parameters; the leaves of this pytree
+    graph, frozen : see `FrozenModel`; the leaves of this pytree are those of `frozen`
     separate : bool
-        Whether the labels go to a decoder of their own.
+        Whether the labels are those of a separate decoder.
     """
 
-    graph: Any
-    frozen: Any
     separate: bool
-
-    def _model(self, params: Any) -> Any:
-        from flax import nnx
-
-        return nnx.merge(self.graph, params, self.frozen)
 
     def sample_sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Return each sample's summed loss, nats, and labelled tokens, (N,) both."""
         _check(batch)
-        return self._model(params).loss_sums(batch)
+        return self.model(params).loss_sums(batch)
 
     def sums(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Return the summed loss, nats, and the labelled tokens."""
@@ -159,14 +128,14 @@ class ModelLoss:
         return jnp.ones_like(batch["input_ids"]) if mask is None else jnp.asarray(mask)
 
     def head_inputs(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if it has one.
+        """Return the inputs (M, d) of the head, its weight (V, d), and its bias (V,) if there is one.
 
         Raises
         ------
         InputError
-            If the model does not say what they are.
+            If the model does not provide them.
         """
-        model = self._model(params)
+        model = self.model(params)
         if not (hasattr(model, "hidden") and hasattr(model, "head_weight")):
             raise InputError(
                 f"{type(model).__name__} has no `hidden` and `head_weight`, which its Gauss-Newton matrix needs; "
@@ -210,7 +179,7 @@ def head_gauss_newton(
     tangents : like `inputs`
         The vector v.
     labels : int array (M,)
-        Rows with -100 have no loss; which label the others have makes no difference.
+        Rows with -100 have no loss; the labels of the others make no difference.
     chunk : int, optional
         Rows whose logits exist at once. Default: 512, fewer for a large vocabulary.
 
@@ -237,11 +206,11 @@ def head_gauss_newton(
         change = d_hidden @ weight.T + hidden @ d_weight.T
         if len(inputs) == 3:
             logits, change = logits + inputs[2].astype(wide), change + tangents[2].astype(wide)
-        chances = jax.nn.softmax(logits, axis=1)
-        mean = jnp.sum(chances * change, axis=1, keepdims=True)
-        pulled = chances * (change - mean) * counts[:, None]
-        shares = (pulled.T @ hidden, pulled.sum(0))[: len(sums)]
-        return tuple(a + b for a, b in zip(sums, shares, strict=True)), pulled @ weight
+        probabilities = jax.nn.softmax(logits, axis=1)
+        mean = jnp.sum(probabilities * change, axis=1, keepdims=True)
+        logits_product = probabilities * (change - mean) * counts[:, None]
+        weight_products = (logits_product.T @ hidden, logits_product.sum(0))[: len(sums)]
+        return tuple(a + b for a, b in zip(sums, weight_products, strict=True)), logits_product @ weight
 
     start = tuple(jnp.zeros(a.shape, wide) for a in inputs[1:])
     sums, d_out = jax.lax.scan(piece, start, (cut(inputs[0]), cut(tangents[0]), counted))

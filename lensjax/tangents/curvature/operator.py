@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
-from lensjax.tangents.curvature.losses import Composed, ModelLoss, opened_loss, with_frozen, without_frozen
-from lensjax.tangents.curvature.quadratic_forms import dot, gauss_newton_forms, hessian_forms
-from lensjax.tangents.differentiation import hessian_product, sandwich
-from lensjax.tangents.language_models import is_model
-from lensjax.tangents.parameters import ByLayer, Select, abstract, layer_name, leaf_names, selection
-from lensjax.tangents.program.compile_cache import compiled
-
-Matrix = Literal["hessian", "gauss_newton"]
-Leaves = list[jax.Array]
-Batches = Any
-"""One batch (any pytree but a list), a list of batches, or an iterator over them."""
+from lensjax.tangents.curvature.losses import model_loss, split_loss_args
+from lensjax.tangents.curvature.problem import (
+    Batches,
+    CurvatureProblem,
+    Leaves,
+    Matrix,
+    check_finite,
+    check_like,
+    check_parameters,
+    check_scalar,
+    check_weight,
+    iterate_batches,
+    make_curvature_problem,
+)
+from lensjax.tangents.differentiation import gauss_newton_map, hessian_product
+from lensjax.tangents.language_models import is_model, shift_args
+from lensjax.tangents.parameters import ByLayer, Select, leaf_names, without_frozen
+from lensjax.tangents.program.compile_cache import cached_compile
 
 
 def hvp(f: Any, params: Any, v: Any = None, *batch: Any) -> Any:
     """Return the Hessian of a scalar loss times a vector, forward over reverse.
 
     Called as ``hvp(f, params, v, *batch)`` for any function, or as ``hvp(model, v, batch)`` for a language model,
-    whose loss is the mean over the batch's labelled tokens. Never compiled here: put it under `jax.jit`.
+    whose loss is the mean over the batch's labelled tokens. It is not compiled: call it under `jax.jit`.
 
     Parameters
     ----------
@@ -58,11 +63,11 @@ def hvp(f: Any, params: Any, v: Any = None, *batch: Any) -> Any:
     """
     require_exact_backend()
     if is_model(f):
-        f, params, v, *own = opened_loss(f, params, v, *(batch or (None,)))
-        batch = tuple(own)
-    _check_params(leaf_names(params), jax.tree.leaves(params))
-    _check_like(params, v)
-    _check_scalar(lambda p: f(p, *batch), params)
+        v, *own = shift_args(f, params, v, *(batch or (None,)))
+        (f, params), batch = model_loss(f), tuple(own)
+    check_parameters(leaf_names(params), jax.tree.leaves(params))
+    check_like(params, v)
+    check_scalar(lambda p: f(p, *batch), params)
     return hessian_product(lambda p: f(p, *batch), params, v)
 
 
@@ -98,241 +103,42 @@ def gauss_newton_product(
     Schraudolph 2002, Fast curvature matrix-vector products, doi:10.1162/08997660260028683.
     """
     require_exact_backend()
-    _check_params(leaf_names(params), jax.tree.leaves(params))
-    _check_like(params, v)
-    _check_scalar(lambda p: loss(outputs(p, *batch), *batch), params)
-    return sandwich(
+    check_parameters(leaf_names(params), jax.tree.leaves(params))
+    check_like(params, v)
+    check_scalar(lambda p: loss(outputs(p, *batch), *batch), params)
+    return gauss_newton_map(
         lambda p: outputs(p, *batch), lambda z, dz: hessian_product(lambda y: loss(y, *batch), z, dz), params
     )(v)
 
 
-def _check_params(names: Sequence[str], leaves: Sequence[Any]) -> None:
-    if not leaves:
-        raise InputError("params holds no array; give the parameters whose curvature is wanted.")
-    wrong = [f"{n} ({_dtype(a)})" for n, a in zip(names, leaves, strict=True) if not _is_real_float(a)]
-    if wrong:
-        raise InputError(
-            f"params: {', '.join(wrong[:4])} cannot be differentiated; leave such leaves out (parameters=...) or cast "
-            "them to a floating-point dtype."
-        )
-
-
-def _dtype(leaf: Any) -> Any:
-    return getattr(leaf, "dtype", type(leaf).__name__)
-
-
-def _is_real_float(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def _check_like(params: Any, v: Any) -> None:
-    def kinds(tree: Any) -> list[Any]:
-        return [(jnp.shape(a), jnp.result_type(a)) for a in jax.tree.leaves(tree)]
-
-    if not same_structure(params, v) or kinds(params) != kinds(v):
-        raise InputError("v must have the structure, shapes and dtypes of params; make it by jax.tree.map over params.")
-
-
-def same_structure(a: Any, b: Any) -> bool:
-    """Whether two pytrees have the same structure."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
-    return bool(structures[0] == structures[1])
-
-
-def _check_scalar(f: Callable[[Any], Any], params: Any) -> None:
-    out = jax.eval_shape(f, abstract(params))
-    leaves = jax.tree.leaves(out)
-    if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        raise InputError(
-            f"f must return one real number, not {[f'{a.dtype}{list(a.shape)}' for a in leaves]}; take the mean of its "
-            "losses."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """Static facts of a curvature computation.
-
-    Attributes
-    ----------
-    matrix : {"hessian", "gauss_newton"}
-    names : path of each parameter leaf
-    blocks : number of each leaf's block, None where the leaf is held constant
-    block_names : name of each block
-    weight : callable batch -> number, or None: labelled tokens for models, else the length of the first axis
-    """
-
-    matrix: Matrix
-    names: tuple[str, ...]
-    blocks: tuple[int | None, ...]
-    block_names: tuple[str, ...]
-    weight: Callable[[Any], Any] | None
-
-    def chosen(self, params: Any) -> Leaves:
-        """Return the leaves that count."""
-        return [leaf for leaf, b in zip(jax.tree.leaves(params), self.blocks, strict=True) if b is not None]
-
-    def replaced(self, params: Any, chosen: Sequence[Any], rest: Any = None) -> Any:
-        """Return `params` with the leaves that count replaced, and the others too if `rest` is given."""
-        leaves, structure = jax.tree.flatten(params)
-        values = iter(chosen)
-        kept = [leaf if rest is None else rest(leaf) for leaf in leaves]
-        new = [old if b is None else next(values) for old, b in zip(kept, self.blocks, strict=True)]
-        return jax.tree.unflatten(structure, new)
-
-    def block_sums(self, numbers: Sequence[jax.Array]) -> jax.Array:
-        """Add one number for each leaf that counts up to one for each block, (blocks,)."""
-        own = [b for b in self.blocks if b is not None]
-        return jnp.stack(
-            [sum(x for x, b in zip(numbers, own, strict=True) if b == k) for k in range(len(self.block_names))]
-        )
-
-    def block_products(self, v: Leaves, w: Leaves) -> jax.Array:
-        """Return v_i . w_i of each block i, (blocks,), at least float32."""
-        return self.block_sums([dot(a, b) for a, b in zip(v, w, strict=True)])
-
-    def prepare(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], Leaves], jax.Array]:
-        """Return v -> (weight of the batch) * (matrix of the batch) @ v over the leaves that count, and the weight."""
-        chosen = self.chosen(params)
-        if self.matrix == "hessian":
-            loss, weight = self._loss(f, params, batch)
-            return (lambda v: hessian_product(loss, chosen, v)), weight
-        outputs, middle, scale, weight = self._parts(f, params, batch)
-        product = sandwich(outputs, middle, chosen)
-        return (lambda v: [(scale * w).astype(w.dtype) for w in product(v)]), weight
-
-    def prepare_forms(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], jax.Array], jax.Array]:
-        """Return v -> (weight of the batch) * v_i . (matrix of the batch @ v)_i of each block, and the weight."""
-        chosen = self.chosen(params)
-        if self.matrix == "hessian":
-            loss, weight = self._loss(f, params, batch)
-            find, scale = functools.partial(hessian_forms, loss, chosen), 1.0
-        else:
-            outputs, middle, scale, weight = self._parts(f, params, batch)
-            find = functools.partial(gauss_newton_forms, outputs, middle, chosen)
-
-        def forms(v: Leaves) -> jax.Array:
-            found = find(v)
-            if found is None:
-                return self.block_products(v, self.prepare(f, params, batch)[0](v))
-            return scale * self.block_sums(found)
-
-        return forms, weight
-
-    def _scale(self, f: Any, batch: Any) -> tuple[Any, jax.Array]:
-        """Return what a batch's loss is multiplied with, and the weight of the batch."""
-        weight = self.weigh(f, batch)
-        if not isinstance(f, ModelLoss):
-            return weight, weight
-        # A model is differentiated as a sum: its mean over a batch without labelled tokens is 0 / 0.
-        return 1.0 if self.weight is None else weight / jnp.maximum(f.tokens(batch), 1), weight
-
-    def _loss(self, f: Any, params: Any, batch: Any) -> tuple[Callable[[Leaves], Any], jax.Array]:
-        """Return the loss of a batch, times its weight, as a function of the leaves that count; and the weight."""
-        scale, weight = self._scale(f, batch)
-        if isinstance(f, ModelLoss):
-            return (lambda leaves: scale * f.sums(self.replaced(params, leaves), batch)[0]), weight
-        _check_scalar(lambda p: f(p, batch), params)  # here, where it is traced, and not at every call
-        return (lambda leaves: scale * f(self.replaced(params, leaves), batch)), weight
-
-    def _parts(self, f: Any, params: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
-        """Return outputs of the leaves that count, the loss's curvature (z, dz) -> H_out dz, the scale, the weight."""
-        scale, weight = self._scale(f, batch)
-        if not isinstance(f, ModelLoss):
-            _check_scalar(lambda p: f(p, batch), params)
-
-        def outputs(leaves: Leaves) -> Any:
-            own = self.replaced(params, leaves)
-            return f.head_inputs(own, batch) if isinstance(f, ModelLoss) else f.outputs(own, batch)
-
-        def middle(z: Any, dz: Any) -> Any:
-            if isinstance(f, ModelLoss):
-                return f.head_gauss_newton(batch, z, dz)
-            return hessian_product(lambda y: f.loss(y, batch), z, dz)
-
-        return outputs, middle, scale, weight
-
-    def weigh(self, f: Any, batch: Any) -> jax.Array:
-        """Return the weight of a batch."""
-        if self.weight is not None:
-            return jnp.asarray(self.weight(batch), jnp.result_type(float))
-        if isinstance(f, ModelLoss):
-            return jnp.asarray(f.tokens(batch), jnp.result_type(float))
-        shapes = [jnp.shape(a) for a in jax.tree.leaves(batch)]
-        return jnp.asarray(shapes[0][0] if shapes and shapes[0] else 1, jnp.result_type(float))
-
-
-def facts_of(
-    f: Any, params: Any, matrix: Matrix, parameters: Select, by_layer: ByLayer, weight: Callable[[Any], Any] | None
-) -> Facts:
-    """Check what is common to all public functions and collect it; raises what `CurvatureOperator` does."""
-    require_exact_backend()
-    if matrix not in ("hessian", "gauss_newton"):
-        raise InputError(f"matrix={matrix!r} is not known; choose 'hessian' or 'gauss_newton'.")
-    if not callable(f):
-        raise InputError(f"f must be a function of (params, batch) or a language model, not {type(f).__name__}.")
-    if matrix == "gauss_newton" and not isinstance(f, ModelLoss | Composed):
-        raise InputError(
-            "matrix='gauss_newton' needs the loss in two parts: give Composed(outputs, loss) or a language model."
-        )
-    leaves, names = jax.tree.leaves(params), leaf_names(params)
-    chosen = selection(parameters, names, leaves) if leaves else []
-    if leaves and not any(chosen):
-        raise InputError(
-            f"parameters={parameters!r} selects none of the {len(names)} parameters ({', '.join(names[:8])}, ...)."
-        )
-    counted = [(n, a) for n, a, c in zip(names, leaves, chosen, strict=True) if c]
-    _check_params([n for n, _ in counted], [a for _, a in counted])
-    of_leaf = [layer_name(by_layer, n) for n in names]
-    block_names = tuple(dict.fromkeys(n for n, c in zip(of_leaf, chosen, strict=True) if c))
-    blocks = tuple(block_names.index(n) if c else None for n, c in zip(of_leaf, chosen, strict=True))
-    return Facts(matrix, names, blocks, block_names, weight)
-
-
-def stream(batches: Batches) -> Iterator[Any]:
-    """Yield the batches one by one.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    count = 0
-    for batch in batches if isinstance(batches, list | Iterator) else [batches]:
-        count += 1
-        yield batch
-    if not count:
-        raise InputError("batches is empty; give at least one batch.")
-
-
 class CurvatureOperator:
-    """The Hessian or Gauss-Newton matrix of a mean loss over batches, which is only ever multiplied with.
+    """The Hessian or Gauss-Newton matrix of a mean loss over batches, as a linear operator.
 
     Attributes
     ----------
     size : int
-        Parameters that count.
+        Number of selected parameters.
     blocks : tuple of str
         Names of the parameter blocks.
     matvecs : int
-        Products so far, over all batches each.
+        Products so far, each over all batches.
     """
 
-    def __init__(self, facts: Facts, f: Any, params: Any, batches: Sequence[Any]) -> None:
-        self.facts, self._params, self._batches = facts, params, batches
-        self._kept, self._frozen = without_frozen(f)  # the program holds its function weakly
-        self.size = sum(leaf.size for leaf in facts.chosen(params))
-        self.blocks = facts.block_names
+    def __init__(self, problem: CurvatureProblem, f: Any, params: Any, batches: Sequence[Any]) -> None:
+        self.problem, self._params, self._batches = problem, params, batches
+        self._function = f  # the program holds it weakly
+        self.size = sum(leaf.size for leaf in problem.selected(params))
+        self.blocks = problem.block_names
         self.matvecs = 0
 
         def make(get: Callable[[], Any]) -> Any:
-            def product(params: Any, frozen: Any, batch: Any, v: Leaves) -> tuple[Leaves, jax.Array]:
-                multiply, weight = facts.prepare(with_frozen(get(), frozen), params, batch)
+            def product(params: Any, batch: Any, v: Leaves) -> tuple[Leaves, jax.Array]:
+                multiply, weight = problem.product_fn(get(), params, batch)
                 return multiply(v), weight
 
             return jax.jit(product)
 
-        self._product = compiled(self._kept, ("product", facts), make)
+        self._product = cached_compile(f, ("product", problem), make)
 
     def __matmul__(self, v: Any) -> Any:
         """Return the matrix times a vector.
@@ -340,26 +146,26 @@ class CurvatureOperator:
         Parameters
         ----------
         v : pytree like the parameters
-            Leaves that do not count are not looked at.
+            Leaves that are not selected are ignored.
 
         Returns
         -------
-        pytree like the parameters, zero in leaves that do not count.
+        pytree like the parameters, zero in leaves that are not selected.
 
         Raises
         ------
         InputError
-            If `v` is not like the parameters, or the batches weigh nothing.
+            If `v` is not like the parameters, or the batches have no weight.
         """
-        _check_like(self._params, v)
-        return self.facts.replaced(self._params, self.multiply(self.facts.chosen(v)), jnp.zeros_like)
+        check_like(without_frozen(self._params), v)
+        return self._like_parameters(self.multiply(self.problem.selected(v)))
 
     def multiply(self, v: Leaves) -> Leaves:
-        """Multiply a list of the leaves that count."""
+        """Return the product with a list of the selected leaves."""
         sums: Leaves | None = None
         total = jnp.zeros(())
         for batch in self._batches:
-            product, weight = self._product(self._params, self._frozen, batch, v)
+            product, weight = self._product(self._params, batch, v)
             total = total + weight
             sums = product if sums is None else [a + b for a, b in zip(sums, product, strict=True)]
         assert sums is not None
@@ -379,47 +185,49 @@ class CurvatureOperator:
         InputError
             As for the product.
         """
-        _check_like(self._params, v)
-        chosen = self.facts.chosen(v)
-        numbers = np.asarray(self.facts.block_products(chosen, self.multiply(chosen)), np.float64)
-        check_finite(numbers, self.facts.block_names, "the product with the given vector")
+        check_like(without_frozen(self._params), v)
+        selected = self.problem.selected(v)
+        numbers = np.asarray(self.problem.block_products(selected, self.multiply(selected)), np.float64)
+        check_finite(numbers, self.problem.block_names, "the product with the given vector")
         return dict(zip(self.blocks, numbers.tolist(), strict=True))
 
     def flat(self, v: jax.Array) -> jax.Array:
-        """Multiply a flat vector (size,) as `flatten` makes them."""
-        return join(self.multiply(self.unflatten(v)))
+        """Return the product with a flat vector (size,), as from `flatten`."""
+        return concatenate_leaves(self.multiply(self.unflatten(v)))
 
     def block_sizes(self) -> dict[str, int]:
         """Return how many parameters each block has."""
-        own = [b for b in self.facts.blocks if b is not None]
-        sizes = dict.fromkeys(self.blocks, 0)
-        for leaf, block in zip(self.facts.chosen(self._params), own, strict=True):
+        sizes, layers = dict.fromkeys(self.blocks, 0), self.problem.selection.selected_layers
+        for leaf, block in zip(self.problem.selected(self._params), layers, strict=True):
             sizes[self.blocks[block]] += int(leaf.size)
         return sizes
 
     def flatten(self, v: Any) -> jax.Array:
-        """Return the leaves that count of a pytree like the parameters as one vector (size,), at least float32."""
-        _check_like(self._params, v)
-        return join(self.facts.chosen(v))
+        """Return the selected leaves of a pytree like the parameters as one vector (size,), at least float32."""
+        check_like(without_frozen(self._params), v)
+        return concatenate_leaves(self.problem.selected(v))
 
-    def random_signs(self, key: jax.Array) -> Any:
-        """Return a random sign for each parameter that counts, zero for the others; a pytree like the parameters."""
-        signs = random_signs_like(key, self.facts.chosen(self._params))
-        return self.facts.replaced(self._params, signs, jnp.zeros_like)
+    def rademacher(self, key: jax.Array) -> Any:
+        """Return a random sign for each selected parameter, zero for the others; a pytree like the parameters."""
+        return self._like_parameters(rademacher_like(key, self.problem.selected(self._params)))
 
     def unflatten(self, v: jax.Array) -> Leaves:
-        """Cut a flat vector (size,) into the leaves that count."""
-        return cut(v, self.facts.chosen(self._params))
+        """Split a flat vector (size,) into the selected leaves."""
+        return split_like(v, self.problem.selected(self._params))
+
+    def _like_parameters(self, selected: Leaves) -> Any:
+        """Return a pytree like the parameters, zero in leaves that are not selected."""
+        return self.problem.selection.replace(without_frozen(self._params), selected, jnp.zeros_like)
 
 
-def join(leaves: Leaves) -> jax.Array:
-    """Return arrays as one vector, one after the other in row-major order, at least float32: a basis needs it."""
+def concatenate_leaves(leaves: Leaves) -> jax.Array:
+    """Return arrays as one vector, each in row-major order, at least float32, which a basis needs."""
     vector = jnp.concatenate([jnp.ravel(a) for a in leaves])
     return vector.astype(jnp.promote_types(jnp.float32, vector.dtype))
 
 
-def cut(v: jax.Array, like: Leaves) -> Leaves:
-    """Cut a flat vector into arrays like the given ones."""
+def split_like(v: jax.Array, like: Leaves) -> Leaves:
+    """Split a flat vector into arrays like the given ones."""
     leaves, start = [], 0
     for leaf in like:
         leaves.append(v[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
@@ -444,14 +252,14 @@ def curvature_operator(
     Parameters
     ----------
     f : callable (params, batch) -> real scalar, the mean loss of a batch; `Composed`; or a language model
-        With `Composed(outputs, loss)` or a model, the Gauss-Newton matrix exists too. A model's loss is the mean
-        cross-entropy over labelled tokens, and its outputs are the logits, which never exist all at once.
+        The Gauss-Newton matrix is defined for `Composed(outputs, loss)` and models. A model's loss is the mean
+        cross-entropy over labelled tokens, and its outputs are the logits, which never all exist at once.
     params : pytree of arrays
     batches : pytree, or list of pytrees
         One batch, or several whose matrices are averaged.
     matrix : {"hessian", "gauss_newton"}
     parameters : predicate or patterns, optional
-        Which parameters count, as in `ntk`; the others are constants.
+        Which parameters are selected, as in `ntk`; the others are constants.
     by_layer : bool, "parameter", or callable path -> block name
         Blocks of parameters. True: a block is a path without its last part ("layers.0.mlp_in"); False: one block.
     weight : callable batch -> number, optional
@@ -465,28 +273,12 @@ def curvature_operator(
     Raises
     ------
     InputError
-        If there are no parameters or batches, a parameter that counts is not a real floating-point array, `batches`
+        If there are no parameters or batches, a selected parameter is not a real floating-point array, `batches`
         can be read only once, or `f` has no Gauss-Newton matrix; at the first product, if the loss is not a real
         scalar.
     """
-    f, params, batches = opened_loss(f, params, batches)
-    facts = facts_of(f, params, matrix, parameters, by_layer, weight)
+    f, params, batches = split_loss_args(f, params, batches)
+    problem = make_curvature_problem(f, params, matrix, parameters, by_layer, weight)
     if isinstance(batches, Iterator):
         raise InputError("batches is an iterator, but every product reads them all again; give a list.")
-    return CurvatureOperator(facts, f, params, list(stream(batches)))
-
-
-def check_weight(weight: float) -> None:
-    """Raise InputError unless the batches weigh something."""
-    if not weight > 0:
-        raise InputError(f"the batches weigh {weight} in all; give batches with labelled tokens, or positive weights.")
-
-
-def check_finite(numbers: np.ndarray, names: Iterable[str], what: str) -> None:
-    """Raise InputError if a number (..., blocks) is not finite."""
-    bad = [n for n, ok in zip(names, np.isfinite(numbers).reshape(-1, numbers.shape[-1]).all(0), strict=True) if not ok]
-    if bad:
-        raise InputError(
-            f"{what} is not finite in {', '.join(bad[:4])}: check the parameters and the batch for NaN, and the loss "
-            "for points without a second derivative."
-        )
+    return CurvatureOperator(problem, f, params, list(iterate_batches(batches)))

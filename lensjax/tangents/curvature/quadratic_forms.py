@@ -1,11 +1,11 @@
 """Quadratic forms v_i . (H v)_i of every block of parameters from one pass each way, without the product H v.
 
-Let the parameters move along their directions, w + s v, each with a step s of its own. The form of one parameter is the
+Each parameter w is moved along its direction, w + s v, with a step s of its own. The form of one parameter is the
 derivative with respect to its step of the loss's derivative along all directions together, at s = 0. Where an operation
-is linear in the parameter, op(w + s v, x) = op(w, x) + s op(v, x), and all that the steps' derivatives need of it is
-op(v, x) and its pull-back to x, which the passes make anyway. The products of a weight's gradient, a quarter of a
-Hessian-vector product, are never made, nor the product itself, which is as large as the parameters. Wherever else a
-parameter is read, w + s v is differentiated as usual, so that nothing rests on what is recognised.
+is linear in the parameter, op(w + s v, x) = op(w, x) + s op(v, x), and the derivatives by the steps need only op(v, x)
+and its vector-Jacobian product for x, which both passes compute anyway. The products of a weight's gradient, a quarter
+of a Hessian-vector product, are not computed, nor the product itself, which is as large as the parameters. Wherever
+else a parameter is read, w + s v is differentiated as usual, so that the result is correct for any program.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lensjax.tangents.program.analysis import IDENTITIES, SAME_ENTRIES
 Leaves = list[jax.Array]
 
 BILINEAR = {jp.dot_general_p, jp.conv_general_dilated_p}
-"""Operations linear in the parameter and in the other operand."""
+"""Operations that are linear in the parameter and in the other operand."""
 
 PARTS = {jp.slice_p, jp.dynamic_slice_p}
 """Operations whose output is part of their first operand."""
 
 
-def hessian_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves, v: Leaves) -> list[jax.Array] | None:
+def hessian_quadratic_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves, v: Leaves) -> list[jax.Array] | None:
     """Return v_i . (H v)_i of each leaf i, with H the Hessian of a scalar loss, at least float32.
 
     Parameters
@@ -41,7 +41,7 @@ def hessian_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves, v: Leaves
 
     Returns
     -------
-    list of scalars; or None if the loss cannot be differentiated forwards (`jax.custom_vjp`).
+    list of scalars; or None if the loss has no forward mode (`jax.custom_vjp`).
     """
     run = _along(loss, leaves, v, second=True)
     if run is None:
@@ -49,38 +49,38 @@ def hessian_forms(loss: Callable[[Leaves], jax.Array], leaves: Leaves, v: Leaves
     return list(jax.grad(lambda s: jax.jvp(run, (s,), (_ones(s),))[1])(_steps(leaves)))
 
 
-def gauss_newton_forms(
-    outputs: Callable[[Leaves], Any], middle: Callable[[Any, Any], Any], leaves: Leaves, v: Leaves
+def gauss_newton_quadratic_forms(
+    outputs: Callable[[Leaves], Any], output_hvp: Callable[[Any, Any], Any], leaves: Leaves, v: Leaves
 ) -> list[jax.Array] | None:
-    """Return v_i . (J^T middle(z, J v))_i of each leaf i, with z the outputs and J their Jacobian.
+    """Return v_i . (J^T output_hvp(z, J v))_i of each leaf i, with z the outputs and J their Jacobian.
 
     Parameters
     ----------
     outputs : callable, leaves -> pytree of arrays
-    middle : callable (z, J v) -> pytree like z
+    output_hvp : callable (z, J v) -> pytree like z
     leaves, v : lists of floating-point arrays, alike
 
     Returns
     -------
-    list of scalars, at least float32; or None as `hessian_forms`.
+    list of scalars, at least float32; or None as `hessian_quadratic_forms`.
     """
     run = _along(outputs, leaves, v, second=False)
     if run is None:
         return None
 
-    def pulled(s: list[jax.Array]) -> jax.Array:
+    def product(s: list[jax.Array]) -> jax.Array:
         z, dz = jax.jvp(run, (s,), (_ones(s),))
-        factors = jax.lax.stop_gradient(middle(z, dz))
+        factors = jax.lax.stop_gradient(output_hvp(z, dz))
         products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), z, factors))
         return jnp.sum(jnp.stack(products))
 
-    return list(jax.grad(pulled)(_steps(leaves)))
+    return list(jax.grad(product)(_steps(leaves)))
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the inner product of two arrays of one shape, at least float32.
 
-    In two stages: XLA's dot on CPU adds up in order, and is off by 0.4 % at 40 million float32 elements.
+    In two stages: XLA's dot on CPU adds in order, which is wrong by 0.4 % at 40 million float32 elements.
     """
     wide = jnp.promote_types(jnp.float32, a.dtype)
     a, b = jnp.ravel(a).astype(wide), jnp.ravel(b).astype(wide)
@@ -103,9 +103,9 @@ def _ones(steps: list[jax.Array]) -> list[jax.Array]:
 def _along(
     function: Callable[[Leaves], Any], leaves: Leaves, v: Leaves, *, second: bool
 ) -> Callable[[list[jax.Array]], Any] | None:
-    """Return a function of one step for each leaf, or None if there is no differentiating it forwards.
+    """Return a function of one step for each leaf, or None if the function has no forward mode.
 
-    It is for steps of 0, one `jax.jvp` with all tangents 1, and a `jax.grad` around that.
+    It may only be called with steps of 0, in one `jax.jvp` with all tangents 1, and a `jax.grad` of that.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(leaves)
     if ir.holds(closed, jp.custom_vjp_call_p):
@@ -113,37 +113,37 @@ def _along(
     block, structure = ir.elaborate(closed, heads=False), jax.tree.structure(out)
 
     def run(steps: list[jax.Array]) -> Any:
-        moving = [_Moving(w, d, s) for w, d, s in zip(leaves, v, steps, strict=True)]
-        walk = _Walk(second)
-        return jax.tree.unflatten(structure, [walk.still(x) for x in walk.block(block, moving)])
+        inputs = [_Directional(w, d, s) for w, d, s in zip(leaves, v, steps, strict=True)]
+        interpreter = _Interpreter(second)
+        return jax.tree.unflatten(structure, [interpreter.to_array(x) for x in interpreter.block(block, inputs)])
 
     return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Moving:
-    """A parameter, or part of one, that has not met anything else yet.
+class _Directional:
+    """A parameter w + s v or part of one, before any operation other than a rearrangement.
 
     Attributes
     ----------
     value, direction : arrays of one shape
-    step : scalar; or (n,) where each of the n entries along the first axis has a step of its own
+    step : scalar, or (n,) with one step for each of the n entries along the first axis
     """
 
     value: jax.Array
     direction: jax.Array
     step: jax.Array
 
-    def seen(self, view: Callable[[jax.Array], jax.Array]) -> _Moving:
-        """Return what a linear view makes of it."""
-        return _Moving(view(self.value), view(self.direction), self.step)
+    def map(self, view: Callable[[jax.Array], jax.Array]) -> _Directional:
+        """Return the result of a linear rearrangement."""
+        return _Directional(view(self.value), view(self.direction), self.step)
 
 
-jax.tree_util.register_dataclass(_Moving, ["value", "direction", "step"], [])
+jax.tree_util.register_dataclass(_Directional, ["value", "direction", "step"], [])
 
 
-class _Walk:
-    """Runs a program whose parameters move.
+class _Interpreter:
+    """Interpreter of a program whose parameters are `_Directional`.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ class _Walk:
         self.second = second
 
     def block(self, block: ir.Block, args: Sequence[Any]) -> list[Any]:
-        """Return what a block gives; parameters that are handed through stay `_Moving`."""
+        """Return what a block gives; parameters that are handed through stay `_Directional`."""
         values: dict[ir.Value, Any] = dict(zip(block.inputs, args, strict=True))
 
         def read(atom: ir.Atom) -> Any:
@@ -166,30 +166,34 @@ class _Walk:
             values.update(zip(operation.outputs, outs, strict=True))
         return [read(a) for a in block.outputs]
 
-    def still(self, x: Any) -> Any:
-        """Return an array for a moving parameter, which is differentiated as any other value from then on."""
-        return _moved(self.second)(x.step, x.value, x.direction, x.direction) if isinstance(x, _Moving) else x
+    def to_array(self, x: Any) -> Any:
+        """Return a parameter as an array, which is differentiated like any other value from then on."""
+        return (
+            _directional_value(self.second)(x.step, x.value, x.direction, x.direction)
+            if isinstance(x, _Directional)
+            else x
+        )
 
     def _operation(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:
         if operation.kind == "remat":
             return self._remat(operation, operands)
         if operation.kind == "scan":
             return self._scan(operation, operands)
-        moving = [i for i, x in enumerate(operands) if isinstance(x, _Moving)]
-        if moving:
-            outs = self._view(operation, operands)
-            if outs is None and len(moving) == 1 and not operands[moving[0]].step.ndim:
-                outs = self._use(operation, operands, moving[0])
+        directional = [i for i, x in enumerate(operands) if isinstance(x, _Directional)]
+        if directional:
+            outs = self._rearrange(operation, operands)
+            if outs is None and len(directional) == 1 and not operands[directional[0]].step.ndim:
+                outs = self._apply_linear(operation, operands, directional[0])
             if outs is not None:
                 return outs
-        return operation.bind(*map(self.still, operands))
+        return operation.bind(*map(self.to_array, operands))
 
-    def _view(self, operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
-        """Return the moving parts that an operation makes of moving parameters, if it only arranges them."""
+    def _rearrange(self, operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
+        """Return the outputs of an operation that only rearranges parameters, None for any other."""
         primitive, first = operation.primitive, operands[0]
         if primitive is jp.concatenate_p or primitive.name == "stack":
             return self._join(operation, operands)
-        if not isinstance(first, _Moving) or any(isinstance(x, _Moving) for x in operands[1:]):
+        if not isinstance(first, _Directional) or any(isinstance(x, _Directional) for x in operands[1:]):
             return None
         out = operation.outputs[0]
         real = ir.is_float(out) and not ir.is_complex(out)  # what is cast to integers has no derivative
@@ -197,45 +201,45 @@ class _Walk:
         scaled = primitive in (jp.mul_p, jp.div_p) and ir.scalar(operation.inputs[1]) is not None
         anywhere = scaled or (entries and (primitive in IDENTITIES or primitive is jp.neg_p))
         if anywhere or ((entries or primitive in PARTS) and not first.step.ndim):
-            return [first.seen(lambda w: operation.bind(w, *operands[1:])[0])]
+            return [first.map(lambda w: operation.bind(w, *operands[1:])[0])]
         if primitive.name == "split" and not first.step.ndim:
             pieces = zip(operation.bind(first.value), operation.bind(first.direction), strict=True)
-            return [_Moving(w, v, first.step) for w, v in pieces]
+            return [_Directional(w, v, first.step) for w, v in pieces]
         return None
 
     @staticmethod
     def _join(operation: ir.Operation, operands: list[Any]) -> list[Any] | None:
-        """Return several moving parameters along a first axis as one, such as the layers of a loop."""
+        """Return several parameters joined along the first axis as one, such as the layers of a loop."""
         stacked = operation.primitive is not jp.concatenate_p
         axis = operation.params["axis" if stacked else "dimension"]
-        if axis != 0 or not all(isinstance(x, _Moving) and not (stacked and x.step.ndim) for x in operands):
+        if axis != 0 or not all(isinstance(x, _Directional) and not (stacked and x.step.ndim) for x in operands):
             return None
         lengths = [1 if stacked else x.value.shape[0] for x in operands]
         steps = [jnp.broadcast_to(x.step, (n,)) for x, n in zip(operands, lengths, strict=True)]
         value, direction = (
             operation.bind(*parts)[0] for parts in ([x.value for x in operands], [x.direction for x in operands])
         )
-        return [_Moving(value, direction, jnp.concatenate(steps))]
+        return [_Directional(value, direction, jnp.concatenate(steps))]
 
-    def _use(self, operation: ir.Operation, operands: list[Any], which: int) -> list[Any] | None:
-        """Return the output of an operation that is linear in a moving parameter."""
+    def _apply_linear(self, operation: ir.Operation, operands: list[Any], which: int) -> list[Any] | None:
+        """Return the output of an operation that is linear in a parameter, None for any other."""
         w, primitive = operands[which], operation.primitive
         if primitive in BILINEAR and jnp.issubdtype(operation.inputs[1 - which].aval.dtype, jnp.floating):
 
             def apply(w: jax.Array, x: jax.Array) -> jax.Array:
                 return operation.bind(*((w, x) if which == 0 else (x, w)))[0]
 
-            return [_used(apply, self.second)(w.step, w.value, w.direction, operands[1 - which])]
+            return [_directional_bilinear(apply, self.second)(w.step, w.value, w.direction, operands[1 - which])]
         if primitive is jp.gather_p and which == 0:
-            # What fills up in place of rows that are not there stays where it is.
+            # The values in place of rows that do not exist do not depend on the step.
             filled = dataclasses.replace(operation, params={**operation.params, "fill_value": 0})
             rows, moving = operation.bind(w.value, *operands[1:])[0], filled.bind(w.direction, *operands[1:])[0]
             if operation.params["mode"] != jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-                return [self.still(_Moving(rows, moving, w.step))]
-            # Beyond the table JAX takes the nearest row forwards, but nothing goes back to it.
+                return [self.to_array(_Directional(rows, moving, w.step))]
+            # For indices beyond the table JAX reads the nearest row, but that row gets no gradient.
             dropped = {**filled.params, "mode": jax.lax.GatherScatterMode.FILL_OR_DROP}
             back = dataclasses.replace(operation, params=dropped).bind(w.direction, *operands[1:])[0]
-            return [_moved(self.second)(w.step, rows, moving, back)]
+            return [_directional_value(self.second)(w.step, rows, moving, back)]
         return None
 
     def _remat(self, operation: ir.Operation, operands: list[Any]) -> list[Any]:
@@ -243,7 +247,7 @@ class _Walk:
         assert body is not None
 
         def run(operands: list[Any]) -> list[Any]:
-            return [self.still(x) for x in self.block(body, operands)]
+            return [self.to_array(x) for x in self.block(body, operands)]
 
         return jax.checkpoint(run, policy=operation.params["policy"], prevent_cse=ir.prevents_cse(operation))(operands)
 
@@ -253,28 +257,28 @@ class _Walk:
         first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
         consts, length = operands[:first], params["length"]
         xs = [
-            dataclasses.replace(x, step=jnp.broadcast_to(x.step, (length,))) if isinstance(x, _Moving) else x
+            dataclasses.replace(x, step=jnp.broadcast_to(x.step, (length,))) if isinstance(x, _Directional) else x
             for x in operands[last:]
         ]
 
         def step(carry: list[Any], own: list[Any]) -> Any:
-            outs = [self.still(x) for x in self.block(body, [*consts, *carry, *own])]
+            outs = [self.to_array(x) for x in self.block(body, [*consts, *carry, *own])]
             return outs[: last - first], outs[last - first :]
 
-        carry = [self.still(x) for x in operands[first:last]]
+        carry = [self.to_array(x) for x in operands[first:last]]
         after, ys = jax.lax.scan(step, carry, xs, length=length, reverse=params["reverse"], unroll=params["unroll"])
         return [*after, *ys]
 
 
-def _shares(v: jax.Array, ct: jax.Array, step: jax.Array) -> jax.Array:
+def _step_gradients(v: jax.Array, ct: jax.Array, step: jax.Array) -> jax.Array:
     """Return the inner products of v and ct, one for each step."""
     return (jax.vmap(dot)(v, ct) if step.ndim else dot(v, ct)).astype(step.dtype)
 
 
-def _moved(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Return the function (step, w, v, back) -> w + step * v at step 0: its tangent is v, and `back` v on the way back.
+def _directional_value(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Return (step, w, v, back) -> w + step * v at step 0, with the tangent v, and `back` for v in the backward pass.
 
-    The two differ where JAX's own rules do.
+    The two differ where JAX's own forward and backward rules do.
     """
 
     @jax.custom_vjp
@@ -286,20 +290,20 @@ def _moved(second: bool) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array
 
     def backward(residual: Any, cts: Any) -> Any:
         step, back = residual
-        return _shares(back, cts[0], step), None, None, None
+        return _step_gradients(back, cts[0], step), None, None, None
 
     pair.defvjp(forward, backward)
 
     @jax.custom_jvp
-    def moved(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> jax.Array:
+    def value(step: jax.Array, w: jax.Array, v: jax.Array, back: jax.Array) -> jax.Array:
         return w
 
-    moved.defjvp(lambda primals, tangents: pair(*primals))
-    return moved
+    value.defjvp(lambda primals, tangents: pair(*primals))
+    return value
 
 
-def _used(apply: Callable[[jax.Array, jax.Array], jax.Array], second: bool) -> Callable[..., jax.Array]:
-    """Return the function (step, w, v, x) -> apply(w + step * v, x) at step 0, with `apply` bilinear."""
+def _directional_bilinear(apply: Callable[[jax.Array, jax.Array], jax.Array], second: bool) -> Callable[..., jax.Array]:
+    """Return (step, w, v, x) -> apply(w + step * v, x) at step 0, with `apply` bilinear."""
 
     def value_and_tangent(w: jax.Array, v: jax.Array, x: jax.Array, dx: jax.Array) -> Any:
         of_direction = apply(v, x)
@@ -316,21 +320,21 @@ def _used(apply: Callable[[jax.Array, jax.Array], jax.Array], second: bool) -> C
     def backward(residual: Any, cts: Any) -> Any:
         step, w, v, x, dx, of_direction = residual
         ct, ct_of_tangent = cts
-        share, pull = dot(of_direction, ct), jax.vjp(lambda x: apply(w, x), x)[1]
+        step_gradient, vjp = dot(of_direction, ct), jax.vjp(lambda x: apply(w, x), x)[1]
         if not second:
-            return share.astype(step.dtype), None, None, pull(ct)[0], None
+            return step_gradient.astype(step.dtype), None, None, vjp(ct)[0], None
         (through_direction,) = jax.vjp(lambda x: apply(v, x), x)[1](ct_of_tangent)
-        share = share + dot(dx, through_direction)
-        return share.astype(step.dtype), None, None, pull(ct)[0] + through_direction, pull(ct_of_tangent)[0]
+        step_gradient = step_gradient + dot(dx, through_direction)
+        return step_gradient.astype(step.dtype), None, None, vjp(ct)[0] + through_direction, vjp(ct_of_tangent)[0]
 
     pair.defvjp(forward, backward)
 
     @jax.custom_jvp
-    def used(step: jax.Array, w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
+    def value(step: jax.Array, w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
         return apply(w, x)
 
-    @used.defjvp
+    @value.defjvp
     def rule(primals: Any, tangents: Any) -> Any:
         return pair(*primals, tangents[3])
 
-    return used
+    return value

@@ -10,26 +10,25 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 from lensjax_kernels.gram import EXACT
 
 from lensjax._display import table
 from lensjax.errors import InputError
-from lensjax.tangents.curvature.losses import opened_loss, with_frozen, without_frozen
-from lensjax.tangents.curvature.operator import (
+from lensjax.tangents.curvature.losses import split_loss_args
+from lensjax.tangents.curvature.operator import CurvatureOperator, concatenate_leaves
+from lensjax.tangents.curvature.problem import (
     Batches,
-    CurvatureOperator,
-    Facts,
+    CurvatureProblem,
     Matrix,
     check_finite,
     check_weight,
-    dot,
-    facts_of,
-    join,
-    stream,
+    iterate_batches,
+    make_curvature_problem,
 )
+from lensjax.tangents.curvature.quadratic_forms import dot
 from lensjax.tangents.parameters import ByLayer, Select
-from lensjax.tangents.program.compile_cache import compiled
+from lensjax.tangents.program.compile_cache import cached_compile
 
 Method = Literal["hutchinson", "hutch++"]
 
@@ -41,14 +40,14 @@ class TraceEstimate:
     Attributes
     ----------
     trace, standard_error : float
-        Unit: loss / parameter^2. The error is that of the probes alone: which data were used is not in it. NaN with
-        a single probe, which does not show how far probes scatter.
+        Unit: loss / parameter^2. The error is that of the random probes for these data. NaN with a single probe, which
+        has no scatter.
     by_layer, standard_errors : dict block name -> float
         The blocks' traces, which add up to the total, and their standard errors, which do not.
     samples : float64 array (probes, blocks)
-        What each random probe gave; their mean is the estimate ("hutchinson"), or its random part ("hutch++").
+        The value of each random probe; their mean is the estimate ("hutchinson"), or its random part ("hutch++").
     probes : int
-        Random probes whose scatter gives the error.
+        Number of random probes, from whose scatter the error is estimated.
     matvecs : int
         Products with the matrix of a batch.
     weight : float
@@ -123,15 +122,15 @@ def hessian_trace(
     Notes
     -----
     "hutchinson": the mean over probes v of v_i . (H v)_i, with v random signs over all parameters, is unbiased for the
-    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms come
-    from one pass each way without the product H v, which costs a third more, and memory is that of the signs, as large
-    as the parameters, and of two to three times a gradient's activations. For a function with a backward rule of its
-    own only (`jax.custom_vjp`) the Hessian is multiplied with instead, by two passes backwards where that rule cannot
-    be differentiated forwards (its forward part calls the function itself); so is the Gauss-Newton matrix.
-    "hutch++": a third of the products finds the range Q of H applied to random vectors, a third takes the trace on it
-    exactly, the rest is spent on random probes of what is left, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
+    trace of each diagonal block i at once. The variance of the total is 2 ||H - diag H||_F^2 / probes. The forms are
+    computed in one forward and one backward pass, without the product H v, which would cost a third more; the memory is
+    that of the signs, as large as the parameters, and of two to three times a gradient's activations. For a function
+    with a `jax.custom_vjp` Hessian-vector and Gauss-Newton-vector products are used instead, in reverse mode twice
+    where the rule cannot be differentiated in forward mode (because its forward part calls the function itself).
+    "hutch++": a third of the products finds the range Q of H applied to random vectors, a third computes the trace
+    on it exactly, and the rest are random probes of the remainder, (1 - Q Q^T) H (1 - Q Q^T). It pays where a few
     eigenvalues, fewer than a third of the probes, hold most of the Frobenius norm; on a flat spectrum its error is
-    larger by sqrt(3), for only a third of the probes is averaged. On a small language model it paid from about 48
+    larger by sqrt(3), because only a third of the probes is averaged. On a small language model it paid from about 48
     products on before fine-tuning, and for the Hessian after fine-tuning never (benchmarks/trace_methods.py).
     It keeps `probes` / 3 vectors as long as the parameters, several times over while they are made orthogonal: not for
     billions of parameters.
@@ -150,61 +149,60 @@ def hessian_trace(
     >>> float(estimate.trace), {name: float(value) for name, value in sorted(estimate.by_layer.items())}
     (4.0, {'a': 2.0, 'b': 2.0})
     """
-    f, params, batches = opened_loss(f, params, batches)
-    facts = facts_of(f, params, matrix, parameters, by_layer, weight)
+    f, params, batches = split_loss_args(f, params, batches)
+    problem = make_curvature_problem(f, params, matrix, parameters, by_layer, weight)
     least = {"hutchinson": 1, "hutch++": 3}
     if method not in least:
         raise InputError(f"method={method!r} is not known; choose one of {', '.join(least)}.")
     if probes < least[method] or chunk < 1:
         raise InputError(f"probes={probes} must be at least {least[method]} ({method}) and chunk={chunk} at least 1.")
     if method == "hutchinson":
-        return _hutchinson(facts, f, params, batches, key, probes, min(chunk, probes))
+        return _hutchinson(problem, f, params, batches, key, probes, min(chunk, probes))
     if isinstance(batches, Iterator):
         raise InputError("batches is an iterator, but 'hutch++' reads them all again and again; give a list.")
-    return _hutch_plus_plus(facts, f, params, list(stream(batches)), key, probes)
+    return _hutch_plus_plus(problem, f, params, list(iterate_batches(batches)), key, probes)
 
 
 def _hutchinson(
-    facts: Facts, f: Any, params: Any, batches: Batches, key: jax.Array, probes: int, chunk: int
+    problem: CurvatureProblem, f: Any, params: Any, batches: Batches, key: jax.Array, probes: int, chunk: int
 ) -> TraceEstimate:
     def make(get: Callable[[], Any]) -> Any:
-        def forms(params: Any, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-            of, weight = facts.prepare_forms(with_frozen(get(), frozen), params, batch)
-            chosen = facts.chosen(params)
-            return jax.lax.map(lambda key: of(random_signs_like(key, chosen)), keys), weight
+        def forms(params: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+            quadratic_forms, weight = problem.quadratic_form_fn(get(), params, batch)
+            selected = problem.selected(params)
+            return jax.lax.map(lambda key: quadratic_forms(rademacher_like(key, selected)), keys), weight
 
         return jax.jit(forms)
 
-    kept, frozen = without_frozen(f)
-    forms = compiled(kept, ("forms", facts), make)
-    sums, total, matvecs = np.zeros((probes, len(facts.block_names))), 0.0, 0
-    for number, batch in enumerate(stream(batches)):
+    forms = cached_compile(f, ("forms", problem), make)
+    sums, total, matvecs = np.zeros((probes, len(problem.block_names))), 0.0, 0
+    for number, batch in enumerate(iterate_batches(batches)):
         keys = jax.random.split(jax.random.fold_in(key, number), probes)
         for start in range(0, probes, chunk):
-            values, weight = forms(params, frozen, batch, keys[start : start + chunk])
+            values, weight = forms(params, batch, keys[start : start + chunk])
             numbers = np.asarray(values, np.float64)
-            check_finite(numbers, facts.block_names, f"batch {number}: the curvature")
+            check_finite(numbers, problem.block_names, f"batch {number}: the curvature")
             sums[start : start + chunk] += numbers
         total += float(weight)
         matvecs += probes
     check_weight(total)
-    return _estimate(facts, sums / total, np.zeros(len(facts.block_names)), matvecs, total, "hutchinson")
+    return _estimate(problem, sums / total, np.zeros(len(problem.block_names)), matvecs, total, "hutchinson")
 
 
 def _hutch_plus_plus(
-    facts: Facts, f: Any, params: Any, batches: list[Any], key: jax.Array, probes: int
+    problem: CurvatureProblem, f: Any, params: Any, batches: list[Any], key: jax.Array, probes: int
 ) -> TraceEstimate:
-    operator = CurvatureOperator(facts, f, params, batches)
-    chosen = facts.chosen(params)
+    operator = CurvatureOperator(problem, f, params, batches)
+    selected = problem.selected(params)
     rank = min(probes // 3, operator.size)
     keys = jax.random.split(key, probes)
 
     def random(number: int) -> jax.Array:
-        return join(random_signs_like(keys[number], chosen))
+        return concatenate_leaves(rademacher_like(keys[number], selected))
 
     basis = jnp.linalg.qr(jnp.stack([operator.flat(random(i)) for i in range(rank)], axis=1))[0]
     # H = P H + H P - P H P + (1 - P) H (1 - P), P = Q Q^T: the first three from H Q, the last by probes.
-    inside = np.zeros(len(facts.block_names))
+    inside = np.zeros(len(problem.block_names))
     columns = []
     for i in range(rank):
         product = operator.flat(basis[:, i])
@@ -218,15 +216,15 @@ def _hutch_plus_plus(
         left = _outside(basis, sign)
         product = operator.flat(left)
         samples.append(_block_products(operator, sign, _outside(basis, product)))
-    weight = sum(float(facts.weigh(f, batch)) for batch in batches)
+    weight = sum(float(problem.batch_weight(f, batch)) for batch in batches)
     numbers = np.asarray(samples, np.float64)
-    check_finite(numbers, facts.block_names, "the curvature")
-    return _estimate(facts, numbers, inside, operator.matvecs * len(batches), weight, "hutch++")
+    check_finite(numbers, problem.block_names, "the curvature")
+    return _estimate(problem, numbers, inside, operator.matvecs * len(batches), weight, "hutch++")
 
 
 @jax.jit
 def _along(basis: jax.Array, v: jax.Array) -> jax.Array:
-    """Return Q^T v (rank,) for Q (size, rank); a matrix product adds up in order on CPU, see `dot`."""
+    """Return Q^T v (rank,) for Q (size, rank); a matrix product adds in order on CPU, see `dot`."""
     return jax.lax.map(lambda i: dot(basis[:, i], v), jnp.arange(basis.shape[1]))
 
 
@@ -242,11 +240,11 @@ def _block_products(operator: CurvatureOperator, a: jax.Array, b: jax.Array) -> 
         rows = slice(start, start + leaf.size)
         sums.append(dot(a[rows], b[rows]))
         start += leaf.size
-    return operator.facts.block_sums(sums)
+    return operator.problem.block_sums(sums)
 
 
 def _estimate(
-    facts: Facts, samples: np.ndarray, exact: np.ndarray, matvecs: int, weight: float, method: str
+    problem: CurvatureProblem, samples: np.ndarray, exact: np.ndarray, matvecs: int, weight: float, method: str
 ) -> TraceEstimate:
     probes = len(samples)
 
@@ -257,12 +255,12 @@ def _estimate(
     return TraceEstimate(
         float(traces.sum()),
         error(samples.sum(1)),
-        dict(zip(facts.block_names, traces.tolist(), strict=True)),
-        {name: error(samples[:, i]) for i, name in enumerate(facts.block_names)},
+        dict(zip(problem.block_names, traces.tolist(), strict=True)),
+        {name: error(samples[:, i]) for i, name in enumerate(problem.block_names)},
         samples,
         probes,
         matvecs,
         weight,
         method,
-        facts.matrix,
+        problem.matrix,
     )

@@ -18,12 +18,12 @@ from jax.extend.core import ClosedJaxpr
 
 from lensjax._files import read_json
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.compute import Outputs, check_bounded, checked, choose, layer_kernels
-from lensjax.tangents.kernel.memory_limit import Blocks, Way, too_little, within
-from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.kernel.compute import Outputs, check_bounded, choose_method, layer_kernels, validate
+from lensjax.tangents.kernel.memory_limit import Blocks, Variant, memory_error, plan_memory
+from lensjax.tangents.kernel.problem import KernelProblem
 from lensjax.tangents.kernel.reference import has_reverse_mode
 from lensjax.tangents.kernel.report import NtkReport, report_of
-from lensjax.tangents.language_models import frozen_as_arguments, opened
+from lensjax.tangents.language_models import frozen_as_arguments, split_model_args
 from lensjax.tangents.parameters import Select
 from lensjax.tangents.program import ir
 
@@ -52,15 +52,15 @@ def ntk_blocks(
     block : int, optional
         Examples on each side of a block.
     memory : int, optional
-        Bytes that the computation of one block may take beside the parameters and the examples, by the compiled
-        program's own account, in which its part of the kernel counts: the whole where all examples go at once.
+        Bytes that the computation of one block may take beside the parameters and the examples, by XLA's
+        analysis of the compiled program, with its part of the kernel: the whole where all examples go at once.
         Blocks are as large as that allows, see `block_for`; models of `lensjax.models` run their layers in a loop and
         recompute as much of them on the way back as makes the whole fastest, see Notes. Give `block` or `memory`, or
         neither for blocks of 64 with a model as it is.
     file : path, optional
         Where the kernel is written as a NumPy array (.npy), block by block; `<file>.json` beside it lists the blocks
-        that are there. Called again with the same function, parameters and examples, only the missing ones are
-        computed. The function itself is compared by its traced program, and another `memory` may choose another.
+        that are there. Called again with the same function, parameters and examples, it computes only the missing
+        ones. The function itself is compared by its traced program, and another `memory` may choose another.
     return_report : bool
         Return `(kernel, report)`; the report's reason names the blocks and what is recomputed, and its bytes are those
         of two blocks.
@@ -84,16 +84,17 @@ def ntk_blocks(
     allows much larger blocks. With `memory`, the choice with the fewest operations by this account is taken.
     """
     model = f
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
-    problem = checked(f, params, x1, x2, parameters, False, outputs=outputs)
-    method, reason = choose(problem, "auto", params, x1, x2, bounded=memory is not None)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
+    problem = validate(f, params, x1, x2, parameters, False, outputs=outputs)
+    method, reason = choose_method(problem, "auto", params, x1, x2, bounded=memory is not None)
     if block is not None and memory is not None:
         raise InputError(f"block={block} and memory={memory} are two ways to say the same; give one of them.")
     longest = max(problem.rows, problem.columns or 0)
     if memory is not None:
         check_bounded(memory, method, reason, WITHOUT_LIMIT)
-        choice = within(problem, model, params, x1, x2, output, outputs, memory)
-        problem, params, how = dataclasses.replace(problem, function=choice.way.function), choice.way.params, choice.how
+        choice = plan_memory(problem, model, params, x1, x2, output, outputs, memory)
+        variant, how = choice.variant, choice.how
+        problem, params = dataclasses.replace(problem, function=variant.function), variant.params
         block = longest if choice.block is None else choice.block
     else:
         block = min(64 if block is None else block, longest)
@@ -114,7 +115,7 @@ def ntk_blocks(
 
 
 def by_blocks(
-    problem: Problem,
+    problem: KernelProblem,
     method: str,
     reason: str,
     params: Any,
@@ -126,16 +127,16 @@ def by_blocks(
     block: int,
     file: str | os.PathLike[str] | None = None,
 ) -> tuple[np.ndarray, Callable[[], NtkReport]]:
-    """Return the kernel of a problem, all blocks by one method, and what makes the report; else as `ntk_blocks`."""
+    """Return the kernel of a problem, all blocks by one method, and a function that makes the report."""
     f, rows, columns = problem.function, problem.rows, problem.columns or problem.rows
 
     def kernel_of(left: Any, right: Any) -> np.ndarray:
-        own = checked(f, params, left, right, parameters, False)
+        own = validate(f, params, left, right, parameters, False)
         return np.asarray(layer_kernels(own, method, params, left, right, outputs)[""])
 
     inner = _outputs_shape(problem, outputs)
     shape = _placed(rows, columns, inner, outputs)
-    dtype = np.dtype(jnp.result_type(jnp.float32, *(leaf.dtype for leaf in problem.chosen(params))))
+    dtype = np.dtype(jnp.result_type(jnp.float32, *(leaf.dtype for leaf in problem.selected(params))))
     store = _Store(file, shape, dtype, lambda: _fingerprint(problem, params, x1, x2, outputs, block))
     for i, j in _pairs(rows, columns, block, symmetric=x2 is None):
         if (i, j) in store.done:
@@ -165,9 +166,9 @@ def by_blocks(
 def block_for(f: Any, params: Any, x: Any, memory: int, *, parameters: Select = None, outputs: Outputs = "full") -> int:
     """Return the largest block of examples whose computation stays within `memory` bytes.
 
-    Programs for a few blocks are compiled and asked how much memory they take, where larger ones are expected to take
-    more: below 16 examples the next larger block does not fit, and above the block is at most a sixteenth smaller than
-    the largest, which never is more than 1024.
+    Programs for a few blocks are compiled and their memory is read; larger ones are expected to take more. Below 16
+    examples the next larger block does not fit, and above the block is at most a sixteenth smaller than the largest
+    that fits. It is 1024 at most.
 
     Parameters
     ----------
@@ -180,12 +181,12 @@ def block_for(f: Any, params: Any, x: Any, memory: int, *, parameters: Select = 
         If blocks of two examples do not fit, or the function has no reverse mode.
     """
     f, params = frozen_as_arguments(f, params)
-    problem = checked(f, params, x, None, parameters, False, outputs=outputs)
-    check_bounded(memory, *choose(problem, "auto", params, x, bounded=True), WITHOUT_LIMIT)
-    blocks = Blocks(problem, Way(f, params, ""), x, None, outputs, even=False)
+    problem = validate(f, params, x, None, parameters, False, outputs=outputs)
+    check_bounded(memory, *choose_method(problem, "auto", params, x, bounded=True), WITHOUT_LIMIT)
+    blocks = Blocks(problem, Variant(f, params, ""), x, None, outputs, even=False)
     block, takes = blocks.largest(memory)
     if not block:
-        raise too_little(memory, takes, blocks.least)
+        raise memory_error(memory, takes, blocks.least)
     return block
 
 
@@ -227,7 +228,7 @@ class _Store:
         self.done.add(pair)
         if self.list is not None:
             assert isinstance(self.array, np.memmap)
-            self.array.flush()  # the block must be there before the list says so
+            self.array.flush()  # the block must be on the disk before the list names it
             self._write()
 
     def _write(self) -> None:
@@ -237,18 +238,18 @@ class _Store:
         new.replace(self.list)
 
 
-def _fingerprint(problem: Problem, params: Any, x1: Any, x2: Any, outputs: str, block: int) -> str:
+def _fingerprint(problem: KernelProblem, params: Any, x1: Any, x2: Any, outputs: str, block: int) -> str:
     def derivative(params: Any, example: Any) -> Any:
-        # Of the gradient: a function's own rules for derivatives are not in its program, but in this one.
-        y, pull = jax.vjp(lambda chosen: problem.flat(params, chosen, example), problem.chosen(params))
-        return y, pull(jnp.ones_like(y))
+        # The program of the gradient: a function's own rules for derivatives are in this one only.
+        y, vjp = jax.vjp(lambda selected: problem.flat_outputs(params, selected, example), problem.selected(params))
+        return y, vjp(jnp.ones_like(y))
 
     example = jax.tree.map(lambda a: a[0], x1)
     reverse = has_reverse_mode(problem, params, x1)
     closed = jax.make_jaxpr(derivative if reverse else problem.function)(params, example)
-    program = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of functions are others in each process
+    program = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of functions differ between processes
     digest = hashlib.sha256()
-    facts = (program, problem.names, problem.layers, problem.rows, problem.columns, outputs, block)
+    facts = (program, problem.selection.names, problem.selection.layers, problem.rows, problem.columns, outputs, block)
     digest.update(repr(facts).encode())
     for leaf in map(jnp.asarray, jax.tree.leaves((_constants(closed), params, x1, x2))):
         array = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
@@ -269,13 +270,13 @@ def _pairs(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tup
 
 
 def _part(x: Any, start: int, block: int) -> tuple[Any, int]:
-    """Return one block of examples, the last example repeated where they end, and how many there really are."""
+    """Return one block of examples, filled up with copies of the last one, and its size without these."""
     size = min(block, jax.tree.leaves(x)[0].shape[0] - start)
     places = np.minimum(np.arange(start, start + block), start + size - 1)
     return jax.tree.map(lambda a: a[places], x), size
 
 
-def _outputs_shape(problem: Problem, outputs: str) -> tuple[int, ...]:
+def _outputs_shape(problem: KernelProblem, outputs: str) -> tuple[int, ...]:
     return () if problem.scalar or outputs == "trace" else (problem.outputs,)
 
 

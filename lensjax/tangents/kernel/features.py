@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.compute import checked, reduced, reverse_mode
+from lensjax.tangents.kernel.compute import reduce_gradients, reverse_mode, validate
 from lensjax.tangents.kernel.ntk import ntk
-from lensjax.tangents.language_models import opened
+from lensjax.tangents.language_models import split_model_args
 from lensjax.tangents.parameters import Select
-from lensjax.tangents.program.reductions import Features
+from lensjax.tangents.program.reductions import TensorSketch
 
 
 @dataclasses.dataclass(frozen=True)
 class SketchError:
-    """How far a sketched kernel is from the exact one, on a block of randomly chosen examples.
+    """Difference of a sketched kernel from the exact one, on a block of randomly chosen examples.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class SketchError:
         Root mean square of the differences off the diagonal, each over the geometric mean of the two examples'
         diagonal entries: the error of a cosine.
     examples : int
-        How many were compared.
+        Number of examples compared.
     """
 
     relative: float
@@ -54,8 +54,8 @@ def ntk_features(
     """Return random features whose inner products are the kernel in expectation.
 
     Entry (i, j) of a layer's gradient `A^T G`, signed at random, is added to feature h(i) + h'(j) modulo the width,
-    with h and h' random: a tensor sketch. With few tokens it is made from A and G by Fourier transforms, with many from
-    the gradient of one example at a time. The layers' sketches, all independent, add up to one vector.
+    with h and h' random: a tensor sketch. With few tokens it is computed from A and G by Fourier transforms, with many
+    from the gradient of one example at a time. The layers' sketches, all independent, add up to one vector.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def ntk_features(
     key : PRNG key
         The same key gives the same projections, so that features of different examples can be compared.
     batch : int
-        Examples that go through the function together.
+        Examples in one call of the function.
 
     Returns
     -------
@@ -82,21 +82,21 @@ def ntk_features(
     Charikar et al. 2002, the count sketch. Two-sided projections (Choe et al. 2024, LoGra, arXiv:2405.13954) cost less,
     but where gradients have rank one their error only falls as width**(-1/4).
     """
-    f, params, x = opened(f, output, params, x)
-    problem = checked(f, params, x, None, parameters, False)
+    f, params, x = split_model_args(f, output, params, x)
+    problem = validate(f, params, x, None, parameters, False)
     if width < 4 or batch < 1:
         raise InputError(f"width={width} must be at least 4 and batch={batch} at least 1.")
     size = min(batch, problem.rows)
     part = dataclasses.replace(problem, rows=size)
-    reducer = Features(size, width)
+    reduction = TensorSketch(size, width)
     pieces = []
     for start in range(0, problem.rows, size):
         places = np.minimum(np.arange(start, start + size), problem.rows - 1)
         own = jax.tree.map(lambda a, places=places: a[places], x)
         with reverse_mode("ntk_features", "take blocks of ntk(f, ..., method='jacobian')"):
-            features = reduced(part, reducer, params, own, key).get(0)
+            features = reduce_gradients(part, reduction, params, own, key).get(0)
         if features is None:
-            features = jnp.zeros(reducer.shape(problem.outputs))
+            features = jnp.zeros(reduction.shape(problem.outputs))
         pieces.append(jnp.swapaxes(features, 0, 1)[: problem.rows - start])
     features = jnp.concatenate(pieces)
     return features[:, 0] if problem.scalar else features
@@ -119,11 +119,11 @@ def sketch_error(
     ----------
     f, params, x, output, parameters : as given to `ntk_features`
     features : float array (N, width) or (N, C, width)
-        What it returned.
+        What that returned.
     key : PRNG key
         Chooses the examples.
     examples : int
-        How many, at least 2.
+        Number of examples, at least 2.
 
     Returns
     -------
@@ -134,8 +134,8 @@ def sketch_error(
     InputError
         If `features` are not those of `x`, or too few examples are asked for.
     """
-    f, params, x, features = opened(f, output, params, x, features)
-    problem = checked(f, params, x, None, parameters, False)
+    f, params, x, features = split_model_args(f, output, params, x, features)
+    problem = validate(f, params, x, None, parameters, False)
     count = min(examples, problem.rows)
     if features is None or len(features) != problem.rows or count < 2:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -13,32 +12,32 @@ import jax
 from jax.extend.core import primitives as jp
 
 from lensjax.errors import InputError
-from lensjax.tangents.kernel.problem import Problem, is_crossed
-from lensjax.tangents.kernel.transformed import program
+from lensjax.tangents.kernel.problem import KernelProblem, is_crossed
+from lensjax.tangents.kernel.transformed import transformed_program
 from lensjax.tangents.language_models import is_model, model_function
 from lensjax.tangents.parameters import abstract
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.reductions import Pairs
+from lensjax.tangents.program.reductions import GramReduction
 
-VARIANTS = (
+EXECUTIONS = (
     ("scan", False, "layers in a loop"),
     ("scan", "dots_with_no_batch_dims_saveable", "layers in a loop, their products kept"),
     ("scan", True, "layers in a loop, recomputed on the way back"),
 )
-"""How a model of `lensjax.models` can be run: `execution`, `remat` and what that is; from fast to small."""
+"""Values of a model's `execution` and `remat`, and a description; from fast to small."""
 
 LARGEST_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to compute the same function.
+class Variant:
+    """One of several programs for the same function.
 
     Attributes
     ----------
     function : callable (params, example)
     params : its parameters
-    what : in words, "" for the function as it is
+    what : description, "" for the function as it is
     """
 
     function: Any
@@ -52,43 +51,40 @@ class Choice:
 
     Attributes
     ----------
-    way : Way
+    variant : Variant
     block : int or None
         Examples on each side of a block; None: all at once.
-    how : in words
+    how : description
     """
 
-    way: Way
+    variant: Variant
     block: int | None
     how: str
 
 
-def ways(f: Any, params: Any, output: str) -> Iterator[Way]:
-    """Yield ways to compute an output of a model, or the one way of any other function, from fast to small."""
+def variants(f: Any, params: Any, output: str) -> Iterator[Variant]:
+    """Yield the variants of a model's output from fast to small, or the one variant of any other function."""
     if not is_model(f):
-        yield Way(f, params, "")
+        yield Variant(f, params, "")
         return
     if not (hasattr(f, "execution") and hasattr(f, "remat")):
-        yield Way(*model_function(f, output), "")
+        yield Variant(*model_function(f, output), "")
         return
-    for execution, remat, what in VARIANTS:
-        with _set(f, execution, remat):
-            function, own = model_function(f, output)
-        yield Way(function, own, what)
+    for execution, remat, what in EXECUTIONS:
+        yield Variant(*model_function(_with_execution(f, execution, remat), output), what)
 
 
-@contextlib.contextmanager
-def _set(model: Any, execution: str, remat: bool | str) -> Iterator[None]:
-    before = model.execution, model.remat
-    model.execution, model.remat = execution, remat
-    try:
-        yield
-    finally:
-        model.execution, model.remat = before
+def _with_execution(model: Any, execution: str, remat: bool | str) -> Any:
+    """Return another module with the model's arrays that is executed as given; the caller's model is not changed."""
+    from flax import nnx
+
+    other = nnx.merge(*nnx.split(model))
+    other.execution, other.remat = execution, remat
+    return other
 
 
-def within(
-    problem: Problem,
+def plan_memory(
+    problem: KernelProblem,
     model: Any,
     params: Any,
     x1: Any,
@@ -101,95 +97,97 @@ def within(
 ) -> Choice:
     """Return how a kernel is expected to be computed fastest within a memory limit.
 
-    The first way that fits with all examples at once is taken. Where none does, each way has a largest block that
-    fits, and that with the fewest operations is taken. With K blocks on each side there are K^2 / 2 pairs of them
-    (all K L between two sets of examples), each of which runs both of its sides forwards and backwards again: the
-    estimate is the `operations` of one pair times that number. A way that recomputes takes up to 4/3 of them for a
+    The first variant that fits with all examples at once is taken. Where none does, each variant has a largest block
+    that fits, and the one with the fewest operations is taken. With K blocks on each side there are K^2 / 2 pairs of
+    them (all K L between two sets of examples), each of which runs both of its sides forwards and backwards again: the
+    estimate is the `operations` of one pair times that number. A variant that recomputes takes up to 4/3 of them for a
     pair, and with twice the block there is a quarter of the pairs.
 
     Parameters
     ----------
     problem : Problem
-    model : the language model whose ways are considered; anything else: the problem's function is the only way
+    model : the language model whose variants are considered; anything else: the problem's function is the only one
     params, x1, x2 : of the problem; arrays may be shapes
     output, outputs : as in `ntk`
     memory : bytes beside the parameters and the examples; the kernel counts, or that of two blocks
-    by_layer : whether layers are kept apart, for which there are no blocks
+    by_layer : whether there is a kernel for each layer, which cannot be computed in blocks
 
     Raises
     ------
     InputError
-        If nothing fits, or the device says nothing of memory.
+        If nothing fits, or the device does not say how much memory a program takes.
     """
-    choices = list(ways(model if is_model(model) else problem.function, params, output))
+    choices = list(variants(model if is_model(model) else problem.function, params, output))
     every = problem.rows, problem.columns
     crossed = is_crossed(problem, outputs)
     count = problem.rows * (problem.columns or problem.rows) * (problem.outputs**2 if crossed else problem.outputs)
     whole = 0
-    for way in choices if 4 * count <= memory else ():  # else the result alone is too much
-        takes = needed_bytes(traced(problem, way, x1, x2, crossed, every))
+    for variant in choices if 4 * count <= memory else ():  # else the result alone is too much
+        takes = needed_bytes(trace_program(problem, variant, x1, x2, crossed, every))
         if takes <= memory:
-            return Choice(way, None, f"{way.what or 'as it is'}, {_mib(takes)}")
+            return Choice(variant, None, f"{variant.what or 'as it is'}, {format_mib(takes)}")
         whole = takes
     if by_layer:
         raise InputError(
             f"memory={memory} bytes is too little for all examples at once, and blocks of them give the sum over "
             "layers only; allow more, or choose layers one after the other with `parameters`."
         )
-    why = f"all examples at once take {_mib(whole or 4 * count)}"
+    why = f"all examples at once take {format_mib(whole or 4 * count)}"
     found: tuple[float, Choice] | None = None
     refused: list[tuple[int, int]] = []
-    for way in choices:
-        blocks = Blocks(problem, way, x1, x2, outputs)
+    for variant in choices:
+        blocks = Blocks(problem, variant, x1, x2, outputs)
         if found is not None and blocks.cost(blocks.most) >= found[0]:
             continue  # not even with its largest block
         block, takes = blocks.largest(memory)
         if not block:
             refused.append((takes, blocks.least))
         elif found is None or blocks.cost(block) < found[0]:
-            how = f"in blocks of {block} examples, {way.what or 'as it is'}, {_mib(takes)}; {why}"
-            found = blocks.cost(block), Choice(way, block, how)
+            how = f"in blocks of {block} examples, {variant.what or 'as it is'}, {format_mib(takes)}; {why}"
+            found = blocks.cost(block), Choice(variant, block, how)
     if found is None:
-        raise too_little(memory, *min(refused))
+        raise memory_error(memory, *min(refused))
     return found[1]
 
 
 class Blocks:
-    """A kernel by pairs of blocks of examples, one way.
+    """A kernel computed by one variant in pairs of blocks of examples.
 
     Parameters
     ----------
-    problem, way, x1, x2, outputs : as in `within`
-    even : whether blocks are made smaller where as few of them do, so that the last one is not padded
+    problem, variant, x1, x2, outputs : as in `plan_memory`
+    even : whether a block is made smaller where that needs no more blocks, so that the last one is padded less
 
     Attributes
     ----------
     least, most : examples on each side of the smallest block that is tried, and of the largest
     """
 
-    def __init__(self, problem: Problem, way: Way, x1: Any, x2: Any, outputs: str, *, even: bool = True) -> None:
-        self._given, self._even = (problem, way, x1, x2, is_crossed(problem, outputs)), even
+    def __init__(
+        self, problem: KernelProblem, variant: Variant, x1: Any, x2: Any, outputs: str, *, even: bool = True
+    ) -> None:
+        self._given, self._even = (problem, variant, x1, x2, is_crossed(problem, outputs)), even
         self._sides = problem.rows, problem.columns or problem.rows
         longest = max(self._sides)
-        # Even ones are at least two: all examples at once were tried before.
+        # With `even` there are at least two blocks: all examples at once were tried before.
         self.most = self._evened(max(1, min(LARGEST_BLOCK, longest - 1 if even else longest)))
         self.least = min(2, self.most)
 
     def largest(self, memory: int) -> tuple[int, int]:
-        """Return the largest block that fits and the bytes it takes; 0 and those of the smallest if none does.
+        """Return the largest block that fits and the bytes it takes; 0 and those of the smallest if none fits.
 
-        Larger ones are expected to take more. Blocks are compiled and asked how much they take, the next where the
-        line through the last two meets the limit, until the next larger one does not fit or, from 16 examples on, none
-        that may is larger by more than a sixteenth.
+        Larger blocks are expected to take more. Programs of blocks are compiled and their memory read, the next one
+        where the line through the last two meets the limit, until the next larger block does not fit or, from 16
+        examples on, the largest block that may fit is larger by a sixteenth at most.
         """
         sizes = sorted({self._evened(block) for block in range(self.least, self.most + 1)})
-        known = [(self.least, self._bytes(self.least))]
+        known = [(self.least, self.program_bytes(self.least))]
         if known[0][1] > memory:
             return 0, known[0][1]
-        guess, fits, too_large = 8, 0, len(sizes)  # the latter two are places in `sizes`
+        guess, fits, too_large = 8, 0, len(sizes)  # the latter two are indices of `sizes`
         while sizes[too_large - 1] - sizes[fits] > sizes[fits] // 16:
             place = min(max(bisect.bisect_right(sizes, guess) - 1, fits + 1), too_large - 1)
-            known.append((sizes[place], self._bytes(sizes[place])))
+            known.append((sizes[place], self.program_bytes(sizes[place])))
             if known[-1][1] <= memory:
                 fits = place
             else:
@@ -202,7 +200,7 @@ class Blocks:
         return sizes[fits], dict(known)[sizes[fits]]
 
     def cost(self, block: int) -> float:
-        """Return the operations of all pairs of blocks, see `within`."""
+        """Return the number of operations of all pairs of blocks, see `plan_memory`."""
         rows, columns = (-(-n // block) for n in self._sides)
         pairs = rows * columns / (2 if self._given[0].columns is None else 1)
         return operations(self._traced(block).jaxpr) * pairs
@@ -212,31 +210,36 @@ class Blocks:
 
     def _traced(self, block: int) -> Any:
         rows, columns = (min(block, n) for n in self._sides)
-        return traced(*self._given, (rows, columns))
+        return trace_program(*self._given, (rows, columns))
 
-    def _bytes(self, block: int) -> int:
+    def program_bytes(self, block: int) -> int:
+        """Return the bytes that the program of a pair of blocks takes."""
         return needed_bytes(self._traced(block))
 
 
-def traced(problem: Problem, way: Way, x1: Any, x2: Any, crossed: bool, sizes: tuple[int, int | None]) -> Any:
-    """Return the traced program for so many examples on each side, second None: the kernel of the first alone."""
+def trace_program(
+    problem: KernelProblem, variant: Variant, x1: Any, x2: Any, crossed: bool, sizes: tuple[int, int | None]
+) -> Any:
+    """Return the traced program for `sizes` (rows, columns) examples; columns None: the rows again."""
 
     def of_size(x: Any, size: int) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), abstract(x))
 
     rows, columns = sizes
-    own = dataclasses.replace(problem, function=way.function, rows=rows, columns=columns)
+    own = dataclasses.replace(problem, function=variant.function, rows=rows, columns=columns)
     right = None if columns is None else of_size(x1 if x2 is None else x2, columns)
-    return program(own, Pairs(rows, columns, crossed)).trace(way.params, of_size(x1, rows), right, None)
+    return transformed_program(own, GramReduction(rows, columns, crossed)).trace(
+        variant.params, of_size(x1, rows), right, None
+    )
 
 
 def needed_bytes(traced: Any) -> int:
-    """Return what a traced program takes beside its arguments, by the compiled program's own account.
+    """Return the bytes that a traced program takes beside its arguments, by XLA's analysis of the compiled program.
 
     Raises
     ------
     InputError
-        If the device gives none.
+        If there is no such analysis for the device.
     """
     analysis = traced.lower().compile().memory_analysis()
     if analysis is None:
@@ -245,10 +248,10 @@ def needed_bytes(traced: Any) -> int:
 
 
 def operations(jaxpr: Any) -> float:
-    """Count the operations of a jaxpr: two for each term of a product, one for each number that is made otherwise.
+    """Count the operations of a jaxpr: two for each term of a product, one for each number of any other output.
 
-    XLA's own count takes a loop's body once, and so would not see what is recomputed in it. Here that of a `while`,
-    whose length is not known, is taken once, of a `cond` the longest branch.
+    XLA's own count takes a loop's body once, and so does not include what is recomputed in it. Here only the body of a
+    `while`, whose length is not known, is taken once; of a `cond` it is the longest branch.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -256,26 +259,27 @@ def operations(jaxpr: Any) -> float:
         if eqn.primitive is jp.cond_p:
             total += max(inner)
             continue
-        made = sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        count = sum(math.prod(v.aval.shape) for v in eqn.outvars)
         if eqn.primitive is jp.dot_general_p:
             (over, _), _ = eqn.params["dimension_numbers"]
-            made *= 2 * math.prod(eqn.invars[0].aval.shape[axis] for axis in over)
+            count *= 2 * math.prod(eqn.invars[0].aval.shape[axis] for axis in over)
         elif eqn.primitive is jp.conv_general_dilated_p:
             kernel = eqn.invars[1].aval.shape
-            made *= 2 * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        # What a scatter or a reduction calls stands for one number of those that it makes.
-        total += max(made, sum(inner) * (eqn.params["length"] if eqn.primitive is jp.scan_p else 1))
+            count *= 2 * math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        # The function that a scatter or a reduction calls is for one of the numbers that it computes.
+        total += max(count, sum(inner) * (eqn.params["length"] if eqn.primitive is jp.scan_p else 1))
     return total
 
 
-def too_little(memory: int, takes: int, size: int) -> InputError:
-    """Return what to raise where not even a block of `size` examples fits."""
+def memory_error(memory: int, takes: int, size: int) -> InputError:
+    """Return the error to raise where not even a block of `size` examples fits."""
     return InputError(
         f"memory={memory} bytes is too little: a block of {size} examples takes {takes}; "
         "allow more, or choose fewer parameters with `parameters`."
     )
 
 
-def _mib(count: float) -> str:
+def format_mib(count: float) -> str:
+    """Return a number of bytes in MiB, in digits."""
     mib = count / 2**20
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.3g} MiB"

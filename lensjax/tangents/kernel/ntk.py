@@ -14,18 +14,18 @@ from lensjax.tangents.kernel.compute import (
     Method,
     Outputs,
     check_bounded,
-    checked,
-    choose,
+    choose_method,
     layer_kernels,
-    reduced,
+    reduce_gradients,
     reverse_mode,
+    validate,
 )
-from lensjax.tangents.kernel.memory_limit import within
+from lensjax.tangents.kernel.memory_limit import plan_memory
 from lensjax.tangents.kernel.problem import is_crossed
 from lensjax.tangents.kernel.report import NtkReport, report_of
-from lensjax.tangents.language_models import opened
+from lensjax.tangents.language_models import split_model_args
 from lensjax.tangents.parameters import ByLayer, Select
-from lensjax.tangents.program.reductions import Norms, Pairs
+from lensjax.tangents.program.reductions import GramReduction, SquaredNorm
 
 
 def ntk(
@@ -63,15 +63,16 @@ def ntk(
         and the second where an example has more outputs than there are parameters, but not with `memory`, where
         reverse mode does not exist (`while_loop`), or where f cannot be transformed; the report says which and why.
     parameters : callable (path, array) -> bool, or pattern or patterns for the path ("layers.*.kernel"), optional
-        Which parameters count; default all floating-point ones. The others are constants. Each pattern must match.
+        Which parameters are selected; default all floating-point ones. The others are constants. Each pattern must
+        match.
     by_layer : bool, "parameter", or callable path -> layer name
-        Return one kernel for each layer; these add up to the whole. True: a layer is a path without its last part.
+        Return one kernel for each layer; their sum is the whole. True: a layer is a path without its last part.
     outputs : {"full", "trace", "diagonal"}
-        Which pairs of outputs: all; equal ones, summed; equal ones, kept apart.
+        Which pairs of outputs: all; equal ones, summed; equal ones, one by one.
     memory : int, optional
-        Bytes that the computation may take beside the parameters and the examples, by the compiled program's own
-        account; the kernel counts where all examples go at once, and only that of two blocks where they do not.
-        For method "transform". Models of `lensjax.models` then run their layers in a loop and recompute as much of
+        Bytes that the computation may take beside the parameters and the examples, by XLA's analysis of the compiled
+        program; with the kernel where all examples go at once, else with that of two blocks only. For method
+        "transform". Models of `lensjax.models` then run their layers in a loop and recompute as much of
         them on the way back as is necessary; where that, or any other function, does not fit, the kernel is computed
         in blocks as by `ntk_blocks(memory=)`, which repeats the backward pass for each block and cannot be done under
         `jax.jit`. The report says which.
@@ -86,8 +87,8 @@ def ntk(
     Raises
     ------
     InputError
-        If the input does not fit together, parameters that count are no real arrays, or a method that goes backwards
-        is asked for where `f` cannot be; or if with `memory` nothing fits, the method cannot be "transform", or there
+        If the input does not fit together, a selected parameter is no real array, or a method that needs reverse mode
+        is asked for where `f` has none; or if with `memory` nothing fits, the method cannot be "transform", or there
         have to be blocks under `jax.jit`; see the message.
     UnsupportedBackendError
         Where the installed jaxlib computes wrong derivatives.
@@ -95,14 +96,15 @@ def ntk(
     Notes
     -----
     The kernel is exact, and can be differentiated with respect to parameters and examples by `jax.grad` and `jax.jvp`
-    whatever the method, as far as f itself has second derivatives. Indices beyond a table count as in JAX's gradient of
-    the lookup; "ntvp" multiplies by JAX's derivative forwards, too, which is another one there. Weights that are
-    applied once have their share taken in passing; weights with several uses keep their inputs and cotangents; whatever
-    else is done to a parameter has its per-example gradients made, for that parameter only. The report names those.
+    whatever the method, as far as f itself has second derivatives. Indices beyond a table are treated as in JAX's
+    gradient of the lookup; "ntvp" also multiplies by JAX's forward-mode derivative, which is another one there. The
+    contribution of a weight that is applied once is computed in the backward pass; of weights with several uses the
+    inputs and cotangents are kept; a parameter that is used in any other operation has per-example gradients. The
+    report names those.
 
     Compiled once for each `f` object and shapes. As with `jax.jit`, what `f` holds beside its arguments is read then:
-    what changes between calls belongs to `params` or the examples. A bound method counts as the same object as long as
-    the one that it is of. Callable objects that cannot be hashed or referenced weakly are compiled anew in each call.
+    what changes between calls belongs to `params` or the examples. Bound methods of one object are the same `f`.
+    Callable objects that cannot be hashed or referenced weakly are compiled anew in each call.
 
     References
     ----------
@@ -117,19 +119,19 @@ def ntk(
            [11., 25.]], dtype=float32)
     """
     model = f
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
-    problem = checked(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
-    reducer = Pairs(problem.rows, problem.columns, is_crossed(problem, outputs))
-    chosen, reason = choose(problem, method, params, x1, x2, bounded=memory is not None, reducer=reducer)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
+    problem = validate(f, params, x1, x2, parameters, by_layer, outputs=outputs, method=method)
+    reduction = GramReduction(problem.rows, problem.columns, is_crossed(problem, outputs))
+    chosen, reason = choose_method(problem, method, params, x1, x2, bounded=memory is not None, reduction=reduction)
     if memory is not None:
         check_bounded(memory, chosen, reason, "leave `memory` out" if method == "auto" else "leave one out")
         with reverse_mode(f"memory={memory}", "leave it out, and choose method='auto' or 'jacobian'"):
-            choice = within(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
-        problem = dataclasses.replace(problem, function=choice.way.function)
-        params, reason = choice.way.params, f"{reason}; {choice.how}"
+            choice = plan_memory(problem, model, params, x1, x2, output, outputs, memory, by_layer=bool(by_layer))
+        problem = dataclasses.replace(problem, function=choice.variant.function)
+        params, reason = choice.variant.params, f"{reason}; {choice.how}"
         if choice.block is not None:
             try:
-                made, report = by_blocks(
+                whole, report = by_blocks(
                     problem, chosen, reason, params, x1, x2, parameters=parameters, outputs=outputs, block=choice.block
                 )
             except jax.errors.TracerArrayConversionError:
@@ -137,7 +139,7 @@ def ntk(
                     f"memory={memory} bytes allows blocks of {choice.block} examples only, and blocks cannot be "
                     "computed under jax.jit or another transformation; call ntk outside of it, or allow more."
                 ) from None
-            return (jnp.asarray(made), report()) if return_report else jnp.asarray(made)
+            return (jnp.asarray(whole), report()) if return_report else jnp.asarray(whole)
     layers = layer_kernels(problem, chosen, params, x1, x2, outputs)
     kernel = layers if by_layer else layers[""]
     if not return_report:
@@ -170,9 +172,9 @@ def explain(
     ------
     InputError, UnsupportedBackendError : as `ntk`
     """
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
-    problem = checked(f, params, x1, x2, parameters, False, method=method)
-    return report_of(problem, *choose(problem, method, params, x1, x2), params, x1)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
+    problem = validate(f, params, x1, x2, parameters, False, method=method)
+    return report_of(problem, *choose_method(problem, method, params, x1, x2), params, x1)
 
 
 def gradient_norms(
@@ -193,10 +195,10 @@ def gradient_norms(
     InputError, UnsupportedBackendError : as `ntk`
         Also if `f` cannot be differentiated backwards.
     """
-    f, params, x = opened(f, output, params, x)
-    problem = checked(f, params, x, None, parameters, by_layer)
+    f, params, x = split_model_args(f, output, params, x)
+    problem = validate(f, params, x, None, parameters, by_layer)
     with reverse_mode("gradient_norms", "take the root of the diagonal of ntk(f, ..., method='jacobian')"):
-        squares = reduced(problem, Norms(problem.rows), params, x)
+        squares = reduce_gradients(problem, SquaredNorm(problem.rows), params, x)
     result = {}
     for layer, name in enumerate(problem.layer_names):
         norms = jnp.sqrt(squares.get(layer, jnp.zeros((problem.outputs, problem.rows)))).T

@@ -1,4 +1,4 @@
-"""The kernel by other ways: materialised Jacobians, and products of the kernel with vectors."""
+"""The kernel as a linear operator: its products with vectors."""
 
 from __future__ import annotations
 
@@ -10,42 +10,24 @@ from lensjax_kernels.gram import pad_axis
 
 from lensjax.environment import require_exact_backend
 from lensjax.errors import InputError
-from lensjax.tangents.differentiation import pushed
-from lensjax.tangents.kernel.problem import Problem, make_problem
-from lensjax.tangents.language_models import opened
+from lensjax.tangents.differentiation import jvp
+from lensjax.tangents.kernel.problem import KernelProblem, make_problem
+from lensjax.tangents.language_models import split_model_args
 from lensjax.tangents.parameters import Select, abstract, one_example
 
 
-def _jacobians(problem: Problem, params: Any, x: Any, reverse: bool) -> list[jax.Array]:
-    """Return the Jacobian (B, C, ...) of each parameter that counts."""
-    chosen = problem.chosen(params)
-    differentiate = jax.jacrev if reverse else jax.jacfwd
-
-    def of_one(example: Any) -> list[jax.Array]:
-        return differentiate(lambda chosen: problem.flat(params, chosen, example))(chosen)
-
-    def one_by_one(example: Any) -> list[jax.Array]:
-        y, pull = jax.vjp(lambda chosen: problem.flat(params, chosen, example), chosen)
-        return jax.lax.map(lambda seed: pull(seed)[0], jnp.eye(problem.outputs, dtype=y.dtype))
-
-    try:
-        return jax.vmap(of_one)(x)
-    except NotImplementedError:  # some operations of JAX have no rule for a further axis (`ragged_dot`)
-        return jax.lax.map(one_by_one, x)
-
-
 class NtkOperator:
-    """A kernel that is only ever multiplied with: `K @ v` costs one pull-back and one push-forward.
+    """A kernel as a linear operator: `K @ v` costs one vector-Jacobian and one Jacobian-vector product.
 
     Attributes
     ----------
     shape : (N, C, M, C)
-        C numbers of output for each example; `v` is (M, C) and the product (N, C). Where f returns one number without
-        axes the C are left out.
+        C outputs for each example; `v` is (M, C) and the product (N, C). Without C where f returns one number without
+        axes.
     """
 
     def __init__(
-        self, problem: Problem, params: Any, x1: Any, x2: Any, layer: int | None = None, batch: int = 64
+        self, problem: KernelProblem, params: Any, x1: Any, x2: Any, layer: int | None = None, batch: int = 64
     ) -> None:
         columns = problem.rows if problem.columns is None else problem.columns
         count = () if problem.scalar else (problem.outputs,)
@@ -91,37 +73,37 @@ class NtkOperator:
 
     def _multiply(self, v: jax.Array, params: Any, x1: Any, x2: Any, transposed: bool) -> jax.Array:
         problem = self._problem
-        chosen = problem.chosen(params)
-        layers = [n for n in problem.layers if n is not None]
+        selected = problem.selected(params)
+        layers = [n for n in problem.selection.layers if n is not None]
         x2 = x1 if x2 is None else x2
         x1, x2 = (x2, x1) if transposed else (x1, x2)
 
-        def over(x: Any) -> Any:
-            return lambda chosen: jax.vmap(lambda one: problem.flat(params, chosen, one))(x)
+        def outputs_on(x: Any) -> Any:
+            return lambda selected: jax.vmap(lambda one: problem.flat_outputs(params, selected, one))(x)
 
-        def pulled(total: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
-            y, pull = jax.vjp(over(jax.tree.map(lambda a: a[batch[0]], x2)), chosen)
-            (own,) = pull(batch[1].reshape(y.shape).astype(y.dtype))
+        def add_batch_vjp(total: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], None]:
+            y, vjp = jax.vjp(outputs_on(jax.tree.map(lambda a: a[batch[0]], x2)), selected)
+            (own,) = vjp(batch[1].reshape(y.shape).astype(y.dtype))
             return [a + b.astype(a.dtype) for a, b in zip(total, own, strict=True)], None
 
-        def pushed_part(places: jax.Array) -> jax.Array:
-            return pushed(over(jax.tree.map(lambda a: a[places], x1)), chosen, direction)
+        def batch_jvp(places: jax.Array) -> jax.Array:
+            return jvp(outputs_on(jax.tree.map(lambda a: a[places], x1)), selected, direction)
 
         columns = self._batches(len(v))
-        # The last batch is filled up with copies of the last example, which count nothing.
+        # The last batch is filled up with copies of the last example, whose weights are 0.
         weights = pad_axis(v, 0, columns.size - len(v)).reshape(*columns.shape, *v.shape[1:])
-        start = [jnp.zeros(a.shape, jnp.promote_types(jnp.float32, a.dtype)) for a in chosen]
-        sums = jax.lax.scan(pulled, start, (columns, weights))[0]
-        direction = [s.astype(a.dtype) for s, a in zip(sums, chosen, strict=True)]
+        start = [jnp.zeros(a.shape, jnp.promote_types(jnp.float32, a.dtype)) for a in selected]
+        sums = jax.lax.scan(add_batch_vjp, start, (columns, weights))[0]
+        direction = [s.astype(a.dtype) for s, a in zip(sums, selected, strict=True)]
         if self._layer is not None:
             direction = [d if n == self._layer else jnp.zeros_like(d) for d, n in zip(direction, layers, strict=True)]
         count = self.shape[len(self.shape) // 2] if transposed else self.shape[0]
-        out = jax.lax.map(pushed_part, self._batches(count))
+        out = jax.lax.map(batch_jvp, self._batches(count))
         out = out.reshape(-1, out.shape[-1])[:count]
         return out[:, 0] if problem.scalar else out
 
     def _batches(self, examples: int) -> jax.Array:
-        """Return the places of the examples of each batch, (batches, examples of one)."""
+        """Return the indices of the examples of each batch, (batches, examples of a batch)."""
         size = min(self._batch, examples)
         return jnp.minimum(jnp.arange(-(-examples // size) * size), examples - 1).reshape(-1, size)
 
@@ -136,13 +118,13 @@ def ntk_operator(
     parameters: Select = None,
     batch: int = 64,
 ) -> NtkOperator:
-    """Return the kernel as a linear operator that never makes it: for N where even the kernel is too large.
+    """Return the kernel as a linear operator, which never holds it: for N where even the kernel is too large.
 
     Parameters
     ----------
     f, params, x1, x2, output, parameters : as in `lensjax.tangents.ntk`
     batch : int
-        Examples that go through the function together.
+        Examples in one call of the function.
 
     Returns
     -------
@@ -154,11 +136,11 @@ def ntk_operator(
 
     Notes
     -----
-    A product takes the memory of one gradient over `batch` examples, however many there are. A solver such as
-    `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs nothing else.
+    A product takes the memory of one gradient over `batch` examples, however many there are. It is all that a solver
+    such as `jax.scipy.sparse.linalg.cg(lambda v: operator @ v, y)` needs.
     """
     require_exact_backend()
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1.")
-    f, params, x1, x2 = opened(f, output, params, x1, x2)
+    f, params, x1, x2 = split_model_args(f, output, params, x1, x2)
     return NtkOperator(make_problem(f, params, x1, x2, parameters, False), params, x1, x2, batch=batch)

@@ -1,4 +1,4 @@
-"""What a tangent computation is about: a function, its parameters, which of them count, and two sets of examples."""
+"""A kernel computation: a function, which of its parameters are selected, and two sets of examples."""
 
 from __future__ import annotations
 
@@ -13,75 +13,83 @@ from lensjax.errors import InputError
 from lensjax.tangents.parameters import (
     ByLayer,
     Function,
+    ParameterSelection,
     Select,
-    _is_array,
-    _is_real,
-    _none,
-    _refuse,
     abstract,
     count_examples,
-    layer_name,
+    is_array_or_number,
+    is_not_complex,
+    is_real_float,
     leaf_names,
+    match_parameters,
+    none_selected,
     one_example,
-    selection,
+    refuse_undifferentiable,
+    select_layers,
 )
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.compile_cache import held
+from lensjax.tangents.program.compile_cache import cacheable
 from lensjax.tangents.program.plan import Plan, make_plan
+
+REMEDY = (
+    ". Make numbers arrays (jnp.asarray), hold complex arrays as two real ones, keep functions outside of params, or "
+    "leave such leaves out (parameters=...)."
+)
+"""What to do about parameters that a kernel cannot be computed for."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Static facts of one computation.
+class KernelProblem:
+    """What is known of a kernel computation before any program is traced.
 
     Attributes
     ----------
     function : f(params, one example)
-    names : path of each parameter leaf
-    layers : number of each leaf's layer, None where the leaf is held constant
-    layer_names : name of each layer
+    selection : ParameterSelection
     outputs : numbers that `function` gives for one example
     scalar : whether it gives one number without axes
     rows, columns : examples on each side of the kernel; columns None: the rows again
     """
 
     function: Function
-    names: tuple[str, ...]
-    layers: tuple[int | None, ...]
-    layer_names: tuple[str, ...]
+    selection: ParameterSelection
     outputs: int
     scalar: bool
     rows: int
     columns: int | None
 
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Name of each layer."""
+        return self.selection.layer_names
+
     def plan(self, params: Any, example: Any) -> Plan:
         """Trace the function for one example and plan its transformation."""
         closed = jax.make_jaxpr(self.function)(abstract(params), example)
-        return make_plan(ir.elaborate(closed), len(self.names), self.layers)
+        return make_plan(ir.elaborate(closed), len(self.selection.names), self.selection.layers)
 
-    def chosen(self, params: Any) -> list[jax.Array]:
-        """Return the leaves that count."""
-        return [leaf for leaf, layer in zip(jax.tree.leaves(params), self.layers, strict=True) if layer is not None]
+    def selected(self, params: Any) -> list[jax.Array]:
+        """Return the selected parameters."""
+        return self.selection.selected(params)
 
-    def flat(self, params: Any, chosen: list[jax.Array], example: Any) -> jax.Array:
-        """Apply the function with the leaves that count replaced, and flatten what it gives to (outputs,)."""
-        leaves, structure = jax.tree.flatten(params)
-        values = iter(chosen)
-        replaced = [leaf if layer is None else next(values) for leaf, layer in zip(leaves, self.layers, strict=True)]
-        results = jax.tree.leaves(self.function(jax.tree.unflatten(structure, replaced), example))
+    def flat_outputs(self, params: Any, selected: list[jax.Array], example: Any) -> jax.Array:
+        """Apply the function with the selected parameters replaced, and flatten its outputs to (outputs,)."""
+        results = jax.tree.leaves(self.function(self.selection.replace(params, selected), example))
         return jnp.concatenate([jnp.reshape(r, -1) for r in results])
 
 
-def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer) -> Problem:
-    """Check the input of a computation and collect its facts.
+def make_problem(
+    function: Function, params: Any, x1: Any, x2: Any, parameters: Select, by_layer: ByLayer
+) -> KernelProblem:
+    """Check the input of a kernel computation.
 
     Raises
     ------
     InputError
-        If there are no examples or parameters, sizes disagree, a parameter that counts is no real array, a pattern
-        selects none, there is no such `by_layer`, or the function's output is not real.
+        If there are no examples or parameters, sizes disagree, a selected parameter is no real array, a pattern
+        matches none, there is no such `by_layer`, or the function's output is not real.
     """
-    function = held(function)
+    function = cacheable(function)
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     rows = count_examples(x1, "x1")
     columns = None if x2 is None else count_examples(x2, "x2")
@@ -91,15 +99,14 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
             f"{one_example(x2)}; pad or cast one of them."
         )
     named = list(zip(names, leaves, strict=True))
-    _refuse((n, a) for n, a in named if not (_is_array(a) or isinstance(a, int | float | complex)))
-    chosen = selection(parameters, names, leaves)
-    _refuse((n, a) for (n, a), c in zip(named, chosen, strict=True) if c and not (_is_array(a) and _is_real(a)))
-    chosen = [c and bool(jnp.issubdtype(a.dtype, jnp.floating)) for a, c in zip(leaves, chosen, strict=True)]
-    if not any(chosen):
-        raise _none(f"parameters={parameters!r}", names)
-    of_layer = [layer_name(by_layer, name) for name in names]
-    layer_names = tuple(dict.fromkeys(n for n, c in zip(of_layer, chosen, strict=True) if c))
-    layers = tuple(layer_names.index(n) if c else None for n, c in zip(of_layer, chosen, strict=True))
+    refuse_undifferentiable(named, is_array_or_number, REMEDY)
+    matched = match_parameters(parameters, names, leaves)
+    refuse_undifferentiable([one for one, own in zip(named, matched, strict=True) if own], is_not_complex, REMEDY)
+    # Arrays of integers are constants: the gradient with respect to them is not defined.
+    selected = [own and is_real_float(leaf) for leaf, own in zip(leaves, matched, strict=True)]
+    if not any(selected):
+        raise none_selected(f"parameters={parameters!r}", names)
+    selection = select_layers(names, selected, by_layer)
     shapes = jax.tree.leaves(jax.eval_shape(function, abstract(params), one_example(x1)))
     if not shapes or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in shapes):
         raise InputError(
@@ -107,9 +114,9 @@ def make_problem(function: Function, params: Any, x1: Any, x2: Any, parameters: 
         )
     outputs = sum(math.prod(s.shape) for s in shapes)
     scalar = len(shapes) == 1 and shapes[0].shape == ()
-    return Problem(function, names, layers, layer_names, outputs, scalar, rows, columns)
+    return KernelProblem(function, selection, outputs, scalar, rows, columns)
 
 
-def is_crossed(problem: Problem, outputs: str) -> bool:
+def is_crossed(problem: KernelProblem, outputs: str) -> bool:
     """Whether different outputs of an example are paired too."""
     return outputs == "full" and problem.outputs > 1

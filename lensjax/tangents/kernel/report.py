@@ -1,4 +1,4 @@
-"""What a kernel computation did with each parameter, and what that costs in memory."""
+"""The report of a kernel computation: how each parameter was treated, and the memory for it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 
 import jax
 
-from lensjax.tangents.kernel.problem import Problem
+from lensjax.tangents.kernel.problem import KernelProblem
 from lensjax.tangents.parameters import one_example
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.plan import Plan, Site
+from lensjax.tangents.program.plan import GradientSite, Plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """How the share of some parameters is computed.
+    """How the contribution of some parameters to the kernel is computed.
 
     Attributes
     ----------
     parameters : paths of the parameters, several where the function joins them first
     how : {"share", "factors", "materialised", "unused"}
-        "share": taken in passing. "factors": used more than once, so the inputs and cotangents of the uses are kept.
-        "materialised": per-example gradients exist. "unused": the function does not depend on them.
+        "share": in the backward pass, from the factors of one use. "factors": used more than once, so the inputs and
+        cotangents of the uses are kept. "materialised": per-example gradients exist. "unused": the function does not
+        depend on them.
     operations : the primitives that read them, with method "transform"; of materialised ones each named once
     reason : why they are materialised, else ""
     bytes : of the factors that are kept, or of the per-example gradients, for all examples and outputs. Not counted are
@@ -41,13 +42,13 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True)
 class NtkReport:
-    """What `lensjax.tangents.ntk` did.
+    """How `lensjax.tangents.ntk` computed a kernel.
 
     Attributes
     ----------
     method : {"transform", "jacobian", "ntvp"}
-    reason : why this one
-    examples, outputs : how many, outputs for one example
+    reason : why this method
+    examples, outputs : numbers of examples, and of outputs for one example
     treatments : one for each parameter, or for several that are joined
     """
 
@@ -59,7 +60,7 @@ class NtkReport:
 
     @property
     def materialised(self) -> tuple[Treatment, ...]:
-        """Those whose per-example gradients exist, largest first."""
+        """Treatments with per-example gradients, largest first."""
         found = [t for t in self.treatments if t.how == "materialised"]
         return tuple(sorted(found, key=lambda t: -t.bytes))
 
@@ -80,43 +81,43 @@ class NtkReport:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def report_of(problem: Problem, method: str, reason: str, params: Any, x1: Any) -> NtkReport:
+def report_of(problem: KernelProblem, method: str, reason: str, params: Any, x1: Any) -> NtkReport:
     """Return the report for a problem and the chosen method."""
     examples = problem.rows + (problem.columns or 0)
     leaves = jax.tree.leaves(params)
-    chosen = [i for i, layer in enumerate(problem.layers) if layer is not None]
+    chosen = [i for i, layer in enumerate(problem.selection.layers) if layer is not None]
     if method == "transform":
         plan = problem.plan(params, one_example(x1))
         treatments = _planned(plan, problem, examples)
     elif method == "jacobian":
         treatments = [
             Treatment(
-                (problem.names[i],), "materialised", (), "the method keeps all per-example gradients",
+                (problem.selection.names[i],), "materialised", (), "the method keeps all per-example gradients",
                 examples * problem.outputs * leaves[i].size * leaves[i].dtype.itemsize,
             )
             for i in chosen
         ]  # fmt: skip
     else:
-        treatments = [Treatment(tuple(problem.names[i] for i in chosen), "share", (), "", 0)]
+        treatments = [Treatment(tuple(problem.selection.names[i] for i in chosen), "share", (), "", 0)]
     return NtkReport(method, reason, examples, problem.outputs, tuple(treatments))
 
 
-def _planned(plan: Plan, problem: Problem, examples: int) -> list[Treatment]:
+def _planned(plan: Plan, problem: KernelProblem, examples: int) -> list[Treatment]:
     treatments: list[Treatment] = []
     seen: set[int] = set()
     for site in plan.sites:
         seen |= site.node.leaves
-        how = {"share": "share", "group": "factors", "lift": "materialised"}[site.how]
+        how = {"single": "share", "shared": "factors", "materialized": "materialised"}[site.how]
         read = [use.operation.name for use in site.uses]
         operations = tuple(read if site.uses else dict.fromkeys(_readers(plan.block, {site.node.value})))
-        names = tuple(problem.names[i] for i in sorted(site.node.leaves))
+        names = tuple(problem.selection.names[i] for i in sorted(site.node.leaves))
         treatments.append(Treatment(names, how, operations, site.reason, _memory(site, examples, problem.outputs)))
-    unused = [i for i, layer in enumerate(problem.layers) if layer is not None and i not in seen]
-    return treatments + [Treatment((problem.names[i],), "unused", (), "", 0) for i in unused]
+    unused = [i for i, layer in enumerate(problem.selection.layers) if layer is not None and i not in seen]
+    return treatments + [Treatment((problem.selection.names[i],), "unused", (), "", 0) for i in unused]
 
 
 def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
-    """Yield the name of each operation that reads one of the values; regions and loops stand for what is in them."""
+    """Yield the name of each operation that reads one of the values, also inside regions and loops."""
     for operation in block.operations:
         read = [isinstance(a, ir.Value) and a in values for a in operation.inputs]
         if operation.body is not None:
@@ -126,12 +127,12 @@ def _readers(block: ir.Block, values: set[ir.Value]) -> Iterator[str]:
             yield operation.name
 
 
-def _memory(site: Site, examples: int, outputs: int) -> int:
-    """Bytes that exist for all examples at once: of one iteration for what a loop frees again."""
+def _memory(site: GradientSite, examples: int, outputs: int) -> int:
+    """Return the bytes that exist for all examples at once; of what a loop frees again, those of one iteration."""
     value = site.node.value.aval
-    if site.how == "lift":
+    if site.how == "materialized":
         return int(examples * outputs * math.prod(value.shape) * value.dtype.itemsize)
-    if site.how == "share":
+    if site.how == "single":
         return 0
     total = 0
     for use, loops in zip(site.uses, site.loops_of_uses, strict=True):

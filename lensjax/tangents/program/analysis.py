@@ -1,4 +1,4 @@
-"""One pass over a program: what depends on the examples, what on parameters alone, and who reads the latter."""
+"""Dependencies in a program: which values depend on the examples, which on parameters alone, and who reads these."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 from jax.extend.core import primitives as jp
 
 from lensjax.tangents.program import ir
-from lensjax.tangents.program.operations import Use, use_of
+from lensjax.tangents.program.operations import ParameterUse, parameter_use
 
-Owner = tuple[tuple[int, float], ...]
-"""(layer, squared gain) of each parameter an entry stands for; a negative layer is told by the iteration of a loop."""
+WeightedLayers = tuple[tuple[int, float], ...]
+"""(layer, squared gain) for each parameter that an entry is a sum of.
 
-Owners = tuple[Owner, ...]
-"""The owner for each index of the leading axis, or once for all of them."""
+A negative layer is a placeholder for layers that depend on the iteration of a loop, see `per_iteration_layers`.
+"""
+
+LayerWeights = tuple[WeightedLayers, ...]
+"""The weighted layers of each index of the leading axis, or one element if they are the same for all indices."""
 
 SAME_ENTRIES = {
     jp.reshape_p,
@@ -30,10 +33,10 @@ SAME_ENTRIES = {
     jp.name_p,
     jp.sharding_constraint_p,
 }
-"""Operations whose output has the entries of their input, moved, cast or negated, each of them once."""
+"""Operations whose output has each entry of their input exactly once, moved, cast or negated."""
 
 IDENTITIES = {jp.copy_p, jp.convert_element_type_p, jp.name_p, jp.sharding_constraint_p}
-"""Those that leave the entries what and where they are."""
+"""Operations that change neither the value nor the position of an entry."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,21 +46,22 @@ class Node:
     Attributes
     ----------
     value : ir.Value
-    leaves : which parameters it stands for
-    owners : see `Owners`
-    made_by : how its parent became it: "leaf", "entries", "permute", "slice", "join", "scan", "repeat"
-    parents : nodes
+    leaves : indices of the parameters that it is computed from
+    layer_weights : see `LayerWeights`
+    origin : {"leaf", "entries", "permute", "slice", "join", "scan", "repeat"}
+        What computes it from its parents; "leaf": it is a parameter itself.
+    parents : the nodes that it is computed from
     permutation : of the parent's axes, for "permute"
     region : (start, stop) along each axis of the parent, for "slice"
-    loop : the scan it is an input of, for "scan" and "repeat"
-    loops : all scans it is sliced by, from the outside in
+    loop : the scan that it is an input of, for "scan" and "repeat"
+    loops : all scans that slice it, outermost first
     readers : what consumes it
     """
 
     value: ir.Value
     leaves: frozenset[int]
-    owners: Owners
-    made_by: str = "leaf"
+    layer_weights: LayerWeights
+    origin: str = "leaf"
     parents: tuple[Node, ...] = ()
     permutation: tuple[int, ...] | None = None
     region: tuple[tuple[int, int], ...] = ()
@@ -67,29 +71,49 @@ class Node:
 
     @property
     def uniform(self) -> bool:
-        """Whether all entries stand for the same layers with the same gain."""
-        return len(self.owners) == 1
+        """Whether all entries have the same layers with the same gain."""
+        return len(self.layer_weights) == 1
 
 
 @dataclasses.dataclass(eq=False)
 class Reader:
-    """One consumer of a node: another node, a use that can be tapped, or something that needs the node lifted."""
+    """One consumer of a node: another node, a use with known factors, or the name of anything else.
 
-    what: Node | Use | str
+    The last kind needs the node materialized.
+    """
+
+    what: Node | ParameterUse | str
 
 
-class Classifier:
-    """One pass over the program: which values depend on examples, which are nodes, and who reads these."""
+class DependencyAnalysis:
+    """Dependencies in a program: the values that depend on examples, the nodes, and the readers of the nodes.
+
+    Parameters
+    ----------
+    block : the program
+    parameters : how many of its inputs, the first ones, are parameters
+    layers : number of each parameter's layer, None where it is constant
+    materialized : values to be copied for every example, with the reason
+
+    Attributes
+    ----------
+    batched : values that depend on the examples
+    nodes : value -> node, for values computed from parameters alone
+    materialized_nodes : the same for values that are materialized
+    roots : the nodes of the parameters
+    per_iteration_layers : for the placeholders -1, -2, ...: a loop, and the weighted layers of each of its iterations
+    live : operations that a gradient flows back through
+    """
 
     def __init__(
-        self, block: ir.Block, parameters: int, layers: Sequence[int | None], lifted: dict[ir.Value, str]
+        self, block: ir.Block, parameters: int, layers: Sequence[int | None], materialized: dict[ir.Value, str]
     ) -> None:
-        self.lifted = lifted
+        self.materialized = materialized
         self.batched: set[ir.Value] = set()
         self.nodes: dict[ir.Value, Node] = {}
-        self.lifted_nodes: dict[ir.Value, Node] = {}
+        self.materialized_nodes: dict[ir.Value, Node] = {}
         self.roots: list[Node] = []
-        self.tables: list[tuple[ir.Operation, Owners]] = []
+        self.per_iteration_layers: list[tuple[ir.Operation, LayerWeights]] = []
         for i, value in enumerate(block.inputs):
             if i >= parameters:
                 self.batched.add(value)
@@ -100,9 +124,9 @@ class Classifier:
         self.read_outputs(block, "output")
 
     def define(self, node: Node) -> Node:
-        """Register a node, or a lifted one as depending on the examples."""
-        if node.value in self.lifted:
-            self.lifted_nodes[node.value] = node
+        """Register a node; one that is materialized counts as depending on the examples."""
+        if node.value in self.materialized:
+            self.materialized_nodes[node.value] = node
             self.batched.add(node.value)
         else:
             self.nodes[node.value] = node
@@ -117,13 +141,13 @@ class Classifier:
         return isinstance(atom, ir.Value) and atom in self.batched
 
     def read_outputs(self, block: ir.Block, what: str) -> None:
-        """Let the outputs of a block count as readers of the nodes among them."""
+        """Register the outputs of a block as readers of the nodes among them."""
         for atom in block.outputs:
             if (node := self.node(atom)) is not None:
                 node.readers.append(Reader(what))
 
     def walk(self, block: ir.Block) -> None:
-        """Classify what a block computes."""
+        """Analyse the operations of a block."""
         for operation in block.operations:
             if operation.kind == "remat":
                 self.remat(operation)
@@ -133,14 +157,14 @@ class Classifier:
                 self.primitive(operation)
 
     def alias(self, inner: ir.Value, outer: ir.Atom) -> None:
-        """Let a value inside a region mean what the one outside means."""
+        """Treat a value inside a region like the one outside."""
         if self.is_batched(outer):
             self.batched.add(inner)
         elif (node := self.node(outer)) is not None:
             self.nodes[inner] = node
 
     def remat(self, operation: ir.Operation) -> None:
-        """Classify a checkpointed region, whose inputs are the values outside."""
+        """Analyse a checkpointed region, whose inputs are the values outside."""
         assert operation.body is not None
         for inner, outer in zip(operation.body.inputs, operation.inputs, strict=True):
             self.alias(inner, outer)
@@ -151,7 +175,7 @@ class Classifier:
                 self.batched.add(out)
 
     def scan(self, operation: ir.Operation) -> None:
-        """Classify a loop: nodes among its constants are repeated, those among its inputs sliced."""
+        """Analyse a loop: nodes among its constants are repeated, nodes among its scanned inputs are sliced."""
         body = operation.body
         assert body is not None
         consts, carry = operation.params["num_consts"], operation.params["num_carry"]
@@ -172,14 +196,16 @@ class Classifier:
                 if node is not None:
                     node.readers.append(Reader("scan carry"))
             elif node is not None and i < consts:
-                child = Node(inner, node.leaves, node.owners, "repeat", (node,), loop=operation, loops=node.loops)
+                child = Node(
+                    inner, node.leaves, node.layer_weights, "repeat", (node,), loop=operation, loops=node.loops
+                )
                 node.readers.append(Reader(self.define(child)))
             elif node is not None:
-                owners, loops = node.owners, (*node.loops, operation)
+                layer_weights, loops = node.layer_weights, (*node.loops, operation)
                 if not node.uniform:
-                    self.tables.append((operation, owners))
-                    owners = (((-len(self.tables), 1.0),),)
-                child = Node(inner, node.leaves, owners, "scan", (node,), loop=operation, loops=loops)
+                    self.per_iteration_layers.append((operation, layer_weights))
+                    layer_weights = (((-len(self.per_iteration_layers), 1.0),),)
+                child = Node(inner, node.leaves, layer_weights, "scan", (node,), loop=operation, loops=loops)
                 node.readers.append(Reader(self.define(child)))
             elif self.is_batched(outer):
                 self.batched.add(inner)
@@ -190,16 +216,16 @@ class Classifier:
                 self.batched.add(out)
 
     def primitive(self, operation: ir.Operation) -> None:
-        """Classify one equation."""
+        """Analyse one equation."""
         if operation not in self.live:
             if any(self.is_batched(a) for a in operation.inputs):
                 self.batched.update(operation.outputs)
-            return  # no gradient flows back through it, so it does not count as a reader
+            return  # no gradient flows back through it, so it is no reader
         nodes = [self.node(a) for a in operation.inputs]
         present = [n for n in nodes if n is not None]
         if len(present) == 1:
             which = next(i for i, n in enumerate(nodes) if n is not None)
-            use = use_of(operation, which, self.is_batched)
+            use = parameter_use(operation, which, self.is_batched)
             if use is not None:
                 present[0].readers.append(Reader(use))
                 self.batched.update(operation.outputs)
@@ -219,16 +245,14 @@ class Classifier:
             n.readers.append(Reader(operation.name))
 
     def children(self, operation: ir.Operation, nodes: list[Node | None]) -> list[Node] | None:
-        """Return the nodes an operation on parameters alone makes, or None if it is none of the known ones."""
+        """Return the nodes that an operation on parameters alone computes, or None if the operation is not known."""
         primitive, params, out = operation.primitive, operation.params, operation.outputs[0]
         parent = next(n for n in nodes if n is not None)
         shape = parent.value.aval.shape
 
-        def child(made_by: str, owners: Owners | None = None, value: ir.Value = out, **facts: Any) -> Node:
-            return Node(
-                value, parent.leaves, parent.owners if owners is None else owners, made_by, (parent,), **facts,
-                loops=parent.loops,
-            )  # fmt: skip
+        def child(origin: str, weights: LayerWeights | None = None, value: ir.Value = out, **details: Any) -> Node:
+            weights = parent.layer_weights if weights is None else weights
+            return Node(value, parent.leaves, weights, origin, (parent,), **details, loops=parent.loops)
 
         if ir.is_complex(out):
             return None  # a real parameter has only the real part of such a gradient
@@ -246,8 +270,10 @@ class Classifier:
                 return None
             if primitive is jp.div_p:
                 gain = 1.0 / gain
-            owners = tuple(tuple((layer, g * gain**2) for layer, g in owner) for owner in parent.owners)
-            return [child("entries", owners)]
+            layer_weights = tuple(
+                tuple((layer, g * gain**2) for layer, g in weighted_layers) for weighted_layers in parent.layer_weights
+            )
+            return [child("entries", layer_weights)]
         if primitive in (jp.add_p, jp.sub_p):
             return self.sum(operation, nodes)
         if primitive in (jp.concatenate_p, _stack_p(operation)):
@@ -281,14 +307,14 @@ class Classifier:
             return None
         totals: dict[int, float] = {}
         for n in present:
-            for layer, gain in n.owners[0]:
+            for layer, gain in n.layer_weights[0]:
                 totals[layer] = totals.get(layer, 0.0) + gain
-        owners = (tuple(sorted(totals.items())),)
-        if len({self.tables[-layer - 1][0] for layer in totals if layer < 0}) > 1:
+        layer_weights = (tuple(sorted(totals.items())),)
+        if len({self.per_iteration_layers[-layer - 1][0] for layer in totals if layer < 0}) > 1:
             return None
         leaves = frozenset().union(*(n.leaves for n in present))
-        made_by = "join" if len(present) > 1 else "entries"
-        return [Node(out, leaves, owners, made_by, tuple(present), loops=present[0].loops)]
+        origin = "join" if len(present) > 1 else "entries"
+        return [Node(out, leaves, layer_weights, origin, tuple(present), loops=present[0].loops)]
 
     def join(self, operation: ir.Operation, nodes: list[Node | None]) -> list[Node] | None:
         """Return the node for a concatenation or a stack of parameters and constants."""
@@ -303,13 +329,13 @@ class Classifier:
             length = 1 if stacked else atom.aval.shape[axis]
             if n is not None and not n.uniform and (stacked or axis != 0):
                 return None
-            owners = ((),) if n is None else n.owners
-            rows.extend(owners if len(owners) > 1 else owners * length)
-        owners = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
-        if len(owners) > 1 and (axis != 0 or any(layer < 0 for row in rows for layer, _ in row)):
+            layer_weights = ((),) if n is None else n.layer_weights
+            rows.extend(layer_weights if len(layer_weights) > 1 else layer_weights * length)
+        layer_weights = (rows[0],) if len(set(rows)) == 1 else tuple(rows)
+        if len(layer_weights) > 1 and (axis != 0 or any(layer < 0 for row in rows for layer, _ in row)):
             return None
         leaves = frozenset().union(*(n.leaves for n in present))
-        return [Node(out, leaves, owners, "join", tuple(present), loops=present[0].loops)]
+        return [Node(out, leaves, layer_weights, "join", tuple(present), loops=present[0].loops)]
 
 
 def _stack_p(operation: ir.Operation) -> Any:
@@ -331,7 +357,7 @@ def _with_gradient(block: ir.Block) -> set[ir.Operation]:
             found.add(operation)
             live.update(a for a in operation.inputs if ir.is_float(a))
             if operation.body is not None:
-                visit(operation.body)  # as if all its outputs were read: at worst too much is materialised
+                visit(operation.body)  # as if all its outputs were read: at worst too much is materialized
 
     visit(block)
     return found
@@ -341,7 +367,7 @@ def _depends(block: ir.Block, moving: Sequence[bool]) -> list[bool]:
     """Return which outputs of a block depend on the inputs marked `moving`."""
     marked = {v for v, m in zip(block.inputs, moving, strict=True) if m}
     for operation in block.operations:
-        # Regions are taken whole: too much is marked at worst, and costs copies, not exactness.
+        # Regions are treated as one operation: at worst too much is marked, which costs copies, not exactness.
         if any(isinstance(a, ir.Value) and a in marked for a in operation.inputs):
             marked.update(operation.outputs)
     return [isinstance(a, ir.Value) and a in marked for a in block.outputs]

@@ -1,4 +1,4 @@
-"""Compiled programs, kept for as long as the function they are made of lives."""
+"""A cache of compiled programs that keeps each as long as the function lives that it was made from."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from lensjax.tangents.parameters import Function
 
-_COMPILED: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 
-def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
+def cached_compile(function: Function, key: Hashable, make: Callable[[Callable[[], Function]], Any]) -> Any:
     """Return `make(get_function)`, kept as long as `function` lives, so that a second call compiles nothing.
 
-    A bound method is a new object wherever it is written, and counts as the same one as long as its object lives. For
-    what cannot be referenced weakly or hashed nothing is kept: see `held`. `make` must not hold `function` itself, or
-    neither would ever be freed.
+    A bound method is a new object in each attribute access; methods of one object count as the same function. Nothing
+    is kept for functions that cannot be hashed or referenced weakly: see `cacheable`. `make` must not refer to
+    `function` itself, or neither would ever be freed.
     """
-    owner, method = _parts(function)
+    owner, method = _owner_and_method(function)
     try:
         reference, unbound = weakref.ref(owner), None if method is None else weakref.ref(method)
-        kept = _COMPILED.setdefault(owner, {})
+        kept = _CACHE.setdefault(owner, {})
         key = key, unbound
         hash(key)
     except TypeError:
@@ -37,19 +37,19 @@ def compiled(function: Function, key: Hashable, make: Callable[[Callable[[], Fun
         assert of_class is not None
         return types.MethodType(of_class, found)
 
-    # Another owner that compares equal may have made it, and be gone.
+    # It may have been made for another owner that compared equal and has been freed.
     if key not in kept or kept[key][0]() is None:
         kept[key] = reference, make(get)
     return kept[key][1]
 
 
-def held(function: Function) -> Function:
-    """Return the function, or what stands for it in one call where `compiled` can keep nothing with it.
+def cacheable(function: Function) -> Function:
+    """Return the function, or a new wrapper of it where `cached_compile` could not keep anything for it.
 
-    That is for callable objects without hash, which may change between calls, or without weak references.
+    That is the case for callable objects without a hash, which may change between calls, or without weak references.
     """
     try:
-        owner, _ = _parts(function)
+        owner, _ = _owner_and_method(function)
         hash(owner)
         weakref.ref(owner)
     except TypeError:
@@ -57,6 +57,6 @@ def held(function: Function) -> Function:
     return function
 
 
-def _parts(function: Any) -> tuple[Any, Any]:
-    """Return what a bound method is of, and the function in its class; of anything else it and None."""
+def _owner_and_method(function: Any) -> tuple[Any, Any]:
+    """Return the object of a bound method and the function in its class; (function, None) for anything else."""
     return (function.__self__, function.__func__) if isinstance(function, types.MethodType) else (function, None)

@@ -1,8 +1,8 @@
 """The factors of a convolution's per-example gradient: patches of the input, and cotangents.
 
-A convolution is a product of the kernel with the patches of its input that the output's places see. With the patches
-made, a kernel's gradient is that of any product's weight. XLA's own ways, a convolution with a kernel for each example
-or one grouped by examples, take 10 to 100 times as long on CPU.
+A convolution is a product of the kernel with patches of its input, one for each position of the output. With these
+patches the kernel's gradient is that of the weight of any product. XLA's own methods, a convolution with a kernel for
+each example or one grouped by examples, take 10 to 100 times as long on CPU.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 MOST_SLICES = 32
-"""Kernels up to this length have their patches put together from slices, longer ones look them up."""
+"""For kernels up to this length patches are stacked from slices, for longer ones they are looked up."""
 
 
 def kernel_axes(params: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    """Return the axes of the kernel that a product contracts, input channels and places, and that of the output."""
+    """Return the kernel axes that a product contracts, input channels and positions, and that of output channels."""
     out, into, *places = params["dimension_numbers"].rhs_spec
     return (into, *places), out
 
 
 def tokens(params: dict[str, Any], out: tuple[int, ...]) -> int:
-    """Return how many places of one example's output there are."""
+    """Return the number of positions of one example's output."""
     return math.prod(out) // out[params["dimension_numbers"].out_spec[1]]
 
 
 def patches(params: dict[str, Any], x: jax.Array, kernel: tuple[int, ...], out: tuple[int, ...]) -> jax.Array:
-    """Return the patches (B, G, T, channels / G, *places of the kernel) of inputs (B, ...).
+    """Return the patches (B, G, T, channels / G, *kernel positions) of inputs (B, ...).
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def patches(params: dict[str, Any], x: jax.Array, kernel: tuple[int, ...], out: 
     return jnp.swapaxes(x, 2, 3)
 
 
-def places_last(params: dict[str, Any], ct: jax.Array) -> jax.Array:
-    """Return cotangents (B, G, T, channels / G) of outputs (B, ...), places in the order of `patches`."""
+def flatten_positions(params: dict[str, Any], ct: jax.Array) -> jax.Array:
+    """Return cotangents (B, G, T, channels / G) of outputs (B, ...), positions in the order of `patches`."""
     batch, channel, *places = params["dimension_numbers"].out_spec
     groups = params["feature_group_count"]
     ct = jnp.transpose(ct, (0, 1 + channel, 1 + batch, *(1 + axis for axis in places)))

@@ -1,7 +1,7 @@
 """A jaxpr as a tree of operations in which every value is one object: calls inlined, regions and loops kept.
 
-A jaxpr may share one body between several calls, so a variable does not say which call it belongs to; an analysis
-that attaches facts to values needs them apart. `elaborate` makes that tree, without the operations nobody reads.
+Several calls in a jaxpr may have one body, so that a variable does not identify one value; an analysis needs values of
+its own for each call. `elaborate` builds this tree, without operations whose outputs are never read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.extend.core import primitives as jp
 from lensjax_kernels import head_cross_entropy
 
 INLINED = (jp.jit_p, jp.closed_call_p, jp.call_p)
-"""Calls that mean no more than their body."""
+"""Calls that are equivalent to their body."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,7 +46,7 @@ Atom = Value | Known
 
 @dataclasses.dataclass(eq=False)
 class Block:
-    """Operations in order, with what goes in and what comes out."""
+    """Operations in order, with inputs and outputs."""
 
     inputs: list[Value]
     operations: list[Operation]
@@ -75,7 +75,7 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """What to call the operation in a report."""
+        """Name of the operation in a report."""
         return "head_cross_entropy" if self.kind == "head" else str(self.primitive.name)
 
     def bind(self, *args: Any) -> list[Any]:
@@ -115,13 +115,13 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def holds(program: Any, primitive: Any) -> bool:
-    """Whether a program or one that it calls has an equation of the primitive."""
+    """Whether a program, or one that it calls, has an equation with the primitive."""
     return any(e.primitive is primitive or any(holds(p, primitive) for p in called(e)) for e in program.eqns)
 
 
 def prevents_cse(operation: Operation) -> bool:
     """Whether a region that is recomputed is kept apart from its first computation."""
-    # May be told for each input, of which a transformed region has others.
+    # There may be one flag for each input, and a transformed region has other inputs.
     return bool(np.any(operation.params["prevent_cse"]))
 
 
@@ -179,9 +179,9 @@ def _inline(
 
 
 def _is_head(eqn: Any) -> bool:
-    """Whether a call is our fused head without a bias, told by its name and by the body that we would trace.
+    """Whether a call is our fused head without a bias, by its name and by comparing its body with that of a new trace.
 
-    With a bias, or with chunks of a size of their own, it is inlined: a bias is a parameter too, and the product with
+    With a bias, or with a chunk size that was asked for, it is inlined: a bias is a parameter too, and the product with
     the weight has factors like any other.
     """
     function = inspect.unwrap(head_cross_entropy)
@@ -207,7 +207,7 @@ def _drop_unread(block: Block) -> None:
 
 
 def scalar(atom: Atom) -> float | None:
-    """Return the number that the atom is known to be, if it is one number known while tracing."""
+    """Return the atom's value if it is one number that is known while tracing, else None."""
     if not isinstance(atom, Known) or np.size(atom.value) != 1:
         return None
     try:

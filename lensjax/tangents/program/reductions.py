@@ -1,4 +1,4 @@
-"""What is wanted of the per-example gradients: kernels, squared norms or random features, summed over parameters."""
+"""Reductions of per-example gradients, sums over parameters: Gram matrices, squared norms and tensor sketches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from lensjax_kernels.gram import EXACT, accumulator, gram_matrix
+from lensjax_kernels.gram import EXACT, accumulation_dtype, gram_matrix
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Inner products between examples.
+class GramReduction:
+    """Inner products between examples: the kernel.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Pairs:
 
     @property
     def examples(self) -> int:
-        """Number of examples that go through the program together."""
+        """Number of examples of one run of the program."""
         return self.rows + (self.columns or 0)
 
     def shape(self, outputs: int) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class Pairs:
     def __call__(self, gradient: jax.Array) -> jax.Array:
         """Reduce gradients (B, C, K)."""
         left, right = self.sides(gradient)
-        dtype = accumulator(gradient)
+        dtype = accumulation_dtype(gradient)
         if self.columns is None and (self.crossed or gradient.shape[1] == 1):
             n, c, size = gradient.shape
             gram = gram_matrix(gradient.reshape(n * c, size))
@@ -58,12 +58,12 @@ class Pairs:
         return jnp.einsum("ick,jck->cij", left, right, precision=EXACT, preferred_element_type=dtype)
 
     def arrange(self, blocks: jax.Array) -> jax.Array:
-        """Turn (N, C, M, C) blocks from a token contraction into a result."""
+        """Turn (N, C, M, C) blocks from a token contraction into the shape of a result."""
         return blocks if self.crossed else jnp.einsum("icjc->cij", blocks)
 
 
 @dataclasses.dataclass(frozen=True)
-class Norms:
+class SquaredNorm:
     """Squared norm of each example's gradient."""
 
     examples: int
@@ -75,18 +75,22 @@ class Norms:
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
         """Reduce gradients (B, C, K)."""
-        return jnp.sum(jnp.square(gradient.astype(accumulator(gradient))), axis=-1).T
+        return jnp.sum(jnp.square(gradient.astype(accumulation_dtype(gradient))), axis=-1).T
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
-    """Random features whose inner products are the kernel in expectation.
+class TensorSketch:
+    """Random features whose inner products are the kernel in expectation: a tensor sketch of each gradient matrix.
 
     Attributes
     ----------
     examples : int
     width : int
         Number of features.
+
+    References
+    ----------
+    Pham & Pagh 2013, "Fast and scalable polynomial kernels via explicit feature maps".
     """
 
     examples: int
@@ -94,36 +98,36 @@ class Features:
     crossed: bool = False
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
-        """Refuse: a projection depends on where in the gradient an entry stands; see `hashed` and `sketch`."""
+        """Raise: a projection depends on the position of an entry in the gradient; see `hash_entries` and `sketch`."""
         raise NotImplementedError
 
     def shape(self, outputs: int) -> tuple[int, ...]:
         """Shape of a result for `outputs` outputs an example."""
         return (outputs, self.examples, self.width)
 
-    def hashed(self, key: jax.Array, entries: int, side: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Return the feature that each entry of one side of a matrix goes to, and its sign there.
+    def hash_entries(self, key: jax.Array, entries: int, side: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Return the feature and the sign that each row (`side` "left") or column ("right") of a matrix hashes to.
 
-        Entry (i, j) goes to the sum of both sides' features, modulo the width, with the product of both signs.
+        Entry (i, j) hashes to the sum of the features of i and j, modulo the width, and to the product of their signs.
         """
         place, sign = jax.random.split(jax.random.fold_in(key, 0 if side == "left" else 1))
-        if entries <= self.width:  # no two in one place: less variance
+        if entries <= self.width:  # without collisions: less variance
             bucket = jax.random.permutation(place, self.width)[:entries]
         else:
             bucket = jax.random.randint(place, (entries,), 0, self.width)
         return bucket, jax.random.rademacher(sign, (entries,), dtype)
 
-    def spread(self, x: jax.Array, bucket: jax.Array) -> jax.Array:
-        """Add entries (..., K) up in their features: (..., width)."""
-        # Entries first, for whole rows to be added: several times as fast on CPU.
-        rows = x.reshape(-1, x.shape[-1]).T.astype(accumulator(x))
+    def scatter_entries(self, x: jax.Array, bucket: jax.Array) -> jax.Array:
+        """Return the sums of entries (..., K) over their features: (..., width)."""
+        # With the entries as the first axis whole rows are added: several times as fast on CPU.
+        rows = x.reshape(-1, x.shape[-1]).T.astype(accumulation_dtype(x))
         summed = jnp.zeros((self.width, rows.shape[1]), rows.dtype).at[bucket].add(rows)
         return summed.T.reshape(*x.shape[:-1], self.width)
 
     def sketch(self, gradient: jax.Array, key: jax.Array) -> jax.Array:
-        """Return features (C, B, width) of vector gradients (B, C, K): each entry, signed, goes to a random feature."""
-        bucket, signs = self.hashed(key, gradient.shape[-1], "left", gradient.dtype)
-        return jnp.swapaxes(self.spread(gradient * signs, bucket), 0, 1)
+        """Return features (C, B, width) of vector gradients (B, C, K): signed entries summed over random features."""
+        bucket, signs = self.hash_entries(key, gradient.shape[-1], "left", gradient.dtype)
+        return jnp.swapaxes(self.scatter_entries(gradient * signs, bucket), 0, 1)
 
 
-Reducer = Pairs | Norms | Features
+Reduction = GramReduction | SquaredNorm | TensorSketch

@@ -1,7 +1,8 @@
-"""The share of a parameter with several uses, whose per-example gradient is the sum over them.
+"""The contribution of a parameter with several uses, whose per-example gradient is the sum over them.
 
-Products alone are joined along their tokens. Where rows are looked up as well (an embedding tied to the head) there
-are two ways: cross terms by token pairs, which never make a gradient; or the summed gradient, some rows at a time.
+The factors of products are concatenated along their tokens. Where rows are looked up as well (an embedding tied to the
+head) there are two methods: cross terms over token pairs, which never make a gradient; or the summed gradient, some
+rows at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from lensjax_kernels.cross_entropy import IGNORED
-from lensjax_kernels.cross_entropy_gram import head_left
+from lensjax_kernels.cross_entropy_gram import softmax_minus_onehot
 from lensjax_kernels.gram import crossed_gram
 
-from lensjax.tangents.program.contributions import RowsOf, of_factors, of_rows, over_rows
-from lensjax.tangents.program.operations import Canonical, Use
-from lensjax.tangents.program.reductions import Pairs, Reducer
+from lensjax.tangents.program.contributions import (
+    RowsOf,
+    factor_contribution,
+    lookup_contribution,
+    row_chunk_contribution,
+)
+from lensjax.tangents.program.operations import FactorLayout, ParameterUse
+from lensjax.tangents.program.reductions import GramReduction, Reduction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +65,11 @@ class _Head:
         assert weight is not None
 
         def left(start: jax.Array, size: int) -> jax.Array:
-            # `over_rows` counts on from `start`, and wants zeros after the last row.
+            # `row_chunk_contribution` needs the row at `start` first, and zeros after the last row.
             own = min(size, weight.shape[0])
-            factor = head_left(self.hidden, weight, self.labels, self.normalizers, self.logits, start=start, size=own)
+            factor = softmax_minus_onehot(
+                self.hidden, weight, self.labels, self.normalizers, self.logits, start=start, size=own
+            )
             return jnp.roll(factor, jnp.minimum(weight.shape[0] - own - start, 0), axis=2)
 
         return left
@@ -70,8 +78,10 @@ class _Head:
         return self.cotangents[..., None] * self.hidden[:, None].astype(self.cotangents.dtype)
 
 
-def by_tokens(uses: Sequence[Use], in_loops: bool, tokens: Sequence[int], outputs: int, reducer: Reducer) -> bool:
-    """Whether a parameter's cross terms are taken by token pairs; a head's own share is then taken in passing.
+def use_token_pairs(
+    uses: Sequence[ParameterUse], in_loops: bool, tokens: Sequence[int], outputs: int, reduction: Reduction
+) -> bool:
+    """Whether a parameter's cross terms are computed over token pairs; a head then contributes in the backward pass.
 
     Parameters
     ----------
@@ -79,11 +89,11 @@ def by_tokens(uses: Sequence[Use], in_loops: bool, tokens: Sequence[int], output
     in_loops : whether any is in a loop
     tokens : of each use, for one example
     outputs : of each example
-    reducer : what is wanted
+    reduction : Reduction
     """
     kinds = [use.kind for use in uses]
     dense = len(kinds) - kinds.count("rows")
-    if not isinstance(reducer, Pairs) or "rows" not in kinds or dense == 0:
+    if not isinstance(reduction, GramReduction) or "rows" not in kinds or dense == 0:
         return False
     if "head" in kinds and (dense > 1 or in_loops):
         return False
@@ -91,44 +101,44 @@ def by_tokens(uses: Sequence[Use], in_loops: bool, tokens: Sequence[int], output
         return False
     looked_up = sum(n for n, kind in zip(tokens, kinds, strict=True) if kind == "rows")
     others = sum(tokens) - looked_up
-    pairs = reducer.rows * (reducer.columns or reducer.rows)
-    # Operations on token pairs come with passes over all of these; the other way makes the head's left factor again.
-    crossed = others if reducer.columns is None else 2 * others
+    pairs = reduction.rows * (reduction.columns or reduction.rows)
+    # Operations on token pairs also read and write them all; the other method computes the head's left factor again.
+    crossed = others if reduction.columns is None else 2 * others
     direct = 2 * pairs * looked_up * (looked_up + crossed) * outputs**2
-    return direct < uses[0].shape[0] * reducer.examples * others
+    return direct < uses[0].shape[0] * reduction.examples * others
 
 
-def of_group(
-    canonicals: Sequence[Canonical],
+def shared_contribution(
+    layouts: Sequence[FactorLayout],
     saved: Sequence[tuple[jax.Array, ...]],
     cotangents: Sequence[jax.Array],
     weight: jax.Array | None,
-    reducer: Reducer,
+    reduction: Reduction,
     direct: bool,
 ) -> jax.Array:
-    """Return the share of a parameter that is used more than once.
+    """Return the contribution of a parameter that is used more than once.
 
     Parameters
     ----------
-    canonicals : one for each use
-    saved : for each use what its forward pass saved, with the iterations of the loops around it as axis 1: (B, L, ...)
-    cotangents : for each use those of its output, (B, C, L, ...)
+    layouts : one for each use
+    saved : for each use, what its forward pass saved, with the iterations of the loops around it as axis 1: (B, L, ...)
+    cotangents : for each use, those of its output, (B, C, L, ...)
     weight : the parameter, where a head is among the uses
-    reducer : what is wanted
-    direct : see `by_tokens`; a head's own share is then left out here
+    reduction : Reduction
+    direct : the answer of `use_token_pairs`; a head's own contribution is then left out here
     """
     dots: list[_Dense] = []
     heads: list[_Head] = []
     ids: list[jax.Array] = []
     added: list[jax.Array] = []
-    for canonical, residual, ct in zip(canonicals, saved, cotangents, strict=True):
-        right = _merge(jax.vmap(jax.vmap(canonical.cotangents, 1, 1), 2, 2)(ct), canonical)
-        if canonical.use.kind in ("dot", "conv"):
-            left = jax.vmap(canonical.inputs, 1, 1)(residual[0])[:, :, 0]
+    for layout, residual, ct in zip(layouts, saved, cotangents, strict=True):
+        right = _merge(jax.vmap(jax.vmap(layout.cotangents, 1, 1), 2, 2)(ct), layout)
+        if layout.use.kind in ("dot", "conv"):
+            left = jax.vmap(layout.inputs, 1, 1)(residual[0])[:, :, 0]
             left = left.reshape(left.shape[0], -1, left.shape[-1])
-            dots.append(_Dense(left, right, canonical.inputs_first))
-        elif canonical.use.kind == "rows":
-            looked = jax.vmap(canonical.ids, 1, 1)(residual[0])
+            dots.append(_Dense(left, right, layout.inputs_first))
+        elif layout.use.kind == "rows":
+            looked = jax.vmap(layout.ids, 1, 1)(residual[0])
             ids.append(looked.reshape(looked.shape[0], -1))
             added.append(right)
         else:
@@ -140,28 +150,28 @@ def of_group(
     outputs = cotangents[0].shape[1]
     orientations = {part.inputs_first for part in dots}
     if dots and not ids and not heads and (outputs == 1 or len(orientations) == 1):
-        return _joined(dots, outputs, reducer)
+        return _concatenated_contribution(dots, outputs, reduction)
     table = (jnp.concatenate(ids, 1), jnp.concatenate(added, 2)) if ids else None
-    height = canonicals[0].height()
+    height = layouts[0].height()
     if table is not None and not dots and not heads:
-        return of_rows(*table, height, False, reducer, None)
+        return lookup_contribution(*table, height, False, reduction, None)
     if direct:
         assert table is not None
-        assert isinstance(reducer, Pairs)
-        return _by_tokens(dots, heads, *table, height, weight, reducer)
+        assert isinstance(reduction, GramReduction)
+        return _token_pair_contribution(dots, heads, *table, height, weight, reduction)
     products: list[tuple[RowsOf, jax.Array]] = [(part.rows, part.columns()) for part in dots]
     products += [(head.rows(weight), head.columns()) for head in heads]
-    return over_rows(products, table, height, reducer)
+    return row_chunk_contribution(products, table, height, reduction)
 
 
-def _merge(right: jax.Array, canonical: Canonical) -> jax.Array:
+def _merge(right: jax.Array, layout: FactorLayout) -> jax.Array:
     """Join loops and tokens of cotangent factors: (B, C, L, [H = 1], T, ...) -> (B, C, L * T, ...)."""
-    if canonical.use.kind in ("dot", "conv"):
+    if layout.use.kind in ("dot", "conv"):
         right = right[:, :, :, 0]
     return right.reshape(*right.shape[:2], -1, *right.shape[4:])
 
 
-def _joined(dots: Sequence[_Dense], outputs: int, reducer: Reducer) -> jax.Array:
+def _concatenated_contribution(dots: Sequence[_Dense], outputs: int, reduction: Reduction) -> jax.Array:
     if outputs == 1:
         factors = [part.by_row() for part in dots]
         first = True
@@ -170,21 +180,21 @@ def _joined(dots: Sequence[_Dense], outputs: int, reducer: Reducer) -> jax.Array
         first = dots[0].inputs_first
     left = jnp.concatenate([a for a, _ in factors], 1)
     right = jnp.concatenate([g for _, g in factors], 2)
-    return of_factors(left, right, first, reducer, None)
+    return factor_contribution(left, right, first, reduction, None)
 
 
-def _by_tokens(
+def _token_pair_contribution(
     dots: Sequence[_Dense],
     heads: Sequence[_Head],
     ids: jax.Array,
     added: jax.Array,
     height: int,
     weight: jax.Array | None,
-    reducer: Pairs,
+    reduction: GramReduction,
 ) -> jax.Array:
-    total = of_rows(ids, added, height, False, reducer, None)
+    total = lookup_contribution(ids, added, height, False, reduction, None)
     if dots:
-        total = total + _joined(dots, 1, reducer)
+        total = total + _concatenated_contribution(dots, 1, reduction)
         factors = [part.by_row() for part in dots]
         left, right = jnp.concatenate([a for a, _ in factors], 1), jnp.concatenate([g for _, g in factors], 2)
         source: tuple[Any, ...] = (left,)
@@ -192,22 +202,24 @@ def _by_tokens(
         head = heads[0]
         right = head.columns()
         source = (head.hidden, head.labels, head.normalizers, head.logits)
-    added = jnp.where((ids < 0)[:, None, :, None], 0, added)  # these looked nothing up
+    added = jnp.where((ids < 0)[:, None, :, None], 0, added)  # these tokens look nothing up
     ids = jnp.maximum(ids, 0)
-    split = reducer.sides
-    one_way = _crossed(split_tree(source, reducer, 0), split(right)[0], split(ids)[1], split(added)[1], weight)
+    split = reduction.sides
+    one_way = _cross_terms(split_tree(source, reduction, 0), split(right)[0], split(ids)[1], split(added)[1], weight)
     other_way = one_way
-    if reducer.columns is not None:
-        other_way = _crossed(split_tree(source, reducer, 1), split(right)[1], split(ids)[0], split(added)[0], weight)
-    return total + reducer.arrange(one_way + other_way.transpose(2, 3, 0, 1))
+    if reduction.columns is not None:
+        other_way = _cross_terms(
+            split_tree(source, reduction, 1), split(right)[1], split(ids)[0], split(added)[0], weight
+        )
+    return total + reduction.arrange(one_way + other_way.transpose(2, 3, 0, 1))
 
 
-def split_tree(arrays: tuple[Any, ...], reducer: Pairs, side: int) -> tuple[Any, ...]:
+def split_tree(arrays: tuple[Any, ...], reduction: GramReduction, side: int) -> tuple[Any, ...]:
     """Return one side of each array."""
-    return tuple(None if a is None else reducer.sides(a)[side] for a in arrays)
+    return tuple(None if a is None else reduction.sides(a)[side] for a in arrays)
 
 
-def _crossed(
+def _cross_terms(
     source: tuple[Any, ...], right: jax.Array, ids: jax.Array, added: jax.Array, weight: jax.Array | None
 ) -> jax.Array:
     if len(source) == 1:
@@ -219,12 +231,12 @@ def _crossed(
 
     def entries(i: jax.Array) -> jax.Array:
         if logits is None:
-            # As many "rows of the head" as tokens looked up; no label among them, for it is an id and not a place.
+            # One "row of the head" for each looked-up token, without labels: these are ids, not indices of such rows.
             none = jnp.full_like(labels[i], -1)
-            chances = head_left(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
+            probabilities = softmax_minus_onehot(hidden[i], looked_up, none, normalizers[i]).reshape(-1, *ids.shape)
         else:
-            chances = jnp.exp(logits[i][:, ids] - normalizers[i][:, None, None])
-        left = chances - (labels[i][:, None, None] == ids)
+            probabilities = jnp.exp(logits[i][:, ids] - normalizers[i][:, None, None])
+        left = probabilities - (labels[i][:, None, None] == ids)
         return jnp.where(labels[i][:, None, None] == IGNORED, 0, left)
 
     return crossed_gram(entries, right, added)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax.models import init_model
 from lensjax.tangents import hessian_trace, model_loss
@@ -68,9 +68,9 @@ def dense_matrices(model, batch):
 
     (hessian, jacobian), logits = jax.jit(jax.jacfwd(gradient_and_logits, has_aux=True))(start)
     chances, jacobian = scipy.special.softmax(np.asarray(logits), -1), np.asarray(jacobian)
-    pushed = chances[..., None] * (jacobian - np.einsum("ntv,ntvp->ntp", chances, jacobian)[:, :, None])
-    pushed *= np.asarray(counted)[..., None, None] / counted.sum()
-    return {"hessian": np.asarray(hessian), "gauss_newton": np.einsum("ntvp,ntvq->pq", jacobian, pushed, optimize=True)}
+    jvp = chances[..., None] * (jacobian - np.einsum("ntv,ntvp->ntp", chances, jacobian)[:, :, None])
+    jvp *= np.asarray(counted)[..., None, None] / counted.sum()
+    return {"hessian": np.asarray(hessian), "gauss_newton": np.einsum("ntvp,ntvq->pq", jacobian, jvp, optimize=True)}
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -87,7 +87,7 @@ def test_probes_of_a_family_are_those_of_the_dense_matrices(name):
             estimate = hessian_trace(model, batch, key=key, probes=2, matrix=matrix, by_layer="parameter", chunk=1)
             want = []
             for own in jax.random.split(jax.random.fold_in(key, 0), 2):
-                v = np.concatenate([np.ravel(a) for a in random_signs_like(own, leaves)])
+                v = np.concatenate([np.ravel(a) for a in rademacher_like(own, leaves)])
                 want.append([part.sum() for part in np.split(v * (whole @ v), bounds)])
             np.testing.assert_allclose(estimate.samples, want, rtol=0, atol=1e-10 * np.abs(want).max())
             assert estimate.trace == pytest.approx(sum(estimate.by_layer.values()), rel=1e-12)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lensjax import InputError
-from lensjax.tangents import curvature_operator, example_forms, quadratic_form, spectrum
+from lensjax.tangents import curvature_operator, per_example_quadratic_forms, quadratic_form, spectrum
 
 
 def symmetric(eigenvalues, seed=0):
@@ -91,7 +91,7 @@ def test_forms_of_each_example_and_layer():
         params = {"first": {"bias": draw(4), "kernel": draw(3, 4)}, "second": {"kernel": draw(4, 2)}}
         v = jax.tree.map(lambda a: draw(*a.shape), params)
         batch = {"x": draw(5, 3), "y": draw(5, 2)}
-        found = example_forms(loss, params, v, batch, steps=20)
+        found = per_example_quadratic_forms(loss, params, v, batch, steps=20)
         assert {name: a.shape for name, a in found.items()} == {"first": (5,), "second": (5,)}
         vector, unravel = jax.flatten_util.ravel_pytree(params)
         along = jax.flatten_util.ravel_pytree(v)[0]
@@ -104,19 +104,21 @@ def test_forms_of_each_example_and_layer():
                 assert found[name][i] == pytest.approx(want, rel=1e-8)
                 negative += np.linalg.eigvalsh(matrix[own, own])[0] < -1e-6
         # Blocks whose parameters do not stand side by side.
-        apart = example_forms(loss, params, v, batch, steps=20, by_layer=lambda path: path.rpartition(".")[2])
+        apart = per_example_quadratic_forms(
+            loss, params, v, batch, steps=20, by_layer=lambda path: path.rpartition(".")[2]
+        )
         matrix = np.asarray(hessian({name: a[:1] for name, a in batch.items()}))
         for name, own in (("bias", np.arange(4)), ("kernel", np.arange(4, 24))):
             want = applied(matrix[np.ix_(own, own)], along[own], DENSE["positive_part"])
             assert apart[name][0] == pytest.approx(want, rel=1e-8)
-        crossed = example_forms(
+        crossed = per_example_quadratic_forms(
             loss, params, v, batch, steps=20, by_layer=lambda path: "odd" if path == "first.kernel" else "even"
         )
         own = np.r_[0:4, 16:24]
         want = applied(matrix[np.ix_(own, own)], along[own], DENSE["positive_part"])
         assert crossed["even"][0] == pytest.approx(want, rel=1e-8)
         assert negative > 0  # the truncation has something to cut
-        plain = example_forms(loss, params, v, batch, steps=20, function="identity")
+        plain = per_example_quadratic_forms(loss, params, v, batch, steps=20, function="identity")
         assert (plain["first"] < found["first"] + 1e-12).all()
 
 
@@ -132,7 +134,9 @@ def test_forms_of_half_precision_weights():
     assert form.steps == 12
     want = np.maximum(eigenvalues, 0).sum()
     assert form.value == pytest.approx(want, rel=0.01)
-    np.testing.assert_allclose(example_forms(f, params, v, jnp.ones((2, 1)), steps=12)["w"], [want] * 2, rtol=0.01)
+    np.testing.assert_allclose(
+        per_example_quadratic_forms(f, params, v, jnp.ones((2, 1)), steps=12)["w"], [want] * 2, rtol=0.01
+    )
 
 
 @pytest.mark.parametrize("function", list(DENSE))
@@ -165,10 +169,13 @@ def test_errors():
         (lambda: quadratic_form(operator, {"w": jnp.ones(4)}), "v must have the structure"),
         (lambda: quadratic_form(operator_of(np.full((3, 3), np.nan)), v), "not finite"),
         (lambda: spectrum(operator, key=jax.random.key(0), probes=0), "probes=0 must be at least 1"),
-        (lambda: example_forms(f, params, v, batch, function="root"), "choose one of identity"),
-        (lambda: example_forms(f, params, v, batch, steps=0), "steps=0 must be at least 1"),
-        (lambda: example_forms(f, params, v, batch * jnp.nan), "not finite in w"),
-        (lambda: example_forms(f, params, v, (batch, jnp.ones(3))), "every leaf needs the examples as its first axis"),
+        (lambda: per_example_quadratic_forms(f, params, v, batch, function="root"), "choose one of identity"),
+        (lambda: per_example_quadratic_forms(f, params, v, batch, steps=0), "steps=0 must be at least 1"),
+        (lambda: per_example_quadratic_forms(f, params, v, batch * jnp.nan), "not finite in w"),
+        (
+            lambda: per_example_quadratic_forms(f, params, v, (batch, jnp.ones(3))),
+            "every leaf needs the examples as its first axis",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lensjax.tangents import hessian_trace
-from lensjax.tangents.curvature.quadratic_forms import gauss_newton_forms, hessian_forms
+from lensjax.tangents.curvature.quadratic_forms import gauss_newton_quadratic_forms, hessian_quadratic_forms
 from support import programs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -20,7 +20,7 @@ WALKS = ("dense_layer", "left_operand", "tied_embedding", "head_in_chunks", "sca
          "stacked_and_shared_within", "scan_in_a_scan", "branches", "custom_forward_rule", "low_rank_product",
          "disjoint_slices", "experts_by_lookup", "convolution", "rounded_on_the_side", "policy_of_checkpoint",
          "through_complex_numbers", "parameter_without_effect", "region_told_apart_by_input")  # fmt: skip
-"""One for each way that a program is walked; the rules for what is met on it are the same for both matrices."""
+"""One for each kind of program; the rules for its operations are the same for both matrices."""
 
 
 def problem(name):
@@ -57,7 +57,9 @@ def test_forms_of_the_hessian_are_those_of_its_products(name):
             return loss_of_outputs(f(p, x), x)
 
         want, scale = by_products(jax.jit(lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,))[1])(params, v), params, v)
-        of = jax.jit(lambda p, v: hessian_forms(of_leaves(loss, params), jax.tree.leaves(p), jax.tree.leaves(v)))
+        of = jax.jit(
+            lambda p, v: hessian_quadratic_forms(of_leaves(loss, params), jax.tree.leaves(p), jax.tree.leaves(v))
+        )
         got = of(params, v)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * scale)
         assert scale > 0
@@ -76,7 +78,7 @@ def test_forms_of_the_gauss_newton_matrix_are_those_of_its_products(name):
             return jax.jvp(jax.grad(lambda z: loss_of_outputs(z, x)), (z,), (dz,))[1]
 
         leaves, along = jax.tree.leaves(params), jax.tree.leaves(v)
-        got = jax.jit(lambda p, v: gauss_newton_forms(of_leaves(f, params, x), middle, p, v))(leaves, along)
+        got = jax.jit(lambda p, v: gauss_newton_quadratic_forms(of_leaves(f, params, x), middle, p, v))(leaves, along)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * scale)
 
 
@@ -96,8 +98,11 @@ def test_what_has_only_a_backward_rule_is_multiplied_instead():
         def loss(p, x):
             return jnp.sum(jax.lax.cond(x[0, 0] > 0, cubed, jnp.sin, p["w"]) * x)
 
-        assert hessian_forms(of_leaves(loss, params, x), [params["w"]], [params["w"]]) is None
-        assert gauss_newton_forms(of_leaves(loss, params, x), lambda z, dz: dz, [params["w"]], [params["w"]]) is None
+        assert hessian_quadratic_forms(of_leaves(loss, params, x), [params["w"]], [params["w"]]) is None
+        assert (
+            gauss_newton_quadratic_forms(of_leaves(loss, params, x), lambda z, dz: dz, [params["w"]], [params["w"]])
+            is None
+        )
         estimate = hessian_trace(loss, params, x, key=jax.random.key(0), probes=1)
         assert estimate.trace == pytest.approx(float(jnp.sum(6 * params["w"] * x)), rel=1e-12)  # a diagonal matrix
 
@@ -110,7 +115,7 @@ def test_a_product_with_integers():
 
     w, v = jnp.asarray([[0.1, 0.2, 0.3]]), jnp.asarray([[1.0, 2.0, -1.0]])
     product = jax.jvp(jax.grad(lambda w: loss([w])), (w,), (v,))[1]
-    np.testing.assert_allclose(hessian_forms(loss, [w], [v])[0], jnp.vdot(v, product), rtol=1e-5)
+    np.testing.assert_allclose(hessian_quadratic_forms(loss, [w], [v])[0], jnp.vdot(v, product), rtol=1e-5)
 
 
 def dots(jaxpr):
@@ -127,7 +132,7 @@ def test_no_weight_gradient_is_made():
     def loss(leaves):
         return jnp.sum(jnp.tanh(jnp.tanh(x @ leaves[0]) @ leaves[1]))
 
-    jaxpr = jax.make_jaxpr(functools.partial(hessian_forms, loss))(params, params).jaxpr
+    jaxpr = jax.make_jaxpr(functools.partial(hessian_quadratic_forms, loss))(params, params).jaxpr
     shapes = dots(jaxpr)
     assert shapes
     assert not {(5, 7), (7, 5), (7, 11), (11, 7)} & set(shapes)
@@ -162,8 +167,10 @@ def test_large_forms_in_float32(matrix):
         want, _ = by_products(product, p, d)
     p, d = (jax.tree.leaves(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), t)) for t in (params, v))
     if matrix == "hessian":
-        got = jax.jit(functools.partial(hessian_forms, of_leaves(lambda q: loss(f(q, ids), ids), params)))(p, d)
+        got = jax.jit(functools.partial(hessian_quadratic_forms, of_leaves(lambda q: loss(f(q, ids), ids), params)))(
+            p, d
+        )
     else:
         outputs = of_leaves(f, params, ids)
-        got = jax.jit(lambda p, d: gauss_newton_forms(outputs, lambda z, dz: middle(z, dz, ids), p, d))(p, d)
+        got = jax.jit(lambda p, d: gauss_newton_quadratic_forms(outputs, lambda z, dz: middle(z, dz, ids), p, d))(p, d)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())

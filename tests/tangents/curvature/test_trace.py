@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lensjax_kernels import random_signs_like
+from lensjax_kernels import rademacher_like
 
 from lensjax import InputError
 from lensjax.models import init_model
 from lensjax.tangents import (
     Composed,
     curvature_operator,
-    example_forms,
     gauss_newton_product,
     hessian_trace,
     hvp,
     model_loss,
+    per_example_quadratic_forms,
 )
 from lensjax.tangents.curvature.losses import head_gauss_newton
 
@@ -106,17 +106,17 @@ def model_batch(n=3, length=6, seed=0):
 
 @functools.cache
 def model(kind):
-    made = init_model({"model_type": kind, **MODELS[kind]}, jax.random.key(0), jnp.float64)
+    instance = init_model({"model_type": kind, **MODELS[kind]}, jax.random.key(0), jnp.float64)
     # Weights of a size that makes every part of the Hessian count.
     rng = np.random.default_rng(5)
-    state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.5), nnx.state(made, nnx.Param))
-    nnx.update(made, state)
-    return made
+    state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.5), nnx.state(instance, nnx.Param))
+    nnx.update(instance, state)
+    return instance
 
 
-def plain_loss(made):
+def plain_loss(instance):
     """The loss of the first of several batches from the logits, by hand."""
-    graph, _ = nnx.split(made, nnx.Param)
+    graph, _ = nnx.split(instance, nnx.Param)
 
     def logits(params, batch):
         own = nnx.merge(graph, params)
@@ -126,7 +126,7 @@ def plain_loss(made):
 
     def loss(logits, batch):
         labels = batch["labels"]
-        if not hasattr(made, "shift_right"):
+        if not hasattr(instance, "shift_right"):
             real = batch["attention_mask"] != 0
             labels = jnp.where(real[:, 1:] & real[:, :-1], labels[:, 1:], -100)
         gold = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -160,10 +160,10 @@ def test_products_of_a_network():
 @pytest.mark.usefixtures("quick_to_compile")
 def test_products_of_a_model():
     with jax.enable_x64(True):
-        made, batch = model("gpt2"), model_batch()
-        v = direction(nnx.state(made, nnx.Param))
+        instance, batch = model("gpt2"), model_batch()
+        v = direction(nnx.state(instance, nnx.Param))
         want = dense_of_model("gpt2", "hessian") @ flat(v)
-        assert relative(flat(jax.jit(lambda v: hvp(made, v, batch))(v)), want) < 1e-10
+        assert relative(flat(jax.jit(lambda v: hvp(instance, v, batch))(v)), want) < 1e-10
 
 
 @pytest.mark.usefixtures("quick_to_compile")
@@ -171,19 +171,19 @@ def test_products_of_a_model():
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_every_probe_of_a_model_is_that_of_the_dense_matrix(kind, matrix):
     with jax.enable_x64(True):
-        made, batch, key = model(kind), model_batch(), jax.random.key(2)
-        estimate = hessian_trace(made, batch, key=key, probes=4, matrix=matrix, by_layer="parameter", chunk=2)
+        instance, batch, key = model(kind), model_batch(), jax.random.key(2)
+        estimate = hessian_trace(instance, batch, key=key, probes=4, matrix=matrix, by_layer="parameter", chunk=2)
         if matrix == "gauss_newton":
             assert np.linalg.eigvalsh(dense_of_model(kind, matrix)).min() > -1e-10
-        leaves = jax.tree.leaves(nnx.state(made, nnx.Param))
+        leaves = jax.tree.leaves(nnx.state(instance, nnx.Param))
         bounds = np.cumsum([a.size for a in leaves])[:-1]
         matrix_of = dense_of_model(kind, matrix)
         for row, own in zip(estimate.samples, jax.random.split(jax.random.fold_in(key, 0), 4), strict=True):
-            v = flat(random_signs_like(own, leaves))
+            v = flat(rademacher_like(own, leaves))
             want = [p.sum() for p in np.split(v * (matrix_of @ v), bounds)]
             assert relative(row, want) < 1e-10
         assert estimate.trace == pytest.approx(sum(estimate.by_layer.values()), rel=1e-12)
-        assert estimate.weight == int(np.sum(model_loss(made)[0].tokens(batch)))
+        assert estimate.weight == int(np.sum(model_loss(instance)[0].tokens(batch)))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -297,7 +297,7 @@ def test_many_batches_are_averaged_by_weight_and_read_once():
         want = np.zeros(3)
         for number, (batch, matrix) in enumerate(zip(parts, matrices, strict=True)):  # each has signs of its own
             keys = jax.random.split(jax.random.fold_in(key, number), 3)
-            signs = [flat(random_signs_like(k, jax.tree.leaves(params))) for k in keys]
+            signs = [flat(rademacher_like(k, jax.tree.leaves(params))) for k in keys]
             want += [len(batch["y"]) / 10 * v @ matrix @ v for v in signs]
         np.testing.assert_allclose(streamed.samples.sum(1), want, rtol=1e-10)
         one_at_a_time = hessian_trace(NETWORK, params, parts, key=key, probes=3, chunk=1)
@@ -308,16 +308,16 @@ def test_many_batches_are_averaged_by_weight_and_read_once():
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 def test_batches_of_a_model_weigh_their_tokens(matrix):
     with jax.enable_x64(True):
-        made, parts = model("gpt2"), [model_batch(2, seed=s) for s in (1, 2)]
+        instance, parts = model("gpt2"), [model_batch(2, seed=s) for s in (1, 2)]
         parts[1]["labels"] = parts[1]["labels"].at[0, :4].set(-100)
         # The last of the three batches has no labelled token, and no weight.
         parts.append({**parts[0], "labels": jnp.full_like(parts[0]["labels"], -100)})
-        v = direction(nnx.state(made, nnx.Param))
-        products = [flat(curvature_operator(made, b, matrix=matrix) @ v) for b in parts[:2]]
-        tokens = [int(model_loss(made)[0].tokens(b)) for b in parts]
+        v = direction(nnx.state(instance, nnx.Param))
+        products = [flat(curvature_operator(instance, b, matrix=matrix) @ v) for b in parts[:2]]
+        tokens = [int(model_loss(instance)[0].tokens(b)) for b in parts]
         assert tokens == [7, 5, 0]
         want = (7 * products[0] + 5 * products[1]) / 12
-        assert relative(flat(curvature_operator(made, parts, matrix=matrix) @ v), want) < 1e-10
+        assert relative(flat(curvature_operator(instance, parts, matrix=matrix) @ v), want) < 1e-10
 
 
 def test_chosen_parameters_and_the_rest():
@@ -382,8 +382,8 @@ def test_hutch_plus_plus_of_a_large_matrix_in_float32():
 
 def test_errors():
     params, batch, key = {"w": jnp.ones(3)}, jnp.ones((2, 3)), jax.random.key(0)
-    made = init_model({"model_type": "gpt2", **MODELS["gpt2"]}, key)
-    own = nnx.state(made, nnx.Param)
+    instance = init_model({"model_type": "gpt2", **MODELS["gpt2"]}, key)
+    own = nnx.state(instance, nnx.Param)
 
     def f(params, batch):
         return jnp.mean(jnp.square(batch @ params["w"]))
@@ -408,12 +408,15 @@ def test_errors():
         (lambda: hessian_trace(f, params, batch, key=key, matrix="fisher"), "choose 'hessian' or 'gauss_newton'"),
         (lambda: hessian_trace(f, params, batch, key=key, parameters="b*"), "selects none of the 1 parameters"),
         (lambda: hessian_trace(None, params, batch, key=key), "not NoneType"),
-        (lambda: hvp(made, own), "mapping with input_ids and labels, not NoneType"),
-        (lambda: hessian_trace(made, {"input_ids": batch}, key=key), r"and labels, not \['input_ids'\]"),
-        (lambda: hvp(made, own, own, model_batch()), "brings its own parameters, so of the 3 arguments"),
-        (lambda: hessian_trace(made, own, model_batch(), key=key), "brings its own parameters, so of the 2 arguments"),
-        (lambda: curvature_operator(made, own, model_batch()), "leave the parameters out"),
-        (lambda: example_forms(made, own, own, model_batch()), "leave the parameters out"),
+        (lambda: hvp(instance, own), "mapping with input_ids and labels, not NoneType"),
+        (lambda: hessian_trace(instance, {"input_ids": batch}, key=key), r"and labels, not \['input_ids'\]"),
+        (lambda: hvp(instance, own, own, model_batch()), "brings its own parameters, so of the 3 arguments"),
+        (
+            lambda: hessian_trace(instance, own, model_batch(), key=key),
+            "brings its own parameters, so of the 2 arguments",
+        ),
+        (lambda: curvature_operator(instance, own, model_batch()), "leave the parameters out"),
+        (lambda: per_example_quadratic_forms(instance, own, own, model_batch()), "leave the parameters out"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

@@ -37,13 +37,11 @@ def test_blocks_are_the_kernel(outputs):
 
 
 def test_each_pair_of_blocks_is_computed_once(monkeypatch):
-    sizes = []
-
-    whole = blockwise.layer_kernels
+    sizes, layer_kernels = [], blockwise.layer_kernels
 
     def counting(problem, method, params, x1, x2, outputs):
         sizes.append(2 if x2 is not None else 1)
-        return whole(problem, method, params, x1, x2, outputs)
+        return layer_kernels(problem, method, params, x1, x2, outputs)
 
     monkeypatch.setattr(blockwise, "layer_kernels", counting)
     p, x = inputs(8)
@@ -55,15 +53,13 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     p, x = inputs(7)
     file = tmp_path / "kernel.npy"
     want = np.asarray(ntk(f, p, x))
-    done = []
+    done, layer_kernels = [], blockwise.layer_kernels
 
-    whole = blockwise.layer_kernels
-
-    def failing(*given):
+    def failing(*args):
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(1)
-        return whole(*given)
+        return layer_kernels(*args)
 
     monkeypatch.setattr(blockwise, "layer_kernels", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Functions that the transformation, or forward mode, does not take: another way, and a report that says so."""
+"""Functions without a transformation or without forward mode: another method, and a report that says so."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from lensjax.tangents import (
 
 
 def dense(f, w, x):
-    """Return the kernel from gradients made one after the other."""
+    """Return the kernel from gradients computed one after the other."""
     gradients = jnp.stack([jax.grad(f)(w, one).ravel() for one in x])
     return gradients @ gradients.T
 

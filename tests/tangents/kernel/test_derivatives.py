@@ -90,7 +90,7 @@ def summed(kernel):
     return jnp.sum(kernel * jnp.cos(jnp.arange(kernel.size)).reshape(kernel.shape))
 
 
-WAYS = {
+COMPUTATIONS = {
     "transform": lambda p, x: ntk(every_way, p, x, method="transform"),
     "jacobian": lambda p, x: ntk(every_way, p, x, method="jacobian"),
     "ntvp": lambda p, x: ntk(every_way, p, x, method="ntvp"),
@@ -114,12 +114,12 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_with_respect_to_parameters_and_examples(way, quick_to_compile):
+@pytest.mark.parametrize("computation", COMPUTATIONS)
+def test_every_computation_with_respect_to_parameters_and_examples(computation, quick_to_compile):
     with jax.enable_x64(True):
         params, x = mixed()
-        want = WANTED.get(way, lambda k: sum(k.values()))
-        own = jax.grad(lambda p, x: summed(WAYS[way](p, x)), (0, 1))(params, x)
+        want = WANTED.get(computation, lambda k: sum(k.values()))
+        own = jax.grad(lambda p, x: summed(COMPUTATIONS[computation](p, x)), (0, 1))(params, x)
         reference = jax.jit(jax.grad(lambda p, x: summed(want(dense(every_way, p, x, by_parameter=True))), (0, 1)))
         closes(own, reference(params, x))
 

@@ -9,11 +9,11 @@ from lensjax_kernels import head_cross_entropy
 from lensjax import InputError
 from lensjax.tangents import ntk, ntk_features, sketch_error
 from lensjax.tangents.program import contributions
-from lensjax.tangents.program.reductions import Features
+from lensjax.tangents.program.reductions import TensorSketch
 
 
 def f(p, ids):
-    """Every way a share comes about: tied fused head, stack under a scan, loop constant, lookup, materialised bias."""
+    """Every kind of contribution: tied fused head, stack under a scan, loop constant, lookup, materialised bias."""
     h = p["e"][ids] + p["pos"][jnp.arange(6)]
     h = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w + p["b"]), None), h, jnp.stack([p["u"], 2 * p["v"]]))[0]
     h = jax.lax.fori_loop(0, 2, lambda i, c: jnp.sin(c @ p["r"]), h)
@@ -42,7 +42,7 @@ def test_features_are_unbiased_and_their_error_falls_with_width():
                 kernels.append(phi @ phi.T / scale)
             error = np.stack(kernels) - exact / scale
             standard_error = error.std(0) / np.sqrt(40)
-            # Biased by a lost or doubled share, the mean would be off by far more than its standard error.
+            # Biased by a lost or doubled contribution, the mean would be off by far more than its standard error.
             assert np.abs(error.mean(0) / standard_error).max() < 4.5
             spread[width] = error.std()
         assert 2.5 < spread[16] / spread[256] < 6.5  # about sqrt(256 / 16)
@@ -67,12 +67,12 @@ def test_error_falls_with_any_width_also_for_wide_layers_and_gradients_of_low_ra
 
 @pytest.mark.parametrize("width", [31, 8])  # more than rows and columns, and fewer
 @pytest.mark.parametrize("outputs", [(1, 1), (1, 3), (3, 1)])
-def test_both_ways_of_sketching_are_the_sum_of_signed_entries(width, outputs, monkeypatch):
+def test_both_methods_of_sketching_are_the_sum_of_signed_entries(width, outputs, monkeypatch):
     with jax.enable_x64(True):
-        rng, key, reducer = np.random.default_rng(5), jax.random.key(4), Features(5, width)
+        rng, key, reduction = np.random.default_rng(5), jax.random.key(4), TensorSketch(5, width)
         left, right = rng.normal(size=(5, outputs[0], 3, 12)), rng.normal(size=(5, outputs[1], 3, 9))
-        rows, row_signs = map(np.asarray, reducer.hashed(key, 12, "left", np.float64))
-        columns, column_signs = map(np.asarray, reducer.hashed(key, 9, "right", np.float64))
+        rows, row_signs = map(np.asarray, reduction.hash_entries(key, 12, "left", np.float64))
+        columns, column_signs = map(np.asarray, reduction.hash_entries(key, 9, "right", np.float64))
         gradient = np.einsum("bctd,bkte->ckbde", left, right).reshape(max(outputs), 5, 12, 9)
         want = np.zeros((max(outputs), 5, width))
         for i, j in np.ndindex(12, 9):
@@ -80,7 +80,7 @@ def test_both_ways_of_sketching_are_the_sum_of_signed_entries(width, outputs, mo
         for transformed, memory in ((1e9, 2**25), (0, 2**25), (0, 1), (0, 2 * 8 * 3 * 4 * width)):
             monkeypatch.setattr(contributions, "TRANSFORMED", transformed)
             monkeypatch.setattr(contributions, "OUTER_BYTES", memory)
-            got = jax.jit(lambda a, g: contributions.sketched(a, g, reducer, key))(left, right)
+            got = jax.jit(lambda a, g: contributions.sketch_contribution(a, g, reduction, key))(left, right)
             np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -92,18 +92,20 @@ def test_chunks_of_the_vocabulary_do_not_change_the_features_of_a_head(monkeypat
         saved = (hidden, labels, jax.nn.logsumexp(hidden @ weight.T, axis=-1), None)
         cotangents = jnp.asarray(rng.normal(size=(3, 2, 4)))
 
-        def of_head():
+        def features_of_head():
             # Compiled anew: chunks are chosen while tracing.
-            compiled = jax.jit(lambda *a: contributions.of_head(*a[:3], Features(3, 16), a[3]))
+            compiled = jax.jit(lambda *a: contributions.head_contribution(*a[:3], TensorSketch(3, 16), a[3]))
             return compiled(saved, weight, cotangents, jax.random.key(0))
 
-        whole = of_head()
+        whole = features_of_head()
         monkeypatch.setattr(contributions, "LOGIT_BYTES", 1)
-        parts = of_head()
+        parts = features_of_head()
         left = jax.nn.softmax(hidden @ weight.T) - jax.nn.one_hot(labels, 301)
         left = jnp.where(labels[..., None] < 0, 0, left)[:, None]
         right = cotangents[..., None] * hidden[:, None]
-        want = jax.jit(lambda a, g: contributions.sketched(a, g, Features(3, 16), jax.random.key(0)))(left, right)
+        want = jax.jit(lambda a, g: contributions.sketch_contribution(a, g, TensorSketch(3, 16), jax.random.key(0)))(
+            left, right
+        )
         for got in (whole, parts):
             np.testing.assert_allclose(got[0], cotangents[..., None] * (left @ weight), rtol=1e-11, atol=1e-11)
             np.testing.assert_allclose(got[1], want, rtol=1e-11, atol=1e-11)
@@ -135,7 +137,7 @@ def test_all_uses_of_a_parameter_have_the_same_projection():
 
 
 def test_features_are_linear_in_the_gradient():
-    """Scaling an example's output scales its features: no share is quadratic or lost on the way."""
+    """Scaling an example's output scales its features: no contribution is quadratic or lost."""
     with jax.enable_x64(True):
         p, x = inputs()
         key = jax.random.key(1)

@@ -23,8 +23,8 @@ from lensjax.tangents import (
     sketch_error,
 )
 from lensjax.tangents.kernel import blockwise, memory_limit
-from lensjax.tangents.kernel.compute import checked
-from lensjax.tangents.kernel.memory_limit import Blocks, needed_bytes, operations, traced, ways
+from lensjax.tangents.kernel.compute import validate
+from lensjax.tangents.kernel.memory_limit import Blocks, needed_bytes, operations, trace_program, variants
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -40,11 +40,11 @@ def model_and_batch(dtype=jnp.float32):
 
 
 def needs(model, batch, rows, columns=None):
-    """Bytes that each way of computing the loss kernel of a model takes for so many examples, from fast to small."""
+    """Bytes of each variant of a model's loss kernel for so many examples, from fast to small."""
     found = {}
-    for way in ways(model, None, "loss"):
-        problem = checked(way.function, way.params, batch, None, None, False)
-        found[way.what] = needed_bytes(traced(problem, way, batch, None, False, (rows, columns)))
+    for variant in variants(model, None, "loss"):
+        problem = validate(variant.function, variant.params, batch, None, None, False)
+        found[variant.what] = needed_bytes(trace_program(problem, variant, batch, None, False, (rows, columns)))
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_model_recomputes_as_much_as_is_necessary():
 
 
 class Deep(nnx.Module):
-    """What `ways` needs of a language model, and quick to compile: a stack of layers, the loss a sum of squares."""
+    """What `variants` needs of a language model, and quick to compile: a stack of layers, the loss a sum of squares."""
 
     def __init__(self, layers=6, width=16):
         rng = np.random.default_rng(0)
@@ -108,6 +108,31 @@ def dense_kernel(model, batch):
 
 
 RECOMPUTED = "layers in a loop, recomputed on the way back"
+
+
+def test_the_callers_model_is_never_changed(monkeypatch):
+    """Neither while its variants are made nor where one fails; and all variants have the model's own arrays."""
+    model, batch = deep_and_batch(2)
+    found = [memory_limit.model_function, []]
+
+    def observed(variant, output):
+        found[1].append((model.execution, model.remat, variant.execution, variant.remat))
+        assert variant.kernel[...] is model.kernel[...]
+        return found[0](variant, output)
+
+    monkeypatch.setattr(memory_limit, "model_function", observed)
+    made = list(variants(model, None, "loss"))
+    assert len(made) == 3
+    assert [one[:2] for one in found[1]] == [("unroll", False)] * 3
+    assert [one[2:] for one in found[1]] == [execution[:2] for execution in memory_limit.EXECUTIONS]
+
+    def failing(variant, output):
+        raise RuntimeError
+
+    monkeypatch.setattr(memory_limit, "model_function", failing)
+    with pytest.raises(RuntimeError):
+        ntk(model, batch, memory=10**6)
+    assert (model.execution, model.remat) == ("unroll", False)
 
 
 @pytest.mark.usefixtures("quick_to_compile")
@@ -164,20 +189,20 @@ def test_blocks_recompute_nothing_where_that_makes_them_no_larger(monkeypatch):
 )
 def test_the_largest_block_that_fits(monkeypatch, takes):
     asked = []
-    monkeypatch.setattr(Blocks, "_bytes", lambda self, block: asked.append(block) or takes(block))
+    monkeypatch.setattr(Blocks, "program_bytes", lambda self, block: asked.append(block) or takes(block))
     p, x = jnp.ones(3), jnp.ones((2000, 3))
-    problem = checked(jnp.dot, p, x, None, None, False)
+    problem = validate(jnp.dot, p, x, None, None, False)
     for rows, even in ((2000, False), (2000, True), (17, True), (2, True), (1, False)):
         own = dataclasses.replace(problem, rows=rows)
-        blockwise = Blocks(own, memory_limit.Way(jnp.dot, p, ""), x, None, "full", even=even)
+        blocks = Blocks(own, memory_limit.Variant(jnp.dot, p, ""), x, None, "full", even=even)
         sizes = [n for n in range(1, min(1024, rows) + 1) if not even or (n < rows and n == -(-rows // -(-rows // n)))]
-        assert (blockwise.least, blockwise.most) == (min(2, sizes[-1]), sizes[-1])
+        assert (blocks.least, blocks.most) == (min(2, sizes[-1]), sizes[-1])
         for limit in (*(takes(n) for n in range(2, 20)), *(takes(n) - 1 for n in (5, 17, 900)), takes(700), 10**9):
             asked.clear()
-            block, needed = blockwise.largest(limit)
+            block, needed = blocks.largest(limit)
             assert len(asked) == len(set(asked)) <= 14
-            fitting = [n for n in sizes if n >= blockwise.least and takes(n) <= limit]
-            assert needed == takes(block or blockwise.least)
+            fitting = [n for n in sizes if n >= blocks.least and takes(n) <= limit]
+            assert needed == takes(block or blocks.least)
             assert (block == 0) == (not fitting)
             if fitting:
                 assert block in fitting
@@ -243,15 +268,15 @@ def test_columns_of_a_model_may_be_given_by_name():
 
 def test_the_kernel_counts_where_it_is_computed_at_once():
     p, x = jnp.ones(2), jnp.ones((64, 2))
-    problem = checked(jnp.dot, p, x, None, None, False)
-    takes = needed_bytes(traced(problem, memory_limit.Way(jnp.dot, p, ""), x, None, False, (64, None)))
+    problem = validate(jnp.dot, p, x, None, None, False)
+    takes = needed_bytes(trace_program(problem, memory_limit.Variant(jnp.dot, p, ""), x, None, False, (64, None)))
     assert takes >= 4 * 64**2
     reasons = [ntk(jnp.dot, p, x, memory=limit, return_report=True)[1].reason for limit in (takes, takes - 1)]
     assert ["in blocks" in reason for reason in reasons] == [False, True]
 
 
 def test_bytes_are_written_in_digits():
-    assert [memory_limit._mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
+    assert [memory_limit.format_mib(n * 2**20) for n in (1500, 10, 9.876, 0.01234)] == [
         "1500 MiB",
         "10 MiB",
         "9.88 MiB",
@@ -280,7 +305,7 @@ def test_any_function_falls_back_on_blocks():
 
 @pytest.mark.usefixtures("quick_to_compile")
 def test_fewer_parameters_than_outputs():
-    """Without a limit "auto" takes another method than the one that is bounded."""
+    """Without a limit "auto" chooses another method than the one whose memory is bounded."""
     rng = np.random.default_rng(0)
     p, x = jnp.asarray(rng.normal(size=3), np.float32), jnp.asarray(rng.normal(size=(12, 8, 3)), np.float32)
 
@@ -305,13 +330,11 @@ def test_fewer_parameters_than_outputs():
 
 
 def test_all_blocks_are_computed_as_asked_for(monkeypatch):
-    methods = []
+    methods, layer_kernels = [], blockwise.layer_kernels
 
-    whole = blockwise.layer_kernels
-
-    def recording(problem, method, *rest):
+    def recording(problem, method, *args):
         methods.append(method)
-        return whole(problem, method, *rest)
+        return layer_kernels(problem, method, *args)
 
     monkeypatch.setattr(blockwise, "layer_kernels", recording)
     p, x = jnp.ones(3), jnp.ones((64, 48, 3))

@@ -67,7 +67,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_many_batches_add_up_in_float32():
-    """The pull-backs of 300 batches, each as large as the others, with weights of eight significant bits."""
+    """Vector-Jacobian products of 300 batches of one size each, with weights of eight significant bits."""
     w, x = jnp.ones(2, jnp.bfloat16), jnp.ones((64 * 300, 2), jnp.bfloat16)
     operator = ntk_operator(lambda w, x: jnp.dot(w, x), w, x)
     product = operator @ jnp.ones(len(x), jnp.bfloat16)

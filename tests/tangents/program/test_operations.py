@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lensjax.tangents import gradient_norms, ntk
-from lensjax.tangents.curvature.quadratic_forms import hessian_forms
+from lensjax.tangents.curvature.quadratic_forms import hessian_quadratic_forms
 
 LOOKUPS = {
     "index": lambda table, ids: table[ids],
@@ -51,4 +51,4 @@ def test_indices_beyond_the_table_count_as_in_jaxs_gradient(name, quick_to_compi
 
         v = jnp.asarray(rng.normal(size=(7, 4)))
         product = jax.jvp(jax.grad(loss), ([table],), ([v],))[1][0]
-        np.testing.assert_allclose(hessian_forms(loss, [table], [v])[0], jnp.vdot(v, product), rtol=1e-12)
+        np.testing.assert_allclose(hessian_quadratic_forms(loss, [table], [v])[0], jnp.vdot(v, product), rtol=1e-12)

@@ -82,7 +82,7 @@ def test_gradient_norms_are_the_diagonal(name):
 
 @pytest.mark.parametrize("chosen", [("a", "c"), ("a", "b", "c", "d"), ("b",)])
 def test_features_of_layers_that_a_loop_tells_apart(chosen):
-    """One iteration's share stands for two parameters: twice the kernel, not twice the features."""
+    """One iteration's contribution is that of two parameters: twice the kernel, not twice the features."""
     with jax.enable_x64(True):
         f, params, x, jacobians = reference("two_stacks_added")
         want = sum(np.trace(gram(jacobians[key])) for key in chosen)
