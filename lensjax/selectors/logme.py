@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.selectors.golden_section import golden_section_minimum
 
 BLOCK_ROWS = 4096  # positions of one block of the Gram matrix
 BLOCK_CLASSES = 256  # classes maximised together
@@ -123,14 +124,5 @@ def _maximise(squares: jax.Array, norms: jax.Array, values: jax.Array, count: ja
     coarse = jax.lax.map(lambda g: evidence(jnp.full(norms.shape, g)), grid)
     middle = grid[jnp.argmax(coarse, axis=0)]
     reach = grid[1] - grid[0]
-    low, high = middle - reach, middle + reach
-    golden = (jnp.sqrt(5.0) - 1) / 2
-
-    def narrow(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        better = evidence(a) > evidence(b)
-        return jnp.where(better, low, a), jnp.where(better, b, high)
-
-    low, high = jax.lax.fori_loop(0, REFINEMENTS, narrow, (low, high))
-    return evidence((low + high) / 2)
+    best = golden_section_minimum(lambda log_t: -evidence(log_t), middle - reach, middle + reach, REFINEMENTS)
+    return evidence(best)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.selectors.golden_section import golden_section_minimum
 
 MIN_EIGENVALUES = 50
 PAD_MULTIPLE = 64  # spectra are padded to a multiple of this, so that one compiled program serves many matrices
@@ -286,17 +287,9 @@ def _truncated(
         c = jnp.exp(log_c)
         return objective(jnp.array([best_alpha(c), c]))
 
-    golden = (jnp.sqrt(5.0) - 1) / 2
-
-    def narrow(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        better = profile(a) < profile(b)
-        return jnp.where(better, low, a), jnp.where(better, b, high)
-
     unit = 1 / jnp.maximum(mean - 1, 1e-12)
-    low, high = jax.lax.fori_loop(0, BISECTIONS, narrow, (jnp.log(1e-12 * unit), jnp.log(10 * MAX_EXPONENT_GAP * unit)))
-    c = jnp.exp((low + high) / 2)
+    ends = jnp.log(1e-12 * unit), jnp.log(10 * MAX_EXPONENT_GAP * unit)
+    c = jnp.exp(golden_section_minimum(profile, *ends, BISECTIONS))
     start = jnp.array([best_alpha(c), c])
 
     def step(_: int, v: jax.Array) -> jax.Array:

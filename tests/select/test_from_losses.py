@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_does_not_lose_the_result(tmp_path, capsys
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("Fine-tune m0")
-    assert captured.err.startswith("lensjax.select: /proc/none.json.part: No such file or directory.")
+    assert captured.err.startswith("lensjax.select: /proc/none.json: No such file or directory.")
 
 
 def test_a_special_file_is_written_to_not_replaced(command, tmp_path):

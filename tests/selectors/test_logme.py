@@ -88,8 +88,8 @@ def test_large_features_in_blocks_and_classes_in_blocks(monkeypatch):
             - np.sum(np.log(alpha + beta * s**2))
         )
         assert found[at] == pytest.approx(want / n, rel=1e-7)
-    monkeypatch.setattr(module, "ROWS", 1000)
-    monkeypatch.setattr(module, "CLASSES", 64)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(module, "BLOCK_CLASSES", 64)
     np.testing.assert_allclose(class_evidence(features, labels), found, rtol=1e-10)
 
 
