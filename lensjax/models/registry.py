@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -53,6 +53,22 @@ class ModelConfig:
         """Build the configuration and keep `raw` beside it as text, which can be hashed."""
         return cls(model_type=raw["model_type"], raw=json.dumps(dict(raw), sort_keys=True), **values)
 
+    @classmethod
+    def own_values(cls, raw: Mapping[str, Any], source: str, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """Return what `raw` says of the fields that the family adds, by name, each of the type of its default.
+
+        Those in `without` are left to the family.
+
+        Raises
+        ------
+        InputError
+            See `typed`.
+        """
+        own = {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(ModelConfig)}
+        return {
+            name: typed(raw, name, getattr(cls, name), source) for name in sorted(own - set(without)) if name in raw
+        }
+
 
 def typed(raw: Mapping[str, Any], name: str, default: Any, source: str) -> Any:
     """Return a value of a config.json, of the type of its default; an int may stand for a float.
@@ -90,6 +106,20 @@ def positive(raw: Mapping[str, Any], name: str, default: int, source: str) -> in
     if value > MOST:
         raise InputError(f"{source}: {name} is {value}; no size is more than {MOST}: correct config.json.")
     return value
+
+
+def check_multiple(name: str, value: int, divisor_name: str, divisor: int, source: str) -> None:
+    """Refuse a size of a config.json that another one does not divide.
+
+    Raises
+    ------
+    InputError
+        If `value` is not a multiple of `divisor`.
+    """
+    if value % divisor:
+        raise InputError(
+            f"{source}: {name} {value} is not a multiple of {divisor_name} {divisor}; correct config.json."
+        )
 
 
 def _single(arrays: Sequence[np.ndarray]) -> np.ndarray:

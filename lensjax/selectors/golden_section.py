@@ -1,4 +1,4 @@
-"""Golden-section search, of many functions at a time and inside compiled programs (scipy.optimize.golden does neither)."""
+"""Golden-section search of many functions at once, inside compiled programs (scipy.optimize.golden does neither)."""
 
 from collections.abc import Callable
 

@@ -19,7 +19,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import Seq2SeqConfig, Seq2SeqLM
-from lensjax.models.registry import Rule, Table, positive, transposed
+from lensjax.models.registry import Rule, Table, check_multiple, positive, transposed, typed
 
 OFFSET = 2
 """Rows at the start of the tables of positions that no position uses."""
@@ -64,11 +64,7 @@ class BartConfig(Seq2SeqConfig):
         width = positive(raw, "d_model", 1024, source)
         heads = {stack: positive(raw, f"{stack}_attention_heads", 16, source) for stack in ("encoder", "decoder")}
         for stack, count in heads.items():
-            if width % count:
-                raise InputError(
-                    f"{source}: d_model {width} is not a multiple of {stack}_attention_heads {count}; "
-                    "correct config.json."
-                )
+            check_multiple("d_model", width, f"{stack}_attention_heads", count, source)
         for name, value in FIXED.items():
             if raw.get(name, value) != value:
                 raise InputError(f"{source}: {name} is {raw[name]!r}; only {value!r} is supported.")
@@ -94,7 +90,7 @@ class BartConfig(Seq2SeqConfig):
             encoder_ffn_dim=positive(raw, "encoder_ffn_dim", 4096, source),
             decoder_ffn_dim=positive(raw, "decoder_ffn_dim", 4096, source),
             **{name: default if raw.get(name) is None else raw[name] for name, default in tokens.items()},
-            **{name: raw[name] for name in same if name in raw},
+            **{name: typed(raw, name, getattr(cls, name), source) for name in same if name in raw},
         )
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, typed
+from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +47,10 @@ class GPT2Config(ModelConfig):
             If a value asks for what this port does not compute.
         """
         width, heads = positive(raw, "n_embd", 768, source), positive(raw, "n_head", 12, source)
-        if width % heads:
-            raise InputError(f"{source}: n_embd {width} is not a multiple of n_head {heads}; correct config.json.")
+        check_multiple("n_embd", width, "n_head", heads, source)
         if raw.get("add_cross_attention", False):
             raise InputError(f"{source}: add_cross_attention is true; only decoders without it are supported.")
         layers.activation(typed(raw, "activation_function", "gelu_new", source), source)
-        own = (
-            {f.name for f in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(ModelConfig)} - {"n_inner"}
-        )
         return cls.base(
             raw,
             vocab_size=positive(raw, "vocab_size", 50257, source),
@@ -63,7 +59,7 @@ class GPT2Config(ModelConfig):
             layers=positive(raw, "n_layer", 12, source),
             max_length=positive(raw, "n_positions", 1024, source),
             n_inner=positive(raw, "n_inner", 4 * width, source),
-            **{name: typed(raw, name, getattr(cls, name), source) for name in own if name in raw},
+            **cls.own_values(raw, source, without={"n_inner"}),
         )
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed, typed
+from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +102,10 @@ class LlamaConfig(ModelConfig):
         size = {name: positive(raw, name, default, source) for name, default in cls.SIZES.items()}
         width, heads, count = size["hidden_size"], size["num_attention_heads"], size["num_hidden_layers"]
         head_dim = positive(raw, "head_dim", own.pop("head_dim", 0) or max(width // heads, 1), source)
-        if raw.get("head_dim") is None and head_dim * heads != width and width % heads:
-            raise InputError(
-                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; correct config.json."
-            )
+        if raw.get("head_dim") is None and head_dim * heads != width:
+            check_multiple("hidden_size", width, "num_attention_heads", heads, source)
         key_heads = positive(raw, "num_key_value_heads", own.pop("num_key_value_heads", 0) or heads, source)
-        if heads % key_heads:
-            raise InputError(
-                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}; "
-                "correct config.json."
-            )
+        check_multiple("num_attention_heads", heads, "num_key_value_heads", key_heads, source)
         length = size["max_position_embeddings"]
         if "ropes" not in own:
             own["ropes"] = (layers.rotary(raw, head_dim, length, source),) * count

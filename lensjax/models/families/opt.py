@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed, typed
+from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
 
 OFFSET = 2
 """Rows of the position table before that of the first token; no real token uses them."""
@@ -52,15 +52,10 @@ class OPTConfig(ModelConfig):
         """
         width = positive(raw, "hidden_size", 768, source)
         heads = positive(raw, "num_attention_heads", 12, source)
-        if width % heads:
-            raise InputError(
-                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; correct config.json."
-            )
+        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
         if raw.get("layerdrop"):
             raise InputError(f"{source}: layerdrop is {raw['layerdrop']}, which is not supported; set it to 0.")
         layers.activation(typed(raw, "activation_function", "relu", source), source)
-        inherited = {f.name for f in dataclasses.fields(ModelConfig)}
-        own = {f.name for f in dataclasses.fields(cls)} - inherited - {"ffn_dim", "word_embed_proj_dim", "final_norm"}
         before = raw.get("do_layer_norm_before", True)
         return cls.base(
             raw,
@@ -72,7 +67,7 @@ class OPTConfig(ModelConfig):
             ffn_dim=positive(raw, "ffn_dim", 3072, source),
             word_embed_proj_dim=positive(raw, "word_embed_proj_dim", width, source),
             final_norm=before and not raw.get("_remove_final_layer_norm", False),
-            **{name: typed(raw, name, getattr(cls, name), source) for name in own if name in raw},
+            **cls.own_values(raw, source, without={"ffn_dim", "word_embed_proj_dim", "final_norm"}),
         )
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, positive, transposed, typed
+from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +49,16 @@ class PhiConfig(ModelConfig):
         """
         width = positive(raw, "hidden_size", 2048, source)
         heads = positive(raw, "num_attention_heads", 32, source)
-        if width % heads:
-            raise InputError(
-                f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}; correct config.json."
-            )
+        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
         key_heads = positive(raw, "num_key_value_heads", heads, source)
-        if heads % key_heads:
-            raise InputError(
-                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}; "
-                "correct config.json."
-            )
+        check_multiple("num_attention_heads", heads, "num_key_value_heads", key_heads, source)
         length = positive(raw, "max_position_embeddings", 2048, source)
         layers.activation(typed(raw, "hidden_act", "gelu_new", source), source)
         fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
         if not isinstance(part, (int, float)) or not 0 < part <= 1:
             raise InputError(f"{source}: partial_rotary_factor is {part!r}; it must be above 0 and at most 1.")
-        inherited = {f.name for f in dataclasses.fields(ModelConfig)}
-        read = {"rope", "intermediate_size", "num_key_value_heads"}
-        own = {f.name for f in dataclasses.fields(cls)} - inherited - read
+        told = {name: value for name, value in raw.items() if value is not None}
         return cls.base(
             raw,
             vocab_size=positive(raw, "vocab_size", 51200, source),
@@ -78,7 +69,7 @@ class PhiConfig(ModelConfig):
             rope=layers.rotary(raw, int(width // heads * part), length, source),
             intermediate_size=positive(raw, "intermediate_size", 8192, source),
             num_key_value_heads=key_heads,
-            **{name: typed(raw, name, getattr(cls, name), source) for name in own if raw.get(name) is not None},
+            **cls.own_values(told, source, without={"rope", "intermediate_size", "num_key_value_heads"}),
         )
 
 
