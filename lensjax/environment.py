@@ -1,4 +1,4 @@
-"""Facts about the JAX backend that decide whether its numbers can be trusted."""
+"""Which packages and which JAX backend there are, and whether that backend's numbers can be trusted."""
 
 import importlib.metadata
 import platform

@@ -1,4 +1,4 @@
-"""The numerical primitives that lensjax spends most of its time in: plain JAX, for any device."""
+"""The numerical primitives that lensjax spends most of its time in: plain JAX, and Pallas for GPUs."""
 
 from lensjax_kernels.cross_entropy import head_cross_entropy
 from lensjax_kernels.cross_entropy_gram import cross_entropy_vjp, cross_entropy_vjp_token_gram, head_losses

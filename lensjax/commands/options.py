@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}{end}{self._hint(message)} See {self.prog} --help.")
 
     def _hint(self, message: str) -> str:
-        """Return a sentence, after a space, on what may have been meant; "" if there is no guess."""
+        """Return a guess at what was meant, as a sentence after a space; "" if there is none."""
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         if choice:
             return did_you_mean(choice[1], choice[2].split(", "))

@@ -34,7 +34,7 @@ class Plan:
     min_steps_between : int
         At least so many steps between evaluations, so that tiny subsets are not evaluated after every few samples.
     warmup : int
-        Steps of warm-up, which begins at 1 / `warmup` of the peak rate, not at 0: see `tuner.rate_factor`.
+        Steps of warm-up, which begins at 1 / `warmup` of the peak rate, not at 0: see `step.rate_factor`.
     clip : float
         Largest global norm of a gradient.
     lora : lensjax.models.lora.Lora, optional

@@ -75,7 +75,7 @@ class Placement:
 
 
 class UnevenBatchError(InputError):
-    """Devices that cannot share a batch evenly, as they were asked to.
+    """Raised where the devices that are to share a batch cannot share it evenly.
 
     Attributes
     ----------

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from lensjax import data
 from lensjax.finetune import Plan, Search
+from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.defaults import ADAPTED, DEMO_FIELDS, DEMO_TASK
+from lensjax.jobs.job import RunnerConfig
+from lensjax.jobs.tokens import Tokens
 from lensjax.models import Lora
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary, summarize_dataset
@@ -76,6 +79,18 @@ class JobRequest:
         if self.base_directory == Path.cwd() or not path.exists():
             return name
         return f"{path}{ADAPTED}" if text.endswith(ADAPTED) else path
+
+    def runner_config(self, candidate: Candidate, tokens: Tokens) -> RunnerConfig:
+        """Return what a runner needs to do jobs of a candidate with these tokens."""
+        return RunnerConfig(
+            name=candidate.name,
+            path=candidate.path,
+            vocabulary=candidate.config.vocab_size,
+            plan=dataclasses.replace(self.plan, lora=candidate.lora),
+            search=self.search,
+            tokens=tokens,
+            seed=self.seed,
+        )
 
 
 def task_of(request: JobRequest) -> Task:

@@ -138,10 +138,10 @@ def _derivatives(
             return terms.values, terms
 
         # Problems do not mix: the gradient of their sum holds the gradient of each.
-        values, pull, terms = jax.vjp(split, x, has_aux=True)
+        values, vjp, terms = jax.vjp(split, x, has_aux=True)
         influence = jnp.where(terms.square, values, _influence(values, width, majorant_weight))
         value = jnp.sum(terms.weights * influence * (values - 0.5 * influence), 0)
-        return pull(terms.weights * influence)[0], value
+        return vjp(terms.weights * influence)[0], value
 
     slope, push, value = jax.linearize(gradient, variables, has_aux=True)
     units = jnp.broadcast_to(jnp.eye(size)[:, :, None], (size, size, number))
@@ -349,7 +349,7 @@ def implicit_vjp(
 ) -> Any:
     """Pull a cotangent (P, N) of the minimum back to the `args` that lead to it, by the implicit function theorem.
 
-    Variables at_bound by a bound stay there. Where the Hessian is singular, a cotangent that does not see the
+    Variables that are held at a bound stay there. Where the Hessian is singular, a cotangent that does not see the
     undetermined directions is pulled back; one that does gives NaN, for its derivative does not exist.
 
     Parameters

@@ -45,8 +45,8 @@ def is_database(path: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with file.open("rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
+        with file.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
     except OSError:
         return False  # the reader says why
 

@@ -1,4 +1,4 @@
-"""Building blocks shared by the model families: attention, activations, running a stack of layers."""
+"""Building blocks shared by the model families: attention, norms, activations, dropout."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def adaptable(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Return what sorts layer 10 behind layer 9."""
+    """Return a sort key that puts layer 10 behind layer 9."""
     return [(int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 

@@ -211,7 +211,7 @@ class Table:
         return name if name in self.outside else self.prefix + name
 
     def is_ignored(self, name: str) -> bool:
-        """Tell whether the tensor (name without prefix) is none of the parameters."""
+        """Tell whether a tensor (name without prefix) may be there although the model has no such parameter."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from lensjax._display import duration, printable_lines
-from lensjax.progress.board import SelectionState
+from lensjax.progress.state import SelectionState
 
 if TYPE_CHECKING:
     import rich.console

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lensjax._display import duration, number, percent, printable
-from lensjax.progress.board import SelectionState
+from lensjax.progress.state import SelectionState
 
 REDRAW_INTERVAL = 0.25  # seconds between two drawings
 WIDE = 60  # columns from which there is room for ranks and full titles

@@ -258,9 +258,9 @@ def _cost(selection: Selection) -> str:
     text = f"The choice took {flops(spent)} FLOPs; {everything} would take {flops(full)}."
     saved = 1 - (spent + best) / full if full > 0 else 0.0
     if saved > 0:
-        text += f" With the winner's own fine-tuning ({flops(best)}), {percent(saved)} % is saved."
+        text += f" With the chosen model's own fine-tuning ({flops(best)}), {percent(saved)} % is saved."
     else:
-        text += f" With the winner's own fine-tuning ({flops(best)}), nothing is saved at this size."
+        text += f" With the chosen model's own fine-tuning ({flops(best)}), nothing is saved at this size."
     parts.append(_paragraph(escaped(text)))
     figure = svg_figures.cost(selection, name="cost-figure")
     if figure:
@@ -273,7 +273,7 @@ def _cost(selection: Selection) -> str:
 
 def _next(selection: Selection) -> str:
     command, note = (selection.facts.get(name) for name in ("tune_command", "tune_note"))
-    parts = ['<section aria-labelledby="next">', '<h2 id="next">Fine-tune the winner</h2>']
+    parts = ['<section aria-labelledby="next">', '<h2 id="next">Fine-tune the chosen model</h2>']
     if command:
         parts += [
             _paragraph(f"This command does it and saves the model. {escaped(note or '')}".strip()),

@@ -68,7 +68,7 @@ def predicted_curves(selection: Selection, scores: Scores, rows: np.ndarray | No
         elif curve == "law" and {"B", "E", "beta"} <= set(scores.details):
             params = {key: value[:, None] for key, value in scores.details.items()}
             with jax.enable_x64(True):
-                losses = np.exp(np.asarray(LAWS[name](params, sizes)))
+                losses = np.exp(np.asarray(LAWS[METHODS[name].law](params, sizes)))
         elif curve == "line":
             losses = np.exp(_lines(selection.curves, sizes))
         else:

@@ -98,6 +98,11 @@ def charged_records(records: Sequence[Run]) -> list[Run]:
     return [run for run in records if run.part_of in {"", *EXTRA_MEASUREMENTS, *failed}]
 
 
+def left_out(first: int) -> str:
+    """Return the note on subsets of `first` samples and more, for which the budget may not suffice."""
+    return f"subsets of {first} samples and more may cost more than --budget and are left out"
+
+
 class Ledger:
     """Keeps account of a budget: how much of it is spent, and which runs may still start.
 

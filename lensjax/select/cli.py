@@ -174,7 +174,7 @@ def _check(given: argparse.Namespace) -> None:
     from lensjax.report.figures.export import check_formats
     from lensjax.selectors import DEFAULT, GAMMA, TAU, check_rule, get_selector
 
-    # What was given for both ways of choosing has one default.
+    # These options serve with --losses and without; they have one default.
     for name, default in (("method", DEFAULT), ("gamma", GAMMA), ("tau", TAU)):
         if getattr(given, name) is None:
             setattr(given, name, default)

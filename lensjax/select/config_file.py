@@ -167,7 +167,7 @@ def _entries(
 
 
 def _hint(word: str, known: Any) -> str:
-    """Return a sentence, after a space, on what an unknown word may mean or where to look."""
+    """Return a guess at what an unknown word means, or where to look, as a sentence after a space."""
     return did_you_mean(word, known) or f" See python -m {PROGRAM} --print-config."
 
 

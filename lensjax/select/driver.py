@@ -128,7 +128,7 @@ def select(session: Session) -> Selection:
         # Otherwise this process would take memory of a device that its processes need.
         console.detail(f"everything is computed in this process; JAX devices: {', '.join(map(str, jax.devices()))}")
     try:
-        with console.follow(session.board):
+        with console.follow(session.state):
             _measure_all(session)
     finally:
         session.close()

@@ -21,7 +21,7 @@ from lensjax.jobs.pretrained_scores import MIN_EIGENVALUES, POSITIONS, evidence_
 from lensjax.jobs.tangent_measurements import tangent_flops
 from lensjax.journal import Run, key_of
 from lensjax.laws import kernel_residual
-from lensjax.progress.board import ActiveRun
+from lensjax.progress.state import ActiveRun
 from lensjax.select.records import common_facts, run_key
 from lensjax.select.request import Prepared
 from lensjax.select.session import Session
@@ -185,7 +185,7 @@ def measure(session: Session, candidate: Candidate, planned: ExtraMeasurement) -
     if not session.ledger.pays(planned.flops):
         raise RunFailedError(OVER_BUDGET)
     session.rank()
-    session.board.running = ActiveRun(candidate.name, None, planned.title)
+    session.state.running = ActiveRun(candidate.name, None, planned.title)
     console.refresh(now=True)
     console.status(label)
     begun = time.monotonic()
@@ -215,7 +215,7 @@ def measure(session: Session, candidate: Candidate, planned: ExtraMeasurement) -
             record(str(error), None)
         raise
     finally:
-        session.board.running = None
+        session.state.running = None
     found = {**found, "flops": planned.flops, "seconds": time.monotonic() - begun}
     record(planned.method, found)
     if not found.get("problem"):

@@ -8,8 +8,8 @@ from typing import Any
 from lensjax._display import number, percent
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import first_line
-from lensjax.progress.board import SelectionState
 from lensjax.progress.console import Console
+from lensjax.progress.state import SelectionState
 from lensjax.select.request import Prepared
 from lensjax.selectors import Method, Scores
 
@@ -22,12 +22,12 @@ class InterimRanking:
     Parameters
     ----------
     console : Console
-    board : SelectionState
+    state : SelectionState
         Gets the ranking.
     """
 
-    def __init__(self, console: Console, board: SelectionState) -> None:
-        self.console, self.board = console, board
+    def __init__(self, console: Console, state: SelectionState) -> None:
+        self.console, self.state = console, state
         self._known: tuple[int, ...] = (0, 0, 0)
         self._seconds = 0.0
 
@@ -54,7 +54,7 @@ class InterimRanking:
         except Exception as error:
             console.detail(f"no ranking so far: {first_line(error)}")
         self._seconds += console.elapsed - begun
-        self.board.update_ranking(scores)
+        self.state.update_ranking(scores)
         if scores is not None and not console.live:
             console.detail(f"ranking so far: {_in_words(scores)}")
 

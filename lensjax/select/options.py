@@ -1,4 +1,4 @@
-"""The options of the commands: what each is called, takes and means; nothing heavy is imported for `--help`."""
+"""The options of `lensjax.select`: what each is called, takes and means; nothing heavy is imported for `--help`."""
 
 from __future__ import annotations
 

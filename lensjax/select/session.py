@@ -22,8 +22,8 @@ from lensjax.jobs.process import CandidateProcess
 from lensjax.jobs.runner import CandidateRunner
 from lensjax.journal import Journal, Run
 from lensjax.losses.curves import FACT_COLUMNS, Curves
-from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import Console
+from lensjax.progress.state import ActiveRun, SelectionState
 from lensjax.select.budget import charged_records
 from lensjax.select.from_losses import score_all
 from lensjax.select.interim_ranking import InterimRanking, rankable
@@ -46,16 +46,7 @@ COMPILED, LOGS, STOPWATCH = "compiled", "logs", "stopwatch.json"
 
 def runner_config(prepared: Prepared, candidate: Candidate) -> RunnerConfig:
     """Return what the jobs of a candidate need."""
-    request = prepared.request
-    return RunnerConfig(
-        name=candidate.name,
-        path=candidate.path,
-        vocabulary=candidate.config.vocab_size,
-        plan=replace(request.plan, lora=candidate.lora),
-        search=request.search,
-        tokens=prepared.tokens[candidate.tokenizer],
-        seed=request.seed,
-    )
+    return prepared.request.runner_config(candidate, prepared.tokens[candidate.tokenizer])
 
 
 class Session:
@@ -83,7 +74,7 @@ class Session:
         See `lensjax.select.extra_measurements.measure_tangents`.
     pretrained_scores, scores_unavailable : dict of score to dict of candidate to measurement, or to reason
         For each of `lensjax.selectors.methods.PRETRAINED_SCORES`.
-    board : SelectionState
+    state : SelectionState
         What the console shows.
     callbacks : Callbacks
         Keeps the time and the view up to date while a job runs.
@@ -107,11 +98,11 @@ class Session:
         self.ledger = prepared.ledger()
         self.stopwatch = Stopwatch(directory / STOPWATCH, sum(r.seconds for r in charged_records(self.journal.lines)))
         self.callbacks = Callbacks(heartbeat=self.heartbeat)
-        self.board = self._board()
+        self.state = self._initial_state()
         self._runner: Runner | None = None
-        self._ranking = InterimRanking(console, self.board)
+        self._ranking = InterimRanking(console, self.state)
 
-    def _board(self) -> SelectionState:
+    def _initial_state(self) -> SelectionState:
         """Return what there is to show before the first run."""
         prepared = self.prepared
         zero_shot = () if prepared.races else (0,)
@@ -133,15 +124,15 @@ class Session:
 
     def refresh(self) -> None:
         """Bring the view up to date."""
-        board, budget = self.board, self.ledger.budget
-        board.time_left = str(self.clock)
+        state, budget = self.state, self.ledger.budget
+        state.time_left = str(self.clock)
         if budget is not None:
             used = self.stopwatch.seconds if self.ledger.timed else self.ledger.spent
             share = min(used / self.ledger.amount, 1.0)
             whole = self.ledger.describe(budget.amount)
             if budget.kind == "share":
                 whole = f"{budget.amount:.3g} of tuning all"
-            board.spent = f"budget {whole}: {100 * share:.0f} % spent, {100 * (1 - share):.0f} % left"
+            state.spent = f"budget {whole}: {100 * share:.0f} % spent, {100 * (1 - share):.0f} % left"
         self.console.refresh()
 
     def heartbeat(self) -> None:
@@ -234,7 +225,7 @@ class Session:
         """Keep a finished run; return its test loss, nats per token."""
         assert run.test_loss is not None
         self.runs[candidate.name, size] = run
-        self.board.losses[candidate.name, size] = run.test_loss * self.unit(candidate)
+        self.state.losses[candidate.name, size] = run.test_loss * self.unit(candidate)
         return run.test_loss
 
     def load(self, candidate: Candidate, size: int) -> float | None:
@@ -273,16 +264,16 @@ class Session:
             return known
         label = f"{self.label(candidate)}: {_what(size)}"
         self.rank()
-        running = self.board.running = ActiveRun(candidate.name, size, f"loading and compiling; {why}")
+        running = self.state.running = ActiveRun(candidate.name, size, f"loading and compiling; {why}")
         self.console.next(f"{self.label(candidate)}: next {_what(size)}: {why}")
         self.console.status(f"{label}, loading and compiling; {self.clock}")
         try:
             run = self._run(candidate, size, label, why, running, paid=paid)
         except RunFailedError as error:
-            self.board.running = None
+            self.state.running = None
             self.console.detail(f"{label}: {error.details or error}")
             raise
-        self.board.running = None
+        self.state.running = None
         loss = self._record(candidate, size, run)
         kept = f", best weights at step {run.steps} of {run.facts['steps_run']}" if size else ""
         if len(run.facts["trials"]) > 1:

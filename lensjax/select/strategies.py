@@ -10,6 +10,7 @@ import numpy as np
 from lensjax.errors import InputError, SelectionError
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.job import OutOfTimeError, RunFailedError
+from lensjax.select.budget import left_out
 from lensjax.select.extra_measurements import measure_scores
 from lensjax.select.session import Session
 from lensjax.selectors import DEFAULT_RACE, method, propose, should_stop
@@ -71,7 +72,7 @@ def _affordable(session: Session) -> tuple[int, ...]:
     found = ledger.affordable(prepared.sizes, prices, needed)
     if len(found) < len(prepared.sizes):
         first = prepared.sizes[len(found)]
-        session.console.line(f"subsets of {first} samples and more may cost more than --budget and are left out")
+        session.console.line(left_out(first))
     return found[::-1]
 
 

@@ -1,4 +1,4 @@
-"""What to do after a selection: the command that fine-tunes the winner."""
+"""What to do after a selection: the command that fine-tunes the chosen model."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ class Method:
         What its function calls `gamma` and `tau`.
     curve : {"average", "law", "line", "none"}
         What its predictions lie on: the average over laws, one fitted law, a straight line in log-log coordinates.
+    law : str
+        Which of `lensjax.laws.LAWS`, where `curve` is "law".
     """
 
     name: str
@@ -67,6 +69,7 @@ class Method:
     pretrained_scores: tuple[str, ...] = ()
     stopping_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     curve: Literal["average", "law", "line", "none"] = "none"
+    law: str = ""
 
     @property
     def selector(self) -> Selector:
@@ -100,8 +103,8 @@ _METHODS = (
         "averaged",
         "Each candidate was fine-tuned on small parts of the data. Test losses fall along curves of a known "
         "family as data grow; every curve of it is weighted by how well it explains what was measured, and their "
-        "average is read off at the full size, leaning to what is feared. What remains undecided between the curves is "
-        "the interval. In the order, a loss that owes less to extrapolation counts for more.",
+        "average is read off at the full size, leaning towards the higher losses. What remains undecided between the "
+        "curves is the interval. In the order, a loss that owes less to extrapolation counts for more.",
         subsets_needed=2,
         subsets_to_rank=1,
         races=True,
@@ -118,6 +121,7 @@ _METHODS = (
         stops_early=True,
         stopping_options={"gamma": "gamma", "tau": "tau"},
         curve="law",
+        law="lens",
     ),
     Method(
         "ats",
@@ -136,6 +140,7 @@ _METHODS = (
         "The law L(D) = B / (D_l + D^beta) + E is fitted to all losses and read off at the full size.",
         subsets_needed=3,
         curve="law",
+        law="rectified",
     ),
     Method(
         "power",
@@ -144,6 +149,7 @@ _METHODS = (
         "The law L(D) = (B / D^beta + E)^alpha is fitted to all losses and read off at the full size.",
         subsets_needed=4,
         curve="law",
+        law="power",
     ),
     Method(
         "subtuning",

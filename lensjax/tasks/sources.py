@@ -158,7 +158,7 @@ def _file_inside(place: Path) -> str:
 
 
 def _words(place: Path, config: str | None) -> dict[str, bool]:
-    """Return what makes `datasets` take "null", "NA" and the like in a directory's CSV files for the words they are.
+    """Return options for `datasets` with which "null", "NA" and the like in a directory's CSV files stay words.
 
     So they are read where one such file is given by its name. Files of other kinds have no such setting.
     """

@@ -20,7 +20,7 @@ PROGRAM, SCRIPT = "lensjax.tune", "lensjax-tune"
 DESCRIPTION = """\
 Fine-tunes one model on your data and keeps it: AdamW, early stopping on validation loss, the best weights on disk as
 soon as they are found, in Hugging Face format (MODEL+lora: adapters in peft's format). A selection ends with the
-command that does this to its winner.
+command that does this to the model it chose.
 
 examples:
   python -m lensjax.tune --model ./gpt2 --task my.jsonl --input-field question --target-field answer --out tuned

@@ -22,14 +22,14 @@ from lensjax.errors import InputError
 from lensjax.finetune import DivergedError, FineTuner, Outcome, Progress, Trial, Weights, tune
 from lensjax.jobs.candidates import Candidate, find_candidate
 from lensjax.jobs.defaults import ADAPTED
-from lensjax.jobs.job import RunnerConfig, first_line
+from lensjax.jobs.job import first_line
 from lensjax.jobs.request import JobRequest, task_of
 from lensjax.jobs.runner import CandidateRunner
 from lensjax.jobs.tokens import Tokens, tokens_of
 from lensjax.models.checkpoints.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from lensjax.models.checkpoints.gguf import is_gguf
-from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
+from lensjax.progress.state import ActiveRun, RankedCandidate, SelectionState
 from lensjax.tasks import Task
 from lensjax.tune.best_checkpoint import FINISHED, BestCheckpoint, check_directory
 from lensjax.tune.comparison import SelectionComparison, read_comparison
@@ -157,7 +157,7 @@ def _check_apart(asked: str, out: Path) -> None:
 
 
 class Tuning:
-    """Does a job.
+    """Fine-tunes the chosen model and keeps its best weights.
 
     Parameters
     ----------
@@ -169,18 +169,9 @@ class Tuning:
     def __init__(self, job: Job, console: Console) -> None:
         self.job, self.console = job, console
         request, candidate = job.request, job.candidate
-        config = RunnerConfig(
-            name=candidate.name,
-            path=candidate.path,
-            vocabulary=candidate.config.vocab_size,
-            plan=dataclasses.replace(request.plan, lora=candidate.lora),
-            search=request.search,
-            tokens=job.tokens,
-            seed=request.seed,
-        )
-        self.runner = CandidateRunner(config)
+        self.runner = CandidateRunner(request.runner_config(candidate, job.tokens))
         self.running = ActiveRun(candidate.name, job.samples, "loading and compiling")
-        self.board = SelectionState(
+        self.state = SelectionState(
             title=f"Fine-tuning on {job.samples} samples of {job.task.name}",
             unit="nats per token",
             names=(candidate.name,),
@@ -189,7 +180,7 @@ class Tuning:
             running=self.running,
         )
         if job.comparison is not None and job.comparison.loss is not None and not job.comparison.per_byte:
-            self.board.ranking = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
+            self.state.ranking = {candidate.name: RankedCandidate(1, job.comparison.loss, float("nan"))}
         self.checkpoint: BestCheckpoint | None = None
         self.disk_failed = False
         self.first: tuple[float, float] | None = None  # time and fraction done at the first progress report
@@ -235,7 +226,7 @@ class Tuning:
         self.checkpoint = BestCheckpoint(job.out, self._save, name, self._known(), overwrite=job.overwrite)
         status = FAILED
         try:
-            with console.follow(self.board):
+            with console.follow(self.state):
                 outcome = tune(
                     self.tuner,
                     *job.tokens.parts,
@@ -246,8 +237,8 @@ class Tuning:
                     on_weights=self._on_weights,
                     count_flops=True,
                 )
-                self.board.losses[job.candidate.name, job.samples] = outcome.test_loss
-                self.board.running = None
+                self.state.losses[job.candidate.name, job.samples] = outcome.test_loss
+                self.state.running = None
             chosen = next(t for t in outcome.trials if t.validation_loss == outcome.validation_loss)
             self.checkpoint.select(chosen)
             status = FINISHED
@@ -357,7 +348,7 @@ class Tuning:
         self.running.activity = (
             f"step {at.step} of at most {at.total_steps}, epoch {at.epoch}, validation loss {at.validation_loss:.4f}"
         )
-        self.running.fraction, self.board.time_left = at.done, left
+        self.running.fraction, self.state.time_left = at.done, left
         self.console.status(f"{self.running.activity}; {left}")
 
     def _on_weights(self, found: Weights) -> None:

@@ -3,8 +3,8 @@ import io
 import pytest
 
 from lensjax._display import duration
-from lensjax.progress.board import ActiveRun, SelectionState
 from lensjax.progress.console import LINE_INTERVAL, Console
+from lensjax.progress.state import ActiveRun, SelectionState
 
 
 class Terminal(io.StringIO):

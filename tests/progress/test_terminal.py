@@ -15,8 +15,8 @@ import pytest
 import rich.console
 from rich.cells import cell_len
 
-from lensjax.progress.board import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.console import Console
+from lensjax.progress.state import ActiveRun, RankedCandidate, SelectionState
 from lensjax.progress.terminal import REDRAW_INTERVAL, LiveView, crop, screen_for, shorten
 from lensjax.selectors import Scores
 from support.hostile import HOSTILE

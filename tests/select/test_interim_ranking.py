@@ -260,7 +260,7 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
     # With the first size of the second candidate, and with everything.
     assert ranked == [7, 10]
     assert np.isfinite(found.curves.losses).sum() == 10
-    assert own.board.ranking["tiny-16"].rank == 1
+    assert own.state.ranking["tiny-16"].rank == 1
 
 
 def test_a_resumed_selection_ranks_once_for_all_it_finds(options, trained, tmp_path, monkeypatch):

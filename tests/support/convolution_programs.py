@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-SHARE, FACTORS, MATERIALIZED = "share", "factors", "materialised"
+SINGLE, FACTORS, MATERIALIZED = "contribution", "factors", "materialized"
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 PROGRAMS = {}
 
@@ -33,12 +33,12 @@ def image(x):
     return jnp.stack([x, jnp.sin(3 * x)], -1)[None]
 
 
-@program({"w": (3, 2, 2, 3), "b": (3,)}, w=SHARE, b=MATERIALIZED)
+@program({"w": (3, 2, 2, 3), "b": (3,)}, w=SINGLE, b=MATERIALIZED)
 def plain(p, x):
     return total(jnp.tanh(convolve(image(x), p["w"], (1, 1), "SAME", dimension_numbers=NHWC) + p["b"]))
 
 
-@program({"w": (3, 2, 2, 2), "v": (2, 3, 3, 2)}, w=SHARE, v=SHARE)
+@program({"w": (3, 2, 2, 2), "v": (2, 3, 3, 2)}, w=SINGLE, v=SINGLE)
 def strides_dilation_and_padding(p, x):
     x = jnp.moveaxis(image(x), 3, 1)
     x = convolve(x, p["w"], (2, 1), [(2, 1), (0, 3)], lhs_dilation=(1, 2), rhs_dilation=(2, 1), dimension_numbers=NCHW)
@@ -46,7 +46,7 @@ def strides_dilation_and_padding(p, x):
     return total(out)
 
 
-@program({"w": (2, 2, 1, 6), "v": (2, 1, 2, 4)}, w=SHARE, v=SHARE)
+@program({"w": (2, 2, 1, 6), "v": (2, 1, 2, 4)}, w=SINGLE, v=SINGLE)
 def grouped(p, x):
     x = convolve(image(x), p["w"], (1, 1), "VALID", dimension_numbers=NHWC, feature_group_count=2)
     x = jnp.tanh(x[..., :4])
@@ -65,13 +65,13 @@ def applied_in_a_loop(p, x):
     return total(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(layer(h, p["w"])), image(x)))
 
 
-@program({"w": (3, 3, 3, 2, 2)}, w=SHARE)
+@program({"w": (3, 3, 3, 2, 2)}, w=SINGLE)
 def layers_in_a_loop(p, x):
     layer = partial(convolve, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC)
     return total(jax.lax.scan(lambda h, w: (jnp.tanh(layer(h, w)), None), image(x), p["w"])[0])
 
 
-@program({"w": (2, 3, 3, 2)}, w=SHARE)
+@program({"w": (2, 3, 3, 2)}, w=SINGLE)
 def axes_in_another_order_and_several_images(p, x):
     x = jnp.concatenate([image(x), jnp.cos(image(x))])
     return total(convolve(x, jnp.transpose(p["w"], (1, 2, 0, 3)), (1, 1), "SAME", dimension_numbers=NHWC))
@@ -83,7 +83,7 @@ def a_product_and_a_convolution_of_length_one(p, x):
     return total(jax.lax.dot_general(jnp.tanh(y)[:, None], p["w"], (((1, 2), (0, 1)), ((), ()))))
 
 
-@program({"w": (40, 4, 2)}, w=SHARE)
+@program({"w": (40, 4, 2)}, w=SINGLE)
 def a_long_kernel(p, x):
     return total(convolve(x[None], p["w"], (1,), [(37, 20)], dimension_numbers=("NHC", "HIO", "NHC")))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from lensjax_kernels import head_cross_entropy
 
-SHARE, FACTORS, MATERIALIZED, UNUSED = "share", "factors", "materialised", "unused"
+SINGLE, FACTORS, MATERIALIZED, UNUSED = "contribution", "factors", "materialized", "unused"
 PROGRAMS = {}
 
 
@@ -30,29 +30,29 @@ def total(x):
     return jnp.stack([jnp.sum(jnp.sin(x) * weights), jnp.sum(jnp.tanh(x) * weights[::-1])])
 
 
-@program({"w": (4, 3), "b": (3,), "s": (4,)}, w=SHARE, b=MATERIALIZED, s=MATERIALIZED)
+@program({"w": (4, 3), "b": (3,), "s": (4,)}, w=SINGLE, b=MATERIALIZED, s=MATERIALIZED)
 def dense_layer(p, x):
     return total(jnp.tanh((x * p["s"]) @ p["w"] + p["b"]))
 
 
-@program({"w": (3, 4)}, w=SHARE)
+@program({"w": (3, 4)}, w=SINGLE)
 def transposed(p, x):
     return total(x @ p["w"].T)
 
 
-@program({"w": (3, 4)}, w=SHARE)
+@program({"w": (3, 4)}, w=SINGLE)
 def left_operand(p, x):
     return total(jnp.tanh(p["w"] @ x.T))
 
 
-@program({"w": (4, 2, 3), "o": (2, 3, 5)}, w=SHARE, o=SHARE)
+@program({"w": (4, 2, 3), "o": (2, 3, 5)}, w=SINGLE, o=SINGLE)
 def heads_of_attention(p, x):
     h = jnp.einsum("td,dhk->thk", x, p["w"])
     scores = jax.nn.softmax(jnp.einsum("thk,shk->hts", h, h))
     return total(jnp.einsum("hts,shk,hko->to", scores, h, p["o"]))
 
 
-@program({"w": (2, 2, 3)}, w=SHARE)
+@program({"w": (2, 2, 3)}, w=SINGLE)
 def block_diagonal(p, x):
     return total(jnp.einsum("thk,hko->tho", x.reshape(5, 2, 2), p["w"]))
 
@@ -69,30 +69,30 @@ def used_both_ways(p, x):
     return total(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"].T))
 
 
-@program({"e": (7, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+@program({"e": (7, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SINGLE)
 def tied_embedding(p, ids):
     return total(jax.nn.log_softmax(jnp.tanh(p["e"][ids] @ p["w"]) @ p["e"].T))
 
 
-@program({"e": (400, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+@program({"e": (400, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SINGLE)
 def tied_embedding_with_a_tall_table(p, ids):
     return total(jax.nn.log_softmax(jnp.tanh(p["e"][ids] @ p["w"]) @ p["e"].T)[:, :9])
 
 
-@program({"e": (4000, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+@program({"e": (4000, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SINGLE)
 def tied_fused_head_with_a_tall_table(p, ids):
     hidden = jnp.tanh(p["e"][ids] @ p["w"] + p["e"][ids[::-1]])[:-1]
     labels = jnp.where(ids[1:] == 3, -100, ids[1:])
     return total(jax.jit(head_cross_entropy)(hidden, p["e"], labels))
 
 
-@program({"e": (7, 4), "p": (9, 4)}, "tokens", e=FACTORS, p=SHARE)
+@program({"e": (7, 4), "p": (9, 4)}, "tokens", e=FACTORS, p=SINGLE)
 def two_lookups(p, ids):
     positions = p["p"][jnp.arange(6)]
     return total(jnp.tanh(p["e"][ids] + positions) * p["e"][ids[::-1]])
 
 
-@program({"e": (7, 4)}, "tokens", e=SHARE)
+@program({"e": (7, 4)}, "tokens", e=SINGLE)
 def lookup_outside_the_table(p, ids):
     # Rows 7 and 8 do not exist: filled with a constant, so nothing flows back from there.
     return total(jnp.take(p["e"], ids * 2 - 3, axis=0, mode="fill", fill_value=0.0))
@@ -105,12 +105,12 @@ def lookup_filled_with_a_number(p, ids):
     return total(found**2 + masked[::-1] ** 2)
 
 
-@program({"e": (7, 4)}, "tokens", e=SHARE)
+@program({"e": (7, 4)}, "tokens", e=SINGLE)
 def clipped_lookup(p, ids):
     return total(jnp.take(p["e"], ids * 3 - 4, axis=0, mode="clip"))
 
 
-@program({"e": (7, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SHARE)
+@program({"e": (7, 4), "w": (4, 4)}, "tokens", e=FACTORS, w=SINGLE)
 def tied_fused_head(p, ids):
     hidden = jnp.tanh(p["e"][ids] @ p["w"])[:-1]
     labels = jnp.where(ids[1:] == 3, -100, ids[1:])
@@ -131,18 +131,18 @@ def fused_head_in_a_scan(p, x):
     return total(jax.lax.scan(step, 0.0, x)[0][None])
 
 
-@program({"h": (7, 4), "w": (4, 4)}, h=MATERIALIZED, w=SHARE)
+@program({"h": (7, 4), "w": (4, 4)}, h=MATERIALIZED, w=SINGLE)
 def head_of_normalised_rows(p, x):
     rows = p["h"] / jnp.linalg.norm(p["h"], axis=1, keepdims=True)
     return total(jax.jit(head_cross_entropy)(x @ p["w"], rows, jnp.arange(5)))
 
 
-@program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SHARE, h=SHARE)
+@program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SINGLE, h=SINGLE)
 def untied_fused_head(p, ids):
     return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
-@program({"e": (7, 4), "h": (7, 4), "b": (7,)}, "tokens", e=SHARE, h=SHARE, b=MATERIALIZED)
+@program({"e": (7, 4), "h": (7, 4), "b": (7,)}, "tokens", e=SINGLE, h=SINGLE, b=MATERIALIZED)
 def head_with_bias(p, ids):
     return total(jax.jit(head_cross_entropy)(jnp.tanh(p["e"][ids]), p["h"], ids, bias=p["b"]))
 
@@ -154,12 +154,12 @@ def head_cross_entropy_of_another(hidden, weight, labels):
 head_cross_entropy_of_another.__name__ = "head_cross_entropy"
 
 
-@program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SHARE, h=SHARE)
+@program({"e": (7, 4), "h": (7, 4)}, "tokens", e=SINGLE, h=SINGLE)
 def a_head_of_the_same_name(p, ids):
     return total(jax.jit(head_cross_entropy_of_another)(jnp.tanh(p["e"][ids]), p["h"], ids))
 
 
-@program({"w": (3, 4, 4), "b": (3, 4)}, w=SHARE, b=MATERIALIZED)
+@program({"w": (3, 4, 4), "b": (3, 4)}, w=SINGLE, b=MATERIALIZED)
 def scanned_stack(p, x):
     def layer(c, own):
         return jnp.tanh(c @ own["w"] + own["b"]), None
@@ -167,13 +167,13 @@ def scanned_stack(p, x):
     return total(jax.lax.scan(layer, x, p)[0])
 
 
-@program({"a": (4, 4), "b": (4, 4), "c": (4, 4)}, a=SHARE, b=SHARE, c=SHARE)
+@program({"a": (4, 4), "b": (4, 4), "c": (4, 4)}, a=SINGLE, b=SINGLE, c=SINGLE)
 def stacked_then_scanned(p, x):
     stacked = jnp.stack([p["a"], p["b"] * 2.0, p["c"]])
     return total(jax.lax.scan(jax.checkpoint(lambda c, w: (jnp.tanh(c @ w.T), None)), x, stacked)[0])
 
 
-@program({"a": (4, 4), "b": (4, 4)}, a=SHARE, b=SHARE)
+@program({"a": (4, 4), "b": (4, 4)}, a=SINGLE, b=SINGLE)
 def frozen_layer_in_the_stack(p, x):
     stacked = jnp.concatenate([p["a"][None], jnp.full((1, 4, 4), 0.3), p["b"][None]])
     return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, stacked)[0])
@@ -204,7 +204,7 @@ def recurrent_network(p, x):
     return total(jax.lax.scan(step, jnp.zeros(4), x)[1])
 
 
-@program({"w": (2, 4, 4), "s": (4, 4)}, w=SHARE, s=FACTORS)
+@program({"w": (2, 4, 4), "s": (4, 4)}, w=SINGLE, s=FACTORS)
 def scan_in_a_scan(p, x):
     def outer(c, w):
         inner = jax.lax.scan(lambda d, _: (jnp.sin(d @ p["s"]), None), jnp.tanh(c @ w), None, length=2)[0]
@@ -235,13 +235,13 @@ def branches(p, x):
     return total(jax.lax.cond(x.sum() > 0, lambda h: jnp.tanh(h @ p["w"]), lambda h: h @ p["v"] * h, x))
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def loop_without_a_gradient(p, x):
     steps = jax.lax.while_loop(lambda n: n < x[0, 0] * 5, lambda n: n + 1.0, 0.0)
     return total(x @ p["w"]) * jax.lax.stop_gradient(steps)
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def stopped_use(p, x):
     return total(x @ p["w"] + jax.lax.stop_gradient(jnp.tanh(x @ p["w"]) * p["w"].sum()))
 
@@ -267,7 +267,7 @@ def twice_as_steep(x):
 twice_as_steep.defjvp(lambda x, t: (twice_as_steep(*x), 2 * jnp.cos(x[0]) * t[0]))
 
 
-@program({"w": (4, 4), "v": (4, 4)}, w=SHARE, v=MATERIALIZED)
+@program({"w": (4, 4), "v": (4, 4)}, w=SINGLE, v=MATERIALIZED)
 def custom_forward_rule(p, x):
     return total(twice_as_steep(x @ p["w"]) @ twice_as_steep(p["v"]))
 
@@ -277,12 +277,12 @@ def low_rank_product(p, x):
     return total(jnp.tanh(x @ (p["w"] + 0.5 * p["a"] @ p["b"])))
 
 
-@program({"w": (4, 4), "a": (4, 2), "b": (2, 4)}, w=SHARE, a=SHARE, b=SHARE)
+@program({"w": (4, 4), "a": (4, 2), "b": (2, 4)}, w=SINGLE, a=SINGLE, b=SINGLE)
 def low_rank_path(p, x):
     return total(jnp.tanh(x @ p["w"] + x @ p["a"] @ p["b"] * 0.5))
 
 
-@program({"v": (4, 4), "w": (4, 4)}, v=SHARE, w=SHARE)
+@program({"v": (4, 4), "w": (4, 4)}, v=SINGLE, w=SINGLE)
 def sum_of_two(p, x):
     return total(x @ (p["v"] - 3.0 * p["w"]))
 
@@ -292,13 +292,13 @@ def sum_with_itself(p, x):
     return total(x @ (p["v"] + p["v"].T))
 
 
-@program({"q": (4, 3), "k": (4, 3)}, q=SHARE, k=SHARE)
+@program({"q": (4, 3), "k": (4, 3)}, q=SINGLE, k=SINGLE)
 def fused_projections(p, x):
     q, k = jnp.split(x @ jnp.concatenate([p["q"], p["k"]], axis=1), 2, axis=1)
     return total(jax.nn.softmax(q @ k.T))
 
 
-@program({"w": (4, 6), "p": (9, 4)}, w=SHARE, p=MATERIALIZED)
+@program({"w": (4, 6), "p": (9, 4)}, w=SINGLE, p=MATERIALIZED)
 def disjoint_slices(p, x):
     a, b = jnp.split(p["w"], 2, axis=1)
     return total(jnp.tanh(x @ a) * ((x + p["p"][2:7]) @ b))
@@ -309,7 +309,7 @@ def overlapping_slices(p, x):
     return total(jnp.tanh(x @ p["w"][:, :4]) * (x @ p["w"][:, 2:]))
 
 
-@program({"w": (3, 4, 4)}, w=SHARE)
+@program({"w": (3, 4, 4)}, w=SINGLE)
 def unrolled_stack(p, x):
     for i in range(3):
         x = jnp.tanh(x @ p["w"][i])
@@ -321,13 +321,13 @@ def normalised_weight(p, x):
     return total(x @ (p["n"] * p["w"] / jnp.linalg.norm(p["w"], axis=0)))
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def cast_and_scaled(p, x):
     w = (p["w"].astype(x.dtype) / 2.0 * -3.0 + 1.0).T
     return total(x @ w[::-1].reshape(2, 2, 4).reshape(4, 4))
 
 
-@program({"table": (5, 2), "w": (4, 2, 4)}, table=SHARE, w=SHARE)
+@program({"table": (5, 2), "w": (4, 2, 4)}, table=SINGLE, w=SINGLE)
 def relative_position_bias(p, x):
     h = jnp.einsum("td,dhk->htk", x, p["w"])
     distance = jnp.clip(jnp.arange(5)[:, None] - jnp.arange(5), -2, 2) + 2
@@ -343,7 +343,7 @@ def bias_shared_by_layers(p, x):
     return total(x)
 
 
-@program({"r": (4, 3), "w": (3, 4, 4)}, r=SHARE, w=SHARE)
+@program({"r": (4, 3), "w": (3, 4, 4)}, r=SINGLE, w=SINGLE)
 def experts_by_one_hot(p, x):
     gates = jax.nn.softmax(x @ p["r"])
     best = jax.nn.one_hot(jnp.argmax(gates, -1), 3)
@@ -352,7 +352,7 @@ def experts_by_one_hot(p, x):
     return total(jnp.einsum("etf,te->tf", jnp.tanh(out), best * gates))
 
 
-@program({"r": (4, 3), "w": (3, 4, 4)}, r=SHARE, w=SHARE)
+@program({"r": (4, 3), "w": (3, 4, 4)}, r=SINGLE, w=SINGLE)
 def experts_by_lookup(p, x):
     gates = jax.nn.softmax(x @ p["r"])
     best = jnp.argmax(gates, -1)
@@ -360,19 +360,19 @@ def experts_by_lookup(p, x):
     return total(out * gates.max(-1, keepdims=True))
 
 
-@program({"w": (3, 4, 2)}, w=SHARE)
+@program({"w": (3, 4, 2)}, w=SINGLE)
 def convolution(p, x):
     out = jax.lax.conv_general_dilated(x[None], p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
     return total(jnp.tanh(out))
 
 
-@program({"w": (4, 4), "idle": (3, 3)}, w=SHARE, idle=UNUSED)
+@program({"w": (4, 4), "idle": (3, 3)}, w=SINGLE, idle=UNUSED)
 def parameter_without_effect(p, x):
     jnp.tanh(p["idle"])
     return total(x @ p["w"])
 
 
-@program({"w": (4, 4), "t": ()}, w=SHARE, t=MATERIALIZED)
+@program({"w": (4, 4), "t": ()}, w=SINGLE, t=MATERIALIZED)
 def scalar_parameter(p, x):
     return total(x @ p["w"]) * p["t"]
 
@@ -382,7 +382,7 @@ def penalty_on_the_weights(p, x):
     return total(x @ p["w"]) + jnp.sum(p["w"] ** 2)
 
 
-@program({"w": (4, 3)}, w=SHARE)
+@program({"w": (4, 3)}, w=SINGLE)
 def one_token(p, x):
     return total(jnp.tanh(x[0] @ p["w"]))
 
@@ -393,7 +393,7 @@ def nested_calls(p, x):
     return total(jax.checkpoint(lambda w, h: layer(w, layer(w, h)))(p["w"], x))
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def mapped_inside(p, x):
     return total(jax.vmap(lambda row: jnp.tanh(row @ p["w"]))(x))
 
@@ -404,12 +404,12 @@ def looked_up_and_multiplied(p, x):
     return total(jnp.tanh(p["w"][ids] + x @ p["w"]) @ p["w"].T)
 
 
-@program({"v": (4, 4), "w": (4, 4)}, v=SHARE, w=MATERIALIZED)
+@program({"v": (4, 4), "w": (4, 4)}, v=SINGLE, w=MATERIALIZED)
 def parameter_times_parameter(p, x):
     return total(x @ p["v"] @ jnp.exp(p["w"]))
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def policy_of_checkpoint(p, x):
     layer = partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)(lambda w, h: jnp.tanh(h @ w))
     return total(layer(p["w"], x))
@@ -426,17 +426,17 @@ def through_complex_numbers(p, x):
     return total(jnp.abs(turned) + jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["f"]), 4))
 
 
-@program({"w": (4, 4)}, w=SHARE)
+@program({"w": (4, 4)}, w=SINGLE)
 def taken_apart_and_joined(p, x):
     return total(x @ jnp.concatenate([p["w"][2:], p["w"][:2]]))
 
 
-@program({"w": (2, 4, 4)}, w=SHARE)
+@program({"w": (2, 4, 4)}, w=SINGLE)
 def scanned_backwards(p, x):
     return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum()), x, p["w"], reverse=True)[0])
 
 
-@program({"e": (7, 4)}, "tokens", e=SHARE)
+@program({"e": (7, 4)}, "tokens", e=SINGLE)
 def one_row_at_a_time(p, ids):
     return total(jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(p["e"], i * 2 - 2))(ids))
 
@@ -449,7 +449,7 @@ def inner_loop_on_a_scanned_layer(p, x):
     return total(jax.lax.scan(outer, x, p["w"])[0])
 
 
-@program({"e": (400, 4)}, "tokens", e=SHARE)
+@program({"e": (400, 4)}, "tokens", e=SINGLE)
 def lookup_outside_a_tall_table(p, ids):
     return total(jnp.take(p["e"], ids * 100 - 150, axis=0, mode="fill", fill_value=0.0))
 
@@ -460,20 +460,20 @@ def shared_with_axes_in_another_order(p, x):
     return total(jnp.einsum("thk,hko->to", jnp.tanh(x).reshape(5, 2, 2), p["w"]))
 
 
-@program({"a": (4, 4), "b": (4, 4), "u": (4, 4), "w": (2, 4, 4)}, a=SHARE, b=SHARE, u=SHARE, w=SHARE)
+@program({"a": (4, 4), "b": (4, 4), "u": (4, 4), "w": (2, 4, 4)}, a=SINGLE, b=SINGLE, u=SINGLE, w=SINGLE)
 def stack_beside_stacked(p, x):
     """Which parameter it is differs by iteration for one of the two that are added, not for the other."""
     both = (jnp.stack([p["a"], 2 * p["b"]]), p["w"])
     return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ (w[0] + w[1])), None), jnp.tanh(x @ p["u"]), both)[0])
 
 
-@program({"a": (4, 4), "b": (4, 4), "c": (4, 4), "d": (4, 4)}, a=SHARE, b=SHARE, c=SHARE, d=SHARE)
+@program({"a": (4, 4), "b": (4, 4), "c": (4, 4), "d": (4, 4)}, a=SINGLE, b=SINGLE, c=SINGLE, d=SINGLE)
 def two_stacks_added(p, x):
     both = (jnp.stack([p["a"], p["b"]]), jnp.stack([p["c"], 3 * p["d"]]))
     return total(jax.lax.scan(lambda c, w: (jnp.tanh(c @ (w[0] + w[1])), None), x, both)[0])
 
 
-@program({"w": (4, 4), "s": (2, 4, 4)}, w=MATERIALIZED, s=SHARE)
+@program({"w": (4, 4), "s": (2, 4, 4)}, w=MATERIALIZED, s=SINGLE)
 def rounded_on_the_side(p, x):
     """What is cast to integers or truth values moves in steps, which have no derivative."""
     rounded = (p["w"] * 3).astype(jnp.int32).astype(x.dtype) / 3

@@ -81,7 +81,7 @@ def test_loss_kernel_of_gpt2(execution, remat, tied, fused):
         readers = {op for t in report.treatments for op in t.operations}
         assert ("head_cross_entropy" in readers) == fused
         # Only biases, scales and shifts are materialised.
-        assert all(name.endswith(("bias", "scale")) for t in report.materialised for name in t.parameters)
+        assert all(name.endswith(("bias", "scale")) for t in report.materialized for name in t.parameters)
 
 
 def test_layers_of_gpt2_add_up_and_read_like_the_model():
@@ -166,7 +166,7 @@ def test_flax_nnx_with_tied_embedding_and_shared_layer():
         assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
         how = {p: t.how for t in explain(f, params, sentence()).treatments for p in t.parameters}
         assert (how["embed.embedding"], how["mlp.kernel"]) == ("factors", "factors")
-        assert how["attention.query.kernel"] == "share"
+        assert how["attention.query.kernel"] == "contribution"
 
 
 class LinenModel(linen.Module):
@@ -188,7 +188,7 @@ def test_flax_linen():
 
         assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
         how = {p: t.how for t in explain(f, params, sentence()).treatments for p in t.parameters}
-        assert how["params.Dense_0.kernel"] == how["params.Embed_0.embedding"] == "share"
+        assert how["params.Dense_0.kernel"] == how["params.Embed_0.embedding"] == "contribution"
 
 
 def test_equinox():
@@ -204,7 +204,7 @@ def test_equinox():
         assert relative(ntk(f, params, sentence(), method="transform"), dense_kernel(f, params, sentence())) < 1e-10
         treatments = explain(f, params, sentence()).treatments
         # Equinox multiplies from the left and looks one row up at a time.
-        assert sum(t.how == "share" for t in treatments) == 4
+        assert sum(t.how == "contribution" for t in treatments) == 4
 
 
 def test_plain_jax():

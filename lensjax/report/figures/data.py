@@ -132,7 +132,7 @@ def cost_bars(selection: Selection) -> tuple[CostBar, ...]:
         return ()
     return (
         CostBar("this choice", (("choice", costs.choice),)),
-        CostBar("and the winner", (("choice", costs.choice), ("training", costs.best))),
+        CostBar("and fine-tuning it", (("choice", costs.choice), ("training", costs.best))),
         CostBar("all candidates", (("training", costs.full),)),
     )
 

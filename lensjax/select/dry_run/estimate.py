@@ -11,7 +11,7 @@ from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.defaults import EXTRA_MEASUREMENTS, TANGENTS
 from lensjax.jobs.tangent_measurements import FLOPS_TEXT
 from lensjax.journal import Journal, Run
-from lensjax.select.budget import Ledger, charged_records
+from lensjax.select.budget import Ledger, charged_records, left_out
 from lensjax.select.dry_run.duration import BatchShapes, DurationEstimate, total_layers
 from lensjax.select.dry_run.forecast import (
     AS_IT_IS,
@@ -200,7 +200,7 @@ def _affordable(
         kept = ledger.affordable(prepared.sizes, prices, method(request.method).sizes_needed(request.gamma))
         if len(kept) < len(prepared.sizes):
             first = prepared.sizes[len(kept)]
-            notes.append(f"subsets of {first} samples and more may cost more than --budget and are left out")
+            notes.append(left_out(first))
         runs = [r for r in runs if not on_budget(r) or r.size in kept]
     left = [r for r in runs if not r.done]
     sure = [r for r in left if r.sure]

@@ -363,7 +363,7 @@ def per_example_quadratic_forms(
 
         return jax.jit(run)
 
-    run = cached_compile(f, ("example forms", problem, steps), make)
+    run = cached_compile(f, ("per-example quadratic forms", problem, steps), make)
     leaves = operator.unflatten(operator.flatten(v))
     flat = concatenate_leaves([leaves[i] for i in order])
     result = {}

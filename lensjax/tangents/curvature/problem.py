@@ -95,13 +95,13 @@ class CurvatureProblem:
             outputs, output_hvp, scale, weight = self._gauss_newton_parts(f, params, batch)
             find = functools.partial(gauss_newton_quadratic_forms, outputs, output_hvp, selected)
 
-        def forms(v: Leaves) -> jax.Array:
+        def quadratic_forms(v: Leaves) -> jax.Array:
             found = find(v)
             if found is None:
                 return self.block_products(v, self.product_fn(f, params, batch)[0](v))
             return scale * self.block_sums(found)
 
-        return forms, weight
+        return quadratic_forms, weight
 
     def _scale(self, f: Any, batch: Any) -> tuple[Any, jax.Array]:
         """Return the factor of a batch's loss, and the weight of the batch."""

@@ -167,19 +167,19 @@ def _hutchinson(
     problem: CurvatureProblem, f: Any, params: Any, batches: Batches, key: jax.Array, probes: int, chunk: int
 ) -> TraceEstimate:
     def make(get: Callable[[], Any]) -> Any:
-        def forms(params: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def batch_quadratic_forms(params: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
             quadratic_forms, weight = problem.quadratic_form_fn(get(), params, batch)
             selected = problem.selected(params)
             return jax.lax.map(lambda key: quadratic_forms(rademacher_like(key, selected)), keys), weight
 
-        return jax.jit(forms)
+        return jax.jit(batch_quadratic_forms)
 
-    forms = cached_compile(f, ("forms", problem), make)
+    compiled = cached_compile(f, ("quadratic forms", problem), make)
     sums, total, matvecs = np.zeros((probes, len(problem.block_names))), 0.0, 0
     for number, batch in enumerate(iterate_batches(batches)):
         keys = jax.random.split(jax.random.fold_in(key, number), probes)
         for start in range(0, probes, chunk):
-            values, weight = forms(params, batch, keys[start : start + chunk])
+            values, weight = compiled(params, batch, keys[start : start + chunk])
             numbers = np.asarray(values, np.float64)
             check_finite(numbers, problem.block_names, f"batch {number}: the curvature")
             sums[start : start + chunk] += numbers

@@ -23,10 +23,10 @@ class Treatment:
     Attributes
     ----------
     parameters : paths of the parameters, several where the function joins them first
-    how : {"share", "factors", "materialised", "unused"}
-        "share": in the backward pass, from the factors of one use. "factors": used more than once, so the inputs and
-        cotangents of the uses are kept. "materialised": per-example gradients exist. "unused": the function does not
-        depend on them.
+    how : {"contribution", "factors", "materialized", "unused"}
+        "contribution": in the backward pass, from the factors of one use. "factors": used more than once, so the
+        inputs and cotangents of the uses are kept. "materialized": per-example gradients exist. "unused": the function
+        does not depend on them.
     operations : the primitives that read them, with method "transform"; of materialised ones each named once
     reason : why they are materialised, else ""
     bytes : of the factors that are kept, or of the per-example gradients, for all examples and outputs. Not counted are
@@ -59,19 +59,19 @@ class NtkReport:
     treatments: tuple[Treatment, ...]
 
     @property
-    def materialised(self) -> tuple[Treatment, ...]:
+    def materialized(self) -> tuple[Treatment, ...]:
         """Treatments with per-example gradients, largest first."""
-        found = [t for t in self.treatments if t.how == "materialised"]
+        found = [t for t in self.treatments if t.how == "materialized"]
         return tuple(sorted(found, key=lambda t: -t.bytes))
 
     def __str__(self) -> str:
         lines = [f"NTK by {self.method} ({self.reason}): {self.examples} examples, {self.outputs} outputs each"]
-        for how in ("share", "factors", "materialised", "unused"):
+        for how in ("contribution", "factors", "materialized", "unused"):
             group = [t for t in self.treatments if t.how == how]
             if group:
                 total = sum(t.bytes for t in group)
                 lines.append(f"  {how}: {sum(len(t.parameters) for t in group)} parameters, {total / 2**20:.1f} MiB")
-        for t in self.materialised:
+        for t in self.materialized:
             names = ", ".join(t.parameters[:3]) + (", ..." if len(t.parameters) > 3 else "")
             lines.append(f"    {names}: {t.reason}; {t.bytes / 2**20:.1f} MiB")
         return "\n".join(lines)
@@ -92,13 +92,13 @@ def report_of(problem: KernelProblem, method: str, reason: str, params: Any, x1:
     elif method == "jacobian":
         treatments = [
             Treatment(
-                (problem.selection.names[i],), "materialised", (), "the method keeps all per-example gradients",
+                (problem.selection.names[i],), "materialized", (), "the method keeps all per-example gradients",
                 examples * problem.outputs * leaves[i].size * leaves[i].dtype.itemsize,
             )
             for i in chosen
         ]  # fmt: skip
     else:
-        treatments = [Treatment(tuple(problem.selection.names[i] for i in chosen), "share", (), "", 0)]
+        treatments = [Treatment(tuple(problem.selection.names[i] for i in chosen), "contribution", (), "", 0)]
     return NtkReport(method, reason, examples, problem.outputs, tuple(treatments))
 
 
@@ -107,7 +107,7 @@ def _planned(plan: Plan, problem: KernelProblem, examples: int) -> list[Treatmen
     seen: set[int] = set()
     for site in plan.sites:
         seen |= site.node.leaves
-        how = {"single": "share", "shared": "factors", "materialized": "materialised"}[site.how]
+        how = {"single": "contribution", "shared": "factors", "materialized": "materialized"}[site.how]
         read = [use.operation.name for use in site.uses]
         operations = tuple(read if site.uses else dict.fromkeys(_readers(plan.block, {site.node.value})))
         names = tuple(problem.selection.names[i] for i in sorted(site.node.leaves))

@@ -323,7 +323,7 @@ def test_fewer_parameters_than_outputs():
     ):
         assert report.method == "transform"
         assert "in blocks of" in report.reason
-        assert {t.how for t in report.treatments} == {"share"}
+        assert {t.how for t in report.treatments} == {"contribution"}
         np.testing.assert_allclose(kernel, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
     assert 2 <= block_for(f, p, x, limit) < 12
     assert ntk_blocks(f, p, x, block=5, return_report=True)[1].method == "jacobian"

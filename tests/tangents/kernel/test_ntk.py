@@ -181,14 +181,14 @@ def test_report_says_what_is_kept_and_what_is_freed():
     report = explain(network, params, x)
     how = {p: t.how for t in report.treatments for p in t.parameters}
     assert how == {
-        "layers.0.bias": "materialised",
-        "layers.0.kernel": "share",
-        "layers.1.bias": "materialised",
-        "layers.1.kernel": "share",
-        "norm": "materialised",
+        "layers.0.bias": "materialized",
+        "layers.0.kernel": "contribution",
+        "layers.1.bias": "materialized",
+        "layers.1.kernel": "contribution",
+        "norm": "materialized",
     }
     assert str(report).splitlines()[0] == "NTK by transform (exact in one backward pass): 4 examples, 5 outputs each"
-    assert {t.bytes for t in report.materialised} == {4 * 5 * 8 * 4, 4 * 5 * 4 * 4}
+    assert {t.bytes for t in report.materialized} == {4 * 5 * 8 * 4, 4 * 5 * 4 * 4}
     read_by = {p: t.operations for t in report.treatments for p in t.parameters}
     assert read_by["layers.0.kernel"] == ("dot_general",)
     assert (read_by["layers.0.bias"], read_by["norm"]) == (("add",), ("mul",))

@@ -95,13 +95,13 @@ def test_features_of_layers_that_a_loop_tells_apart(chosen):
 
 def test_the_table_covers_every_treatment():
     found = {how for _, _, _, expected in programs.PROGRAMS.values() for how in expected.values()}
-    assert found == {"share", "factors", "materialised", "unused"}
+    assert found == {"contribution", "factors", "materialized", "unused"}
 
 
 def test_report_names_what_is_materialised_and_how_much():
     f, _, _, _ = programs.PROGRAMS["dense_layer"]
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3), "s": jnp.ones(4)}
     report = explain(first(f), params, jnp.ones((6, 5, 4)))
-    assert [(t.parameters, t.bytes) for t in report.materialised] == [(("s",), 6 * 4 * 4), (("b",), 6 * 3 * 4)]
+    assert [(t.parameters, t.bytes) for t in report.materialized] == [(("s",), 6 * 4 * 4), (("b",), 6 * 3 * 4)]
     assert "b: used by add" in str(report)
     assert "s: used by mul" in str(report)

@@ -82,17 +82,12 @@ class GGUFFile:
         Raises
         ------
         InputError
-            If there is no such file, it is damaged, of another version, or one part of several; if the gguf package is
-            missing.
+            If there is no such file, it is damaged, of another version, or one part of several.
         """
         source = os.fspath(path)
         file = Path(path).expanduser()
         if not file.is_file():
             raise InputError(f"{source}: no such file; name a GGUF file that is there.{nearby(file)}")
-        try:
-            import gguf  # noqa: F401
-        except ImportError as error:
-            raise InputError(f"{source}: reading GGUF needs the gguf package: pip install 'lensjax[gguf]'.") from error
         with file.open("rb") as stream:
             try:
                 fields, tensors = _Reader(stream).header()
