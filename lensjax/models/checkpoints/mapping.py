@@ -263,10 +263,10 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors,
         found = [tensors.shapes[names[name]] for name in wanted]
         try:
             # Views of one zero: the rule's own code decides which shape it makes, and no tensor is read.
-            made = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in found]).shape
+            shape_made = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in found]).shape
         except ValueError:
-            made = None
-        if made != tuple(shape):
+            shape_made = None
+        if shape_made != tuple(shape):
             problems.append(
                 f"wrong shape: {', '.join(names[name] for name in wanted)} has {' and '.join(map(str, found))}, "
                 f"which does not make {tuple(shape)} for {path}"

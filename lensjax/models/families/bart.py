@@ -273,14 +273,14 @@ def _row(array: np.ndarray) -> list[np.ndarray]:
 
 def table(config: BartConfig) -> Table:
     """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
-    made = [
+    rules = [
         Rule("tokens.embedding", "shared.weight"),
         Rule("logits_bias", "final_logits_bias", lambda arrays: arrays[0][0], _row),
     ]
     attention = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
     for stack in ("encoder", "decoder"):
         ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.layers.{{i}}"
-        made.append(Rule(f"{stack}.positions.embedding", f"{stack}.embed_positions.weight"))
+        rules.append(Rule(f"{stack}.positions.embedding", f"{stack}.embed_positions.weight"))
         norms = [(f"{stack}.embedding_norm", f"{stack}.layernorm_embedding")]
         norms += [(f"{ours}.attention_norm", f"{theirs}.self_attn_layer_norm")]
         norms += [(f"{ours}.mlp_norm", f"{theirs}.final_layer_norm")]
@@ -290,12 +290,12 @@ def table(config: BartConfig) -> Table:
             norms.append((f"{ours}.cross_norm", f"{theirs}.encoder_attn_layer_norm"))
             linears += [(f"{ours}.cross.{own}", f"{theirs}.encoder_attn.{name}") for own, name in attention.items()]
         for own, name in norms:
-            made += [Rule(f"{own}.scale", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
+            rules += [Rule(f"{own}.scale", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
         for own, name in linears:
-            made += [transposed(f"{own}.kernel", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
+            rules += [transposed(f"{own}.kernel", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     return Table(
-        rules=tuple(made),
+        rules=tuple(rules),
         prefix="model.",
         outside=("final_logits_bias", "lm_head.weight"),
         same=dict.fromkeys(copies, "shared.weight"),

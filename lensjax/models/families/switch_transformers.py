@@ -336,12 +336,12 @@ def _unstack_transposed(array: np.ndarray) -> list[np.ndarray]:
 
 def table(config: SwitchConfig) -> Table:
     """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
-    made = rules(config, "mlp")
+    mapping = rules(config, "mlp")
     for stack, last in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{stack}.layers.{{i}}.mlp", f"{stack}.block.{{i}}.layer.{last}.mlp"
-        made.append(transposed(f"{ours}.router.kernel", f"{theirs}.router.classifier.weight"))
-        made.append(Rule(f"{ours}.router.bias", f"{theirs}.router.classifier.bias"))
+        mapping.append(transposed(f"{ours}.router.kernel", f"{theirs}.router.classifier.weight"))
+        mapping.append(Rule(f"{ours}.router.bias", f"{theirs}.router.classifier.bias"))
         for own, name in (("inner", "wi"), ("out", "wo")):
             experts = tuple(f"{theirs}.experts.expert_{e}.{name}.weight" for e in range(config.num_experts))
-            made.append(Rule(f"{ours}.{own}", experts, _stack_transposed, _unstack_transposed))
-    return Table(rules=tuple(made), same=copies(config), ignored=UNUSED)
+            mapping.append(Rule(f"{ours}.{own}", experts, _stack_transposed, _unstack_transposed))
+    return Table(rules=tuple(mapping), same=copies(config), ignored=UNUSED)

@@ -94,7 +94,7 @@ class T5Config(Seq2SeqConfig):
 
     @classmethod
     def _scales(cls, raw: Mapping[str, Any], tied: bool) -> bool:
-        # transformers 5 writes the decision itself: it forgets the tying it was made from.
+        # transformers 5 writes the decision itself: it forgets the tying it was mapping from.
         return bool(raw.get("scale_decoder_outputs", tied))
 
     @classmethod
@@ -397,13 +397,13 @@ ATTENTION = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
 def rules(config: T5Config, mlp: str = "DenseReluDense") -> list[Rule]:
     """Return the rules of T5 and its kin for all but sparse perceptrons; `mlp` is what the checkpoint calls those."""
-    made = [Rule("tokens.embedding", "shared.weight")]
+    mapping = [Rule("tokens.embedding", "shared.weight")]
     if not config.tie_word_embeddings:
-        made.append(Rule("head.embedding", "lm_head.weight"))
+        mapping.append(Rule("head.embedding", "lm_head.weight"))
     for stack, last in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.block.{{i}}.layer"
-        made.append(Rule(f"{stack}.norm.scale", f"{stack}.final_layer_norm.weight"))
-        made.append(
+        mapping.append(Rule(f"{stack}.norm.scale", f"{stack}.final_layer_norm.weight"))
+        mapping.append(
             Rule(
                 f"{stack}.relative_bias.embedding",
                 f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -412,14 +412,14 @@ def rules(config: T5Config, mlp: str = "DenseReluDense") -> list[Rule]:
         attentions = [("attention", 0, "SelfAttention")]
         attentions += [("cross", 1, "EncDecAttention")] if stack == "decoder" else []
         for kind, place, module in attentions:
-            made.append(Rule(f"{ours}.{kind}_norm.scale", f"{theirs}.{place}.layer_norm.weight"))
+            mapping.append(Rule(f"{ours}.{kind}_norm.scale", f"{theirs}.{place}.layer_norm.weight"))
             for own, name in ATTENTION.items():
-                made.append(transposed(f"{ours}.{kind}.{own}.kernel", f"{theirs}.{place}.{module}.{name}.weight"))
-        made.append(Rule(f"{ours}.mlp_norm.scale", f"{theirs}.{last}.layer_norm.weight"))
+                mapping.append(transposed(f"{ours}.{kind}.{own}.kernel", f"{theirs}.{place}.{module}.{name}.weight"))
+        mapping.append(Rule(f"{ours}.mlp_norm.scale", f"{theirs}.{last}.layer_norm.weight"))
         matrices = {"gate": "wi_0", "inner": "wi_1", "out": "wo"} if config.gated else {"inner": "wi", "out": "wo"}
         for own, name in matrices.items():
-            made.append(transposed(f"{ours}.mlp.{own}.kernel", f"{theirs}.{last}.{mlp}.{name}.weight"))
-    return made
+            mapping.append(transposed(f"{ours}.mlp.{own}.kernel", f"{theirs}.{last}.{mlp}.{name}.weight"))
+    return mapping
 
 
 # Old checkpoints have a bias of cross-attention that no implementation uses.

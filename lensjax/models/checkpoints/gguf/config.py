@@ -291,7 +291,7 @@ def llama3_scaling(factors: np.ndarray, theta: float, features: int, source: str
             )
     for trial in trials:
         low, high, context = trial.values()
-        made = plain / Rotary(features, theta, "llama3", factor, low, high, float(context)).frequencies()
-        if np.allclose(made, factors, rtol=1e-4, atol=0):
+        computed = plain / Rotary(features, theta, "llama3", factor, low, high, float(context)).frequencies()
+        if np.allclose(computed, factors, rtol=1e-4, atol=0):
             return {"rope_type": "llama3", "factor": factor} | trial
     raise InputError(f"{source}: {ROPE_FACTORS} {factors.tolist()} is not the rotary scaling of Llama 3.")
