@@ -94,7 +94,7 @@ class T5Config(Seq2SeqConfig):
 
     @classmethod
     def _scales(cls, raw: Mapping[str, Any], tied: bool) -> bool:
-        # transformers 5 writes the decision itself: it forgets the tying it was mapping from.
+        # transformers 5 writes the decision itself: it forgets the tying it was made from.
         return bool(raw.get("scale_decoder_outputs", tied))
 
     @classmethod
