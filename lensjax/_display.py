@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -74,6 +74,19 @@ def printable(text: str) -> str:
     halves of surrogate pairs become question marks.
     """
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Lay out cells in columns: those whose numbers are in `left` are aligned left, the others right."""
+    lines = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def printable_lines(text: str) -> str:

@@ -6,30 +6,14 @@ escape sequence, or a line break that makes a line of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from lensjax._display import flops, number, percent, printable, printable_command, samples
+from lensjax._display import flops, number, percent, printable, printable_command, samples, text_table
 from lensjax.selection import CERTAINTY_PERCENT, Selection, format_interval
 from lensjax.selectors import Scores
 
 NAMES_SHOWN, NOTES_SHOWN = 5, 12  # all are in the JSON
 LAW_COLUMNS = ("B", "F", "D_l", "beta", "E", "alpha")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns: the second and the last left-aligned, the others, which are numbers, right-aligned."""
-    lines = [[printable(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = (1, len(header) - 1)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def ranking(selection: Selection, scores: Scores) -> str:
@@ -47,7 +31,7 @@ def ranking(selection: Selection, scores: Scores) -> str:
         **law_columns(selection, scores),
         "based on": [_basis(selection, scores, int(row)) for row in scores.order],
     }
-    return table(list(columns), list(zip(*columns.values(), strict=True)))
+    return text_table(list(columns), list(zip(*columns.values(), strict=True)), left=(1, len(columns) - 1))
 
 
 def law_columns(selection: Selection, scores: Scores) -> dict[str, list[str]]:
@@ -97,7 +81,7 @@ def comparison_cells(selection: Selection) -> tuple[list[str], list[list[str]]]:
 def comparison(selection: Selection) -> str:
     """Lay out the methods against each other: choice, cost, and how good the choice was where that is known."""
     header, rows = comparison_cells(selection)
-    text = table(["", *header, ""], [["", *r, ""] for r in rows])
+    text = text_table(["", *header, ""], [["", *r, ""] for r in rows], left=(1, len(header) + 1))
     if selection.truth is not None and "model_size" in selection.scores:
         text += (
             "\nmodel_size scores by minus log size, lower is better; the papers print its PearCorr with the other sign."

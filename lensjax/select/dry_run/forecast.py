@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lensjax._display import printable, samples
+from lensjax._display import printable, samples, text_table
 
 SCHEMA = 1
 TEXT_WIDTH = 96  # characters
@@ -263,7 +263,7 @@ class DryRun:
                     format_bytes(need.download) if need.download else "-",
                 ]
             )
-        return table(header, rows)
+        return text_table(header, rows, left=(0,))
 
     def _runs_table(self) -> str:
         header = ["samples", "what for", "runs", "done", "passes", "FLOPs at most", "time at most"]
@@ -285,29 +285,15 @@ class DryRun:
                     rough_duration(sum(r.seconds for r in left)) if left else "-",
                 ]
             )
-        return table(header, rows, left=1)
+        return text_table(header, rows, left=(1,))
 
     def _disk_table(self) -> str:
         rows = [[p.what, format_bytes(p.needed), format_bytes(p.free)] for p in self.places]
-        lines = table(["what", "needed", "free"], rows).splitlines()
+        lines = text_table(["what", "needed", "free"], rows, left=(0,)).splitlines()
         paths = ["where", *(printable(p.path) for p in self.places)]
         fits = max(map(len, paths)) + len(lines[0]) + 2 <= TEXT_WIDTH
         gap = "  " if fits else "\n    "
         return "\n".join(f"{line}{gap}{path}" for line, path in zip(lines, paths, strict=True))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Lay out a table: columns are aligned right, except number `left`, and the first unless `left` is 1."""
-    header, rows = list(map(printable, header)), [list(map(printable, row)) for row in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == left or (i == 0 and left != 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    ]
-    return "\n".join(lines)
 
 
 def format_bytes(size: int) -> str:
