@@ -27,7 +27,7 @@ from lensjax import models
 from lensjax.bound import compare_phases, fit_power_law, generalization_bound, layer_distances
 from lensjax.finetune import FineTuner, Plan, Search, Weights, tune
 from lensjax.jobs.candidates import Candidate
-from lensjax.jobs.request import DEMO_LEARNING_RATE
+from lensjax.jobs.defaults import DEMO_LEARNING_RATE
 from lensjax.select.request import Request, prepare
 from lensjax.tangents import (
     hessian_trace,

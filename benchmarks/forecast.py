@@ -79,12 +79,12 @@ def size_of(directory: Path) -> int:
 
 
 def measure(candidates: list[str], out: Path) -> dict:
-    """DryRun a selection, make it, compare."""
+    """Forecast a selection, make it, compare."""
     request = request_of(candidates, out, Plan(batch_size=16, max_epochs=2), Lora(), **OPTIONS)
     begun = time.perf_counter()
-    foretold = dry_run(request, out)
+    predicted = dry_run(request, out)
     seconds = time.perf_counter() - begun
-    print(foretold.render())
+    print(predicted.render())
     most = 0
     begun = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "lensjax.select", *flags(request)])
@@ -97,9 +97,9 @@ def measure(candidates: list[str], out: Path) -> dict:
     wall = time.perf_counter() - begun
     runs = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
     found = {}
-    for need in foretold.needs:
+    for need in predicted.needs:
         own = [run for run in runs if run["candidate"] == need.name]
-        planned = [run for run in foretold.runs if run.candidate == need.name]
+        planned = [run for run in predicted.runs if run.candidate == need.name]
         found[need.name] = {
             "parameters": need.parameters,
             "trainable": need.trainable,
@@ -107,13 +107,13 @@ def measure(candidates: list[str], out: Path) -> dict:
             "seconds": compared(sum(r.seconds for r in planned), sum(r["seconds"] for r in own)),
             "peak_bytes": compared(need.memory, max(r["facts"]["peak_bytes"] for r in own)),
         }
-    needed = sum(place.needed for place in foretold.places)
+    needed = sum(place.needed for place in predicted.places)
     return {
         "status": process.returncode,
         "seconds_of_forecast": seconds,
-        "basis": foretold.basis["Time"],
+        "basis": predicted.basis["Time"],
         "matmul_flops_per_second_afterwards": matmul_speed.__wrapped__("float32", 1024),
-        "wall_seconds": compared(foretold.seconds[1], wall),
+        "wall_seconds": compared(predicted.seconds[1], wall),
         "disk_bytes": compared(needed, max(most, size_of(out))),
         "candidates": found,
     }
@@ -125,11 +125,11 @@ def recorded(gguf: str, out: Path) -> dict:
     demo = sorted(str(p) for p in data.path("demo", "models").iterdir() if p.is_dir())
     plan = Plan(batch_size=16, max_epochs=2)
     options = {"smallest": 200, "visible": 1600, "validation": 100, "test": 300, "max_length": 48, "loss_unit": "byte"}
-    foretold = dry_run(request_of([gguf, f"{gguf}+lora", *demo], out, plan, Lora(rank=16, alpha=32.0), **options))
+    predicted = dry_run(request_of([gguf, f"{gguf}+lora", *demo], out, plan, Lora(rank=16, alpha=32.0), **options))
     found = {}
-    for need in foretold.needs:
+    for need in predicted.needs:
         own = [run for run in runs if run["candidate"] == need.name]
-        planned = [run for run in foretold.runs if run.candidate == need.name]
+        planned = [run for run in predicted.runs if run.candidate == need.name]
         found[need.name] = {
             "flops": compared(sum(r.flops for r in planned), sum(r["flops"] for r in own)),
             "peak_bytes": compared(need.memory, max(r["peak_bytes"] for r in own)),

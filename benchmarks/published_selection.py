@@ -10,10 +10,10 @@ import functools
 import numpy as np
 from environment import write_result
 
-from lensjax.journal import PRETRAINED_SCORES
 from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.selectors import SELECTORS, lens
+from lensjax.selectors.methods import PRETRAINED_SCORES
 
 FULL = 1_638_400
 RATIOS = (8, 16, 32, 64, 128, 256, 512)

@@ -79,15 +79,15 @@ def write_task(root: Path, rows: int) -> None:
     senses = sorted(set(wordnet_senses(root)))
     order = np.random.default_rng(SEED).permutation(len(senses))
     seen: set[str] = set()
-    render_all: list[tuple[str, str]] = []
+    drawn: list[tuple[str, str]] = []
     for word, definition in (senses[i] for i in order):
         key = " ".join(re.findall(r"\w+", definition.lower()))  # alike but for case and punctuation is alike
         if key not in seen:
             seen.add(key)
-            render_all.append((word, definition))
+            drawn.append((word, definition))
     DEMO.mkdir(parents=True, exist_ok=True)
     with (DEMO / "wordnet_definitions.jsonl").open("w", encoding="utf-8") as out:
-        for word, definition in render_all[:rows]:
+        for word, definition in drawn[:rows]:
             out.write(json.dumps({"word": word, "definition": definition}, ensure_ascii=False) + "\n")
     notice = (root / "usr/share/doc/wordnet-base/copyright").read_text("utf-8").split("Files: debian/*")[0]
     (DEMO / "WORDNET-LICENSE.txt").write_text(
@@ -97,7 +97,7 @@ def write_task(root: Path, rows: int) -> None:
         + "\n",
         encoding="utf-8",
     )
-    print(f"task: {len(senses)} senses, {len(render_all)} with a definition of their own, {rows} render_all")
+    print(f"task: {len(senses)} senses, {len(drawn)} with a definition of their own, {rows} drawn")
 
 
 # Public-domain texts -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def token_stream(tokenizer: Any, work: Path, text: str, split: str) -> np.ndarra
 
 
 def draw(streams: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Return one batch of windows, each from a text render_all evenly."""
+    """Return one batch of windows, each from a text drawn evenly."""
     which = rng.integers(len(streams), size=BATCH)
     starts = [rng.integers(len(streams[i]) - LENGTH) for i in which]
     return np.stack([streams[i][start : start + LENGTH] for i, start in zip(which, starts, strict=True)])

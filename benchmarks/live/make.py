@@ -7,7 +7,7 @@
 Each row of results/live/runs.jsonl is a finished measurement; the file only grows and can be committed at any time.
 Kinds of rows: "model" (weights, NLPmetrics), "zero" (size 0, kernels and traces), "log_me", "run" (a fine-tuning run,
 with kernels and traces at the weights kept; a quarter of them are made with seed 1 besides, without these). What is
-measured of kernels: look.py. package.py makes tables of the rows, analyse.py tangents_by_row what they say.
+measured of kernels: tangents.py. package.py makes tables of the rows, analyse.py works out what they say.
 
 Measured so far are 12 candidates: the two of width 128 take an hour each on two cores.
 """
@@ -29,7 +29,6 @@ import numpy as np
 import optax
 from candidates import CANDIDATES, LENGTH, Candidate
 from flax import nnx
-from look import look
 from make_data import DEMO, END_OF_TEXT
 
 from data import TASKS, Source
@@ -38,6 +37,7 @@ from lensjax.jobs.pretrained_scores import POSITIONS, samples_for
 from lensjax.models import init_model, load_model, load_tokenizer, save_pretrained
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import Encoded, batches, bucket_lengths, encode, load_task
+from tangents import measure_tangents
 
 SIZES = (100, 200, 400, 800, 1_600, 3_200)
 SEED = 2025
@@ -97,7 +97,7 @@ class Rows:
 
 
 def pretrain(candidate: Candidate, source: Source, tokenizer: Any, target: Path, steps: int) -> None:
-    """Train one model from random weights and save it; its texts are render_all evenly."""
+    """Train one model from random weights and save it; its texts are drawn evenly."""
     streams = []
     for name in candidate.texts:
         encoded = tokenizer([END_OF_TEXT + text for text in source.text(name)], verbose=False)["input_ids"]
@@ -202,12 +202,12 @@ def fine_tune(
     here = {"candidate": candidate.name, "task": name}
     plan = scale.plan
     # Compiled when first needed: a task that is done costs nothing.
-    made: list[FineTuner] = []
+    tuners: list[FineTuner] = []
 
     def tuner() -> FineTuner:
-        if not made:
-            made.append(FineTuner(model, plan, buckets, pad_id))
-        return made[0]
+        if not tuners:
+            tuners.append(FineTuner(model, plan, buckets, pad_id))
+        return tuners[0]
 
     # Padded to one length, so that what is compiled serves all tasks.
     few = train.first(min(EXAMPLES, len(train)))
@@ -216,7 +216,7 @@ def fine_tune(
 
     def before() -> Any:
         if not seen:
-            seen.append(look(model, batch))
+            seen.append(measure_tangents(model, batch))
         return seen[0]
 
     if not rows.done(kind="zero", **here):
@@ -246,7 +246,7 @@ def fine_tune(
                 keys = ("test_loss", "validation_loss", "steps", "steps_run", "tokens", "flops", "seconds", "reason")
                 row = {key: getattr(outcome, key) for key in (*keys, "learning_rate")}
                 if seed == 0:
-                    row |= look(tuner().model(kept[0]), batch, before()[1])[0]
+                    row |= measure_tangents(tuner().model(kept[0]), batch, before()[1])[0]
             except DivergedError as error:
                 row = {"test_loss": None, "reason": str(error)}
             rows.add({"kind": "run", **here, "size": size, "seed": seed, **row})

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from look import OUTPUTS
 
 from lensjax import data
 from lensjax.data.live_benchmark import PER_OUTPUT
 from lensjax.jobs.pretrained_scores import EXPONENTS
+from tangents import OUTPUTS
 
 RESULTS = Path(__file__).parents[1] / "results" / "live"
 
@@ -75,7 +75,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def arrays(sizes: list[int], candidates: dict[str, dict[tuple[int, int], dict[str, Any]]]) -> dict[str, np.ndarray]:
-    """Arrays of `lensjax.RecordedTangents` by name, those of outputs as NAME.OUTPUT."""
+    """Arrays of `lensjax.data.live_benchmark.RecordedTangents` by name, those of outputs as NAME.OUTPUT."""
 
     def collect(get: Any, seed: int = 0) -> np.ndarray:
         return np.array([[get(own.get((size, seed), {})) for size in sizes] for own in candidates.values()], np.float64)

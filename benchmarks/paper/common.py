@@ -103,7 +103,7 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points of one panel: label, x and y, render_all as dots or a line."""
+    """Points of one panel: label, x and y, drawn as dots or a line."""
 
     label: str
     x: np.ndarray

@@ -58,23 +58,23 @@ def problem(train: int = TRAIN, held_out: int = HELD_OUT) -> dict[str, Any]:
     }
 
 
-def residual(made: dict[str, Any], x: Any) -> Any:
+def residual(instance: dict[str, Any], x: Any) -> Any:
     """F(Theta, t); x: log t and log eta."""
-    return made["dynamics"].residual_norm(jnp.exp(x[0]), jnp.exp(x[1]))
+    return instance["dynamics"].residual_norm(jnp.exp(x[0]), jnp.exp(x[1]))
 
 
-def held_out_loss(made: dict[str, Any], x: Any) -> Any:
+def held_out_loss(instance: dict[str, Any], x: Any) -> Any:
     """Mean squared error on examples that were not trained on, after t steps at learning rate eta."""
-    after = made["dynamics"].predict(jnp.exp(x[0]), made["cross"], made["outputs"], jnp.exp(x[1]))
-    return jnp.mean((after - made["truth"]) ** 2)
+    after = instance["dynamics"].predict(jnp.exp(x[0]), instance["cross"], instance["outputs"], jnp.exp(x[1]))
+    return jnp.mean((after - instance["truth"]) ** 2)
 
 
-def predicted_loss(made: dict[str, Any], x: Any) -> Any:
+def predicted_loss(instance: dict[str, Any], x: Any) -> Any:
     """Log loss at the target by a law with F(Theta, t) in it, fitted to losses that were measured at smaller sizes.
 
     Steps grow with the size, t = t_1 D / D_1; x: log t_1 and log eta.
     """
-    dynamics = made["dynamics"]
+    dynamics = instance["dynamics"]
     losses = 6 / (6 + SIZES**0.35) + 0.8 + 0.02 * np.sin(np.arange(len(SIZES)))
     steps = jnp.exp(x[0]) * SIZES / SIZES[0]
     # Outside of a trace the fit has values only, which is what finite differences need.
@@ -90,23 +90,23 @@ def predicted_loss(made: dict[str, Any], x: Any) -> Any:
     return jnp.log(fits.predict(TARGET, t=steps[-1:] * TARGET / SIZES[-1]))[0]
 
 
-def check(made: dict[str, Any], x: np.ndarray, step: float = 1e-4) -> dict[str, dict[str, float]]:
+def check(instance: dict[str, Any], x: np.ndarray, step: float = 1e-4) -> dict[str, dict[str, float]]:
     """Compare the derivatives of all three by log t and log eta with finite differences."""
     found = {}
     with jax.enable_x64(True):
         for function in (residual, held_out_loss, predicted_loss):
-            exact = jax.grad(lambda at, f=function: f(made, at))(jnp.asarray(x))
-            repeated = [central(lambda at, f=function: f(made, at), x, np.eye(2)[i], step) for i in (0, 1)]
+            exact = jax.grad(lambda at, f=function: f(instance, at))(jnp.asarray(x))
+            repeated = [central(lambda at, f=function: f(instance, at), x, np.eye(2)[i], step) for i in (0, 1)]
             found[function.__name__] = agreement(exact, repeated)
     return found
 
 
-def descend(made: dict[str, Any], steps: int = STEPS) -> tuple[np.ndarray, list[float]]:
+def descend(instance: dict[str, Any], steps: int = STEPS) -> tuple[np.ndarray, list[float]]:
     """Find log t and log eta with the least held-out loss by gradient descent (Adam)."""
-    x = jnp.array([0.0, np.log(0.1 * made["dynamics"].largest_stable_rate())])
+    x = jnp.array([0.0, np.log(0.1 * instance["dynamics"].largest_stable_rate())])
     adam = optax.adam(RATE)
     state, course = adam.init(x), []
-    step = jax.jit(jax.value_and_grad(functools.partial(held_out_loss, made)))
+    step = jax.jit(jax.value_and_grad(functools.partial(held_out_loss, instance)))
     for _ in range(steps):
         value, slope = step(x)
         course.append(float(value))
@@ -118,16 +118,16 @@ def descend(made: dict[str, Any], steps: int = STEPS) -> tuple[np.ndarray, list[
 def main() -> None:
     start = time.perf_counter()
     with jax.enable_x64(True):
-        made = problem()
-        at = np.array([np.log(20.0), np.log(0.3 * made["dynamics"].largest_stable_rate())])
-        found = check(made, at)
+        instance = problem()
+        at = np.array([np.log(20.0), np.log(0.3 * instance["dynamics"].largest_stable_rate())])
+        found = check(instance, at)
         for name, agreed in found.items():
             require(agreed, 1e-5, name)
-        x, course = descend(made)
+        x, course = descend(instance)
         times = np.geomspace(1e-2, 1e6, 2001)
-        whole = jax.vmap(lambda t: held_out_loss(made, jnp.stack([jnp.log(t), x[1]])))(jnp.asarray(times))
+        whole = jax.vmap(lambda t: held_out_loss(instance, jnp.stack([jnp.log(t), x[1]])))(jnp.asarray(times))
         grid, end = float(whole.min()), float(whole[-1])
-        slope = np.asarray(jax.grad(lambda at: held_out_loss(made, at))(jnp.asarray(x)))
+        slope = np.asarray(jax.grad(lambda at: held_out_loss(instance, at))(jnp.asarray(x)))
     print(f"held-out loss: {course[0]:.4f} at the start, {min(course):.4f} by descent, {grid:.4f} by a grid of times")
     print(f"trained to the end it is {end:.4f}; eta t = {np.exp(x.sum()):.3g}")
     # Only the product eta t matters in gradient flow: both derivatives are the same everywhere.

@@ -16,7 +16,7 @@ TARGETS = {"loss": 0.0, "gold_probability": 1.0}
 PROBES = 8
 
 
-def look(model: Any, batch: Any, before: dict[str, np.ndarray] | None = None) -> tuple[dict[str, Any], Any]:
+def measure_tangents(model: Any, batch: Any, before: dict[str, np.ndarray] | None = None) -> tuple[dict[str, Any], Any]:
     """Measure kernels and traces on one batch.
 
     Parameters
