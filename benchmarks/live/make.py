@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ import numpy as np
 import optax
 from candidates import CANDIDATES, LENGTH, Candidate
 from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))  # the scripts are run by path
+
 from make_data import DEMO, END_OF_TEXT
 
 from data import TASKS, Source
