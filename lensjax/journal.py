@@ -20,6 +20,9 @@ SPECIFICATION = "specification.json"
 JOURNAL = "runs.jsonl"
 KEY = re.compile("[0-9a-f]{16}")  # of `key_of` and of fingerprints
 
+ENCODING = "encoding"
+"""In a specification: the version of how samples become tokens, on which every loss depends; absent in the first."""
+
 TEXTS = ("key", "candidate", "reason", "part_of")
 COUNTS = ("size", "steps", "tokens", "samples")
 AMOUNTS = ("flops", "seconds")
@@ -262,6 +265,12 @@ class Journal:
             found = None
         if not isinstance(found, dict):
             raise InputError(f"--out {self.directory}: {SPECIFICATION} is damaged; name a new directory.")
+        if found.get(ENCODING) != wanted.get(ENCODING):
+            raise InputError(
+                f"--out {self.directory}: was made by a version of lensjax that turned samples into tokens in another "
+                f"way, so its losses do not go with new ones. Name a new directory; --losses {self.directory} reads "
+                "what is there, and the version that began it can continue it."
+            )
         if found != wanted:
             differs = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
             raise InputError(

@@ -35,6 +35,7 @@ from lensjax.jobs.runner import CandidateRunner
 
 HEARTBEAT_SECONDS = 5.0  # between two heartbeats while waiting for the process
 GRACE_SECONDS = 5.0  # for a process to end by itself
+PROCESS_NAME = "lensjax candidate"
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ class CandidateProcess:
     def _start(self) -> None:
         context = _context()
         ours, theirs = context.Pipe()
-        process = context.Process(target=worker_main, args=(theirs, self.config), daemon=True)
+        process = context.Process(target=worker_main, args=(theirs, self.config), daemon=True, name=PROCESS_NAME)
         try:
             # An interrupt waits until the process exists, and its server, which lives on, never sees one.
             with _deferred_interrupts():

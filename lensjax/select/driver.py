@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lensjax.environment import versions
 from lensjax.errors import InputError, SelectionError
 from lensjax.jobs.candidates import Candidate
 from lensjax.jobs.defaults import EXTRA_MEASUREMENTS, TANGENTS
+from lensjax.jobs.process import PROCESS_NAME
 from lensjax.journal import Run
 from lensjax.losses.curves import Curves
 from lensjax.progress.console import Console
@@ -76,6 +78,11 @@ def run_selection(
     With `isolate`, JAX's accelerators are best left to the candidates' processes: set ``JAX_PLATFORMS=cpu`` for this
     one, or pass ``isolate=False`` where this process holds the only device.
     """
+    if multiprocessing.current_process().name == PROCESS_NAME:
+        raise InputError(
+            "run_selection is called again by a candidate's process, which imports your script; put the call under "
+            '`if __name__ == "__main__":`, or pass isolate=False.'
+        )
     known = set(Request.__dataclass_fields__) - {"models", "task"}
     unknown = sorted(set(settings) - known)
     if unknown:

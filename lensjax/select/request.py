@@ -12,12 +12,13 @@ from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate, find_candidates
 from lensjax.jobs.request import JobRequest, dataset_summary_of, task_of
 from lensjax.jobs.tokens import Tokens, placeholder_tokens, tokens_of
-from lensjax.journal import key_of
+from lensjax.journal import ENCODING, key_of
 from lensjax.select.budget import Budget, Ledger
 from lensjax.selectors import DEFAULT, DEFAULT_RACE, GAMMA, TAU, check_rule, method
 from lensjax.selectors.methods import LOG_ME
 from lensjax.tasks import Task
 from lensjax.tasks.dataset_info import DatasetSummary
+from lensjax.tasks.example import ENCODING_VERSION
 
 DEMO_SMALLEST, SMALLEST = 50, 200
 TARGET_TO_VISIBLE = 8  # target / largest subset, by default
@@ -123,6 +124,7 @@ class Prepared:
         """Everything that a run directory belongs to: two selections share one only if this is equal."""
         return {
             **self.definition,
+            ENCODING: ENCODING_VERSION,
             "candidates": {c.name: c.fingerprint for c in self.candidates},
             "sizes": list(self.sizes),
             "target": self.target,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lensjax.tasks.encoding import Encoded
-from lensjax.tasks.example import ENCODING, Example
+from lensjax.tasks.example import ENCODING_VERSION, Example
 
 VARIABLE = "LENSJAX_CACHE"
 FACTS, NOT_PACKED = ("truncated", "separate", "target_bytes", "packed"), -1
@@ -39,7 +39,7 @@ def key_of(examples: Sequence[Example], tokenizer: str, *settings: object) -> st
         All else; each needs a stable `repr`.
     """
     libraries = version("transformers"), version("tokenizers")
-    digest = hashlib.sha256(repr((ENCODING, *libraries, tokenizer, *settings)).encode())
+    digest = hashlib.sha256(repr((ENCODING_VERSION, *libraries, tokenizer, *settings)).encode())
     for example in examples:
         digest.update(repr((example.input, example.target, example.template)).encode())
     return digest.hexdigest()[:32]

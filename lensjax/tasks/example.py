@@ -15,7 +15,7 @@ PROMPT = "{input}: "
 CHAT = "chat"
 """As a template: the tokenizer's own chat template is used."""
 
-ENCODING = 2
+ENCODING_VERSION = 2
 """Version of `encode`'s way of making tokens; a part of what tasks' fingerprints and cached tokens' names digest."""
 
 

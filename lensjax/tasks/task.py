@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from lensjax.errors import InputError
-from lensjax.tasks.example import CHAT, ENCODING, Example
+from lensjax.tasks.example import CHAT, ENCODING_VERSION, Example
 from lensjax.tasks.sources import Row, dataset_rows, file_rows
 from lensjax.tasks.specification import ResolvedSource, TaskSource
 
@@ -198,7 +198,7 @@ def _split(source: TaskSource, resolved: ResolvedSource, parts: Mapping[str, lis
             f"the test loss. {f'{repeated} more are repeated. ' if repeated else ''}Add samples or lower --validation "
             "and --test."
         )
-    digest = hashlib.sha256(json.dumps([ENCODING, seed, validation, test]).encode())
+    digest = hashlib.sha256(json.dumps([ENCODING_VERSION, seed, validation, test]).encode())
     for example in (*taken["test"], *taken["validation"], *train[set_aside:]):
         # Under `CHAT` each tokenizer writes the prompt itself, so only the input is the same for all.
         prompt = [CHAT, example.input] if example.template == CHAT else example.prompt

@@ -10,7 +10,9 @@ from typing import Any
 from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.jobs.candidates import Candidate
+from lensjax.journal import ENCODING
 from lensjax.report.schema import upgrade
+from lensjax.tasks.example import ENCODING_VERSION
 
 SELECTION = "selection.json"
 CHOSEN_HERE = ("learning_rate", "batch_size", "lora")  # of a plan: searched, or part of the candidate
@@ -108,7 +110,10 @@ def read_comparison(
     if known.get(name, candidate.fingerprint) != candidate.fingerprint:
         caveats.append("the model's files or its adapters' settings have changed since")
     if specification.get("task", task) != task:
-        caveats.append("the data, the samples set aside or the seed are others")
+        # A task's fingerprint holds the version of the encoding.
+        same_encoding = specification.get(ENCODING) == ENCODING_VERSION
+        others = "the data, the samples set aside or the seed are others"
+        caveats.append(others if same_encoding else "its version of lensjax turned samples into tokens in another way")
     settings = [n for n in plan if n in there and n not in CHOSEN_HERE and there[n] != plan[n]]
     settings += ["max_length"] if specification.get("max_length", max_length) != max_length else []
     if settings:

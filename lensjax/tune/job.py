@@ -292,6 +292,8 @@ class Tuning:
         """Return the record as far as it is known before training."""
         job, request = self.job, self.job.request
         comparison = None if job.comparison is None else dataclasses.asdict(job.comparison)
+        if comparison is not None:
+            comparison["doubts"] = comparison.pop("caveats")  # as the file has called them from the beginning
         return {
             "model": self.base,
             # Of a hub id: a snapshot, which names the commit.

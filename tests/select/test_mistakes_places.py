@@ -77,6 +77,18 @@ def test_a_candidate_that_has_changed(begun):
     )
 
 
+def test_a_run_directory_of_a_version_with_other_tokens(begun):
+    path = Path("old/specification.json")
+    specification = json.loads(path.read_text())
+    assert specification.pop("encoding") == 2
+    path.write_text(json.dumps(specification))
+    assert begun("--out", "old") == (
+        "--out old: was made by a version of lensjax that turned samples into tokens in another way, so its losses do "
+        "not go with new ones. Name a new directory; --losses old reads what is there, and the version that began it "
+        "can continue it."
+    )
+
+
 def test_damaged_run_directories(begun):
     Path("old/specification.json").write_text("{")
     assert begun("--out", "old") == "--out old: specification.json is damaged; name a new directory."

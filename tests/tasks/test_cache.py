@@ -134,7 +134,7 @@ def test_a_key_changes_with_all_that_tokens_depend_on():
 def test_a_key_changes_with_the_encoding(monkeypatch):
     before = key_of(EXAMPLES, "a", 12)
     assert key_of(EXAMPLES, "a", 12) == before
-    monkeypatch.setattr("lensjax.tasks.cache.ENCODING", 1)
+    monkeypatch.setattr("lensjax.tasks.cache.ENCODING_VERSION", 1)
     assert key_of(EXAMPLES, "a", 12) != before
 
 
