@@ -100,9 +100,9 @@ def test_an_id_that_the_hub_does_not_give(mistake, monkeypatch):
         ),
         ({"model_type": None}, 'config.json has no model_type; add it, for instance "model_type": "gpt2".'),
         (
-            {"auto_map": {"AutoModelForCausalLM": "modeling.py"}},
-            "config.json has auto_map, that is, code of its own, which lensjax does not run. If transformers has the "
-            f"model itself, load it there without that code (trust_remote_code=False) and save it: {CONVERT}",
+            {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling.py"}},
+            "model_type 'phi3' is not supported, and the code that comes with the model (auto_map in config.json) is "
+            f"not run; supported: {FAMILIES}",
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},

@@ -400,7 +400,10 @@ def test_a_file_is_not_a_model_directory(saved):
         ("[]", "must hold a JSON object, found list"),
         ("{}", "config.json has no model_type; add it"),
         ('{"model_type": "mamba"}', "model_type 'mamba' is not supported; supported: .*gpt2"),
-        ('{"model_type": "gpt2", "auto_map": {"AutoModel": "x.Y"}}', "config.json has auto_map"),
+        (
+            '{"model_type": "phi3", "auto_map": {"AutoModel": "x.Y"}}',
+            r"model_type 'phi3' is not supported, and the code that comes with the model \(auto_map .*\) is not run",
+        ),
         ('{"model_type": "gpt2", "n_embd": "8"}', "n_embd is '8'; it must be a positive whole number"),
         ('{"model_type": "gpt2", "n_layer": 0}', "n_layer is 0; it must be a positive whole number"),
     ],
@@ -438,12 +441,34 @@ def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
         load_model(saved)
 
 
-@pytest.mark.parametrize(("encoder_decoder", "kind"), [(True, "Seq2SeqLM"), (False, "CausalLM")])
-def test_code_that_comes_with_a_model_is_not_run(encoder_decoder, kind, saved):
-    edit_config(saved, auto_map={"AutoModel": "evil.Model"}, is_encoder_decoder=encoder_decoder)
+@pytest.mark.parametrize(
+    "auto_map",
+    [
+        {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"},
+        {"AutoTokenizer": ["evil.Tokenizer", None]},
+    ],
+)
+def test_code_that_comes_with_a_model_of_a_supported_family_is_ignored(auto_map, saved, model, tmp_path):
+    save_pretrained(model, saved, make_tokenizer())
+    edit_config(saved, auto_map=auto_map)
+    (saved / "evil.py").write_text("raise SystemExit('it ran')")
+    loaded, tokenizer = from_pretrained(saved)
+    assert tokenizer("a b")["input_ids"] == make_tokenizer()("a b")["input_ids"]
+    left, right = export_tensors(loaded), export_tensors(model)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name])
+    save_pretrained(loaded, tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_code_that_comes_with_a_model_of_another_family_is_not_run(saved):
+    edit_config(saved, model_type="phi3", auto_map={"AutoModel": "evil.Model"})
     (saved / "evil.py").write_text("raise SystemExit('it ran')")
     for load in (load_config, load_model, from_pretrained):
-        with pytest.raises(InputError, match=rf"which lensjax does not run.*transformers\.AutoModelFor{kind}\."):
+        with pytest.raises(
+            InputError, match=r"model_type 'phi3' is not supported, and .* is not run; supported: bart,"
+        ):
             load(saved)
 
 
@@ -458,6 +483,56 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(model, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_byt5_has_a_tokenizer_without_a_vocabulary_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(T5 | {"vocab_size": 384}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}))
+    # The bytes of UTF-8 after the three tokens <pad>, </s> and <unk>, then </s>.
+    text = "Hé 你"
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == [byte + 3 for byte in text.encode()] + [1]
+    for settings in ('{"tokenizer_class": "T5Tokenizer"}', "[]", "{"):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(
+            InputError, match=r"its tokenizer cannot be loaded \(none of tokenizer\.json, .* is there\)"
+        ):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "tokenizer_class", "special"),
+    [
+        ("spiece.model", "unigram", "T5Tokenizer", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+        ("tokenizer.model", "bpe", "LlamaTokenizer", {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True}),
+    ],
+)
+def test_a_tokenizer_that_is_only_a_sentencepiece_model_is_loaded(file, kind, tokenizer_class, special, tmp_path):
+    import sentencepiece
+
+    lines = [f"the quick brown fox {i} jumps over lazy dogs in the garden" for i in range(200)]
+    with (tmp_path / file).open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=stream,
+            model_type=kind,
+            vocab_size=320 if kind == "bpe" else 50,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **special,
+        )
+    (tmp_path / "config.json").write_text(json.dumps(T5 if kind == "unigram" else LLAMA))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, "extra_ids": 0}))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / file))
+    for text in ("The quick fox", "dogs 12 in the garden"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+
+
+def test_a_missing_sentencepiece_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr("lensjax.models.checkpoints.pretrained.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"only in spiece\.model, .* needs the sentencepiece package"):
+        load_tokenizer(tmp_path)
+
+
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 11,
@@ -467,6 +542,49 @@ LLAMA = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
+
+
+GEMMA = {
+    "model_type": "gemma3_text",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 16,
+    "sliding_window": 4,
+}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_multimodal_checkpoint_is_loaded_alone(prefix, tmp_path):
+    model = init_model(GEMMA, jax.random.key(0))
+    expected = export_tensors(model)
+    tensors = {prefix + name.removeprefix("model."): value for name, value in expected.items()}
+    head = "model." if prefix.startswith("model.") else ""
+    for part in ("vision_tower.vision_model.embeddings.bias", "multi_modal_projector.mm_input_projection_weight"):
+        tensors[head + part] = np.ones(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = {name: value for name, value in GEMMA.items() if name != "vocab_size"}
+    outer = {"model_type": "gemma3", "text_config": text | {"vocab_size": 11}, "vision_config": {}, "eos_token_id": [1]}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    config = check_checkpoint(tmp_path)
+    assert (config.model_type, config.layers, config.head_dim) == ("gemma3_text", 2, 4)
+    loaded = load_model(tmp_path)
+    assert export_tensors(loaded).keys() == expected.keys()
+    for name, value in export_tensors(loaded).items():
+        np.testing.assert_array_equal(value, expected[name])
+    save_pretrained(loaded, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert saved["eos_token_id"] == [1]
+    assert "vision_config" not in saved
+    tensors[prefix + "extra"] = np.ones(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 problem:\n  unused: model\.extra"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
