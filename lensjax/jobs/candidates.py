@@ -197,10 +197,12 @@ def _tokenizer_digest(place: Path, fingerprint: str, files: str) -> str:
 def _digests(files: Iterable[tuple[str, Callable[[], bytes]]]) -> tuple[str, str]:
     """Return what identifies a checkpoint, and its tokenizer alone: the contents of the files that matter."""
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
+    files = list(files)
+    weights = ".safetensors" if any(name.endswith(".safetensors") for name, _ in files) else ".bin"
     for name, digest in files:
         suffix = Path(name).suffix
         of_tokenizer = name.startswith(TOKENIZER_FILES) or suffix in (".model", ".gguf")
-        if not (of_tokenizer or name == "config.json" or suffix == ".safetensors"):
+        if not (of_tokenizer or name == "config.json" or suffix == weights):
             continue
         contents = name.encode() + digest()
         whole.update(contents)

@@ -154,12 +154,12 @@ def test_directories_that_are_no_models(mistake):
 
 
 def test_weights_that_are_not_there(mistake):
-    WEIGHTS.rename("two/pytorch_model.bin")
+    WEIGHTS.rename("two/model.pt")
     assert mistake() == (
-        "two: has only pytorch_model.bin, which lensjax does not open: such files can run code. Convert it once, where "
+        "two: has only model.pt, which lensjax does not open: such files can run code. Convert it once, where "
         f"you trust it and have torch: {CONVERT}"
     )
-    Path("two/pytorch_model.bin").unlink()
+    Path("two/model.pt").unlink()
     assert mistake() == (
         "two: has no model.safetensors and no model.safetensors.index.json. If it comes with pickled weights only "
         f"(pytorch_model.bin), convert it once where you trust it: {CONVERT}"

@@ -24,6 +24,8 @@ FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of the files that are downloaded besides the weights."""
 
 WEIGHTS = "*.safetensors"
+PICKLED = "pytorch_model*.bin"
+"""Weight files that are downloaded if there are no safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,13 @@ class Listing:
     @property
     def weights(self) -> tuple[HubFile, ...]:
         """The weight files; all other files are small."""
-        return tuple(file for file in self.files if fnmatchcase(file.name, WEIGHTS))
+        patterns = (WEIGHTS, PICKLED)
+        return tuple(file for file in self.files if any(fnmatchcase(file.name, pattern) for pattern in patterns))
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether the weights are in pytorch_model.bin."""
+        return any(fnmatchcase(file.name, PICKLED) for file in self.files)
 
     @property
     def missing(self) -> int:
@@ -108,7 +116,10 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     patterns = [*FILES, *([WEIGHTS] if weights else [])]
     try:
         # Files in sub-folders are other formats (onnx, openvino) of the same weights.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if weights and not any(found.glob(WEIGHTS)):
+            snapshot_download(name, revision=revision, allow_patterns=[PICKLED], ignore_patterns=["*/*"])
+        return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _refusal(name, error) from error
 
@@ -146,13 +157,15 @@ def listing(name_or_path: str | os.PathLike[str], *, revision: str | None = None
         if not isinstance(error, HfHubHTTPError):
             with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, OSError):
                 snapshot = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-                if any(Path(snapshot).glob(WEIGHTS)):
+                if any(any(Path(snapshot).glob(pattern)) for pattern in (WEIGHTS, PICKLED)):
                     return None
         raise _refusal(name, error) from error
     commit = info.sha or revision or "main"
     files = []
-    for file in info.siblings or ():
-        if "/" in file.rfilename or not any(fnmatchcase(file.rfilename, pattern) for pattern in (*FILES, WEIGHTS)):
+    siblings = [file for file in info.siblings or () if "/" not in file.rfilename]
+    weights = WEIGHTS if any(fnmatchcase(file.rfilename, WEIGHTS) for file in siblings) else PICKLED
+    for file in siblings:
+        if not any(fnmatchcase(file.rfilename, pattern) for pattern in (*FILES, weights)):
             continue
         digest = (file.lfs.sha256 if file.lfs is not None else file.blob_id) or ""
         cached = isinstance(huggingface_hub.try_to_load_from_cache(name, file.rfilename, revision=commit), str)

@@ -30,6 +30,13 @@ SLAB = 1 << 20
 """Number of elements read at a time."""
 
 
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""Prefixes of all names in a checkpoint of torch's DataParallel or compiled modules, or of peft's models."""
+
+OTHER_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head")
+"""First parts of the names of heads for classification, question answering and values."""
+
+
 class Tensors:
     """The tensors of a checkpoint under their Hugging Face names; shapes are known, contents are read on demand.
 
@@ -252,16 +259,34 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors,
         except ValueError:
             loaded = None
         if loaded != tuple(shape):
-            problems.append(
-                f"wrong shape: {', '.join(names[name] for name in sources)} has {' and '.join(map(str, stored))}, "
-                f"which does not make {tuple(shape)} for {path}"
-            )
-    problems += [f"unused: {names[name]}" for name in names if name not in used and not table.is_ignored(name)]
+            described = f"wrong shape: {', '.join(names[n] for n in sources)} has {' and '.join(map(str, stored))}"
+            needed = [part.shape for part in rule.save(np.broadcast_to(np.zeros((), np.uint8), shape))]
+            # Where the checkpoint stores another shape than the parameter's, the message must give the stored one.
+            if needed == [tuple(shape)]:
+                problems.append(f"{described}, which does not make {tuple(shape)} for {path}")
+            else:
+                problems.append(f"{described} and needs {' and '.join(map(str, needed))} for {path}")
+    unused = [names[name] for name in names if name not in used and not table.is_ignored(name)]
+    problems += [f"unused: {name}" for name in unused]
     if problems:
         more = len(problems) - MAX_LISTED
         listed = problems if more <= 0 else [*problems[:MAX_LISTED], f"and {more} more"]
         raise InputError(
             f"{source}: the checkpoint does not fit its {tensors.described_by}, {len(problems)} "
-            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(listed) + f"\n{tensors.remedy}"
+            f"problem{'s' if len(problems) > 1 else ''}:\n  "
+            + "\n  ".join(listed)
+            + f"\n{_remedy(tensors, unused, len(problems))}"
         )
     return names
+
+
+def _remedy(tensors: Tensors, unused: list[str], problems: int) -> str:
+    """Return what the user can do about a checkpoint that does not fit, given its unused tensors."""
+    if any(".lora_A." in name or ".lora_B." in name for name in unused):
+        return "It has adapters that are not merged: merge them with peft's merge_and_unload() and save the result."
+    for prefix in WRAPPERS:
+        if unused and all(name.startswith(prefix) for name in tensors.shapes):
+            return f"All names begin with {prefix}, which a wrapper around the model adds: save the model inside it."
+    if unused and len(unused) == problems and all(name.split(".")[0] in OTHER_HEADS for name in unused):
+        return "It is a model for another task, with a head that a language model does not have; name its base model."
+    return tensors.remedy

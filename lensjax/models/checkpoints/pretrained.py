@@ -27,7 +27,8 @@ from lensjax.models.checkpoints.hub import (
     without_advice,
 )
 from lensjax.models.checkpoints.mapping import Tensors, assemble, family_of, fitting_config, match, parameter_shapes
-from lensjax.models.checkpoints.safetensors_files import HubTensors, SafeTensors
+from lensjax.models.checkpoints.pickled import PickledTensors, has_pickled_weights
+from lensjax.models.checkpoints.safetensors_files import FileTensors, HubTensors, SafeTensors, has_safetensors
 from lensjax.models.registry import ModelConfig
 
 
@@ -60,6 +61,19 @@ def init_model(config: ModelConfig | Mapping[str, Any], key: jax.Array, dtype: A
     return family_of(config).model(config, dtype, nnx.Rngs(key))
 
 
+def open_weights(directory: Path, config: ModelConfig, source: str) -> FileTensors:
+    """Return the tensors of a model directory: of its safetensors files, or else of pytorch_model.bin.
+
+    Raises
+    ------
+    InputError
+        If there are no such files, or they are damaged.
+    """
+    if not has_safetensors(directory) and has_pickled_weights(directory):
+        return PickledTensors(directory, source)
+    return SafeTensors(directory, config, source)
+
+
 def load_model(
     name_or_path: str | os.PathLike[str], *, dtype: Any = jnp.float32, revision: str | None = None
 ) -> LanguageModel:
@@ -68,7 +82,7 @@ def load_model(
         return load_gguf(name_or_path, dtype=dtype)
     config = load_config(name_or_path, revision=revision)
     source = os.fspath(name_or_path)
-    tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+    tensors = open_weights(resolve(name_or_path, revision=revision), config, source)
     tensors.check_kinds(family_of(config).table(config))
     return assemble(fitting_config(config, tensors), tensors, dtype, source)
 
@@ -102,13 +116,15 @@ def check_checkpoint(
     else:
         config = load_config(name_or_path, revision=revision)
         if listing is None:
-            tensors = SafeTensors(resolve(name_or_path, revision=revision), config, source)
+            tensors = open_weights(resolve(name_or_path, revision=revision), config, source)
             config = fitting_config(config, tensors)
+        elif listing.is_pickled:
+            return config  # the names of the tensors are inside the weight file, which is not downloaded here
         else:
             tensors = HubTensors(listing, config)
     table = family_of(config).table(config)
     match(table, parameter_shapes(config), tensors, source)
-    if isinstance(tensors, SafeTensors):
+    if isinstance(tensors, FileTensors):
         tensors.check_kinds(table)
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,36 @@ OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 """Tensors of a multimodal checkpoint that do not belong to its language model."""
 
 
-class SafeTensors(Tensors):
+class FileTensors(Tensors):
+    """The tensors of a model's weight files, with the data types in which they are stored.
+
+    Attributes
+    ----------
+    kinds : mapping, name -> str
+        Data types by their names in safetensors.
+    source : str
+        Names the checkpoint in error messages.
+    """
+
+    kinds: Mapping[str, str]
+    source: str
+
+    def check_kinds(self, table: Table) -> None:
+        """Check that all weights are floating-point numbers; call `match` first.
+
+        Raises
+        ------
+        InputError
+        """
+        for name, kind in self.kinds.items():
+            if kind not in FLOATS and not table.is_ignored(table.short(name)):
+                raise InputError(
+                    f"{self.source}: {name} is stored as {kind}, so its weights are quantised; name the model they "
+                    "were made from, or a GGUF file."
+                )
+
+
+class SafeTensors(FileTensors):
     """The tensors of a model directory's safetensors files.
 
     Parameters
@@ -73,20 +103,6 @@ class SafeTensors(Tensors):
         with safe_open(self.files[name], "np") as handle:
             stored = self.stored_names[name]
             return handle.get_slice(stored)[start:stop] if self.shapes[name] else handle.get_tensor(stored)
-
-    def check_kinds(self, table: Table) -> None:
-        """Check that all weights are floating-point numbers; call `match` first.
-
-        Raises
-        ------
-        InputError
-        """
-        for name, kind in self.kinds.items():
-            if kind not in FLOATS and not table.is_ignored(table.short(name)):
-                raise InputError(
-                    f"{self.source}: {name} is stored as {kind}, so its weights are quantised; name the model they "
-                    "were made from, or a GGUF file."
-                )
 
 
 class HubTensors(SafeTensors):
@@ -145,6 +161,11 @@ def name_in_language_model(name: str, config: ModelConfig) -> str | None:
         return None
     # Published checkpoints have language_model.model.layers..., those of newer versions model.language_model.layers...
     return re.sub(r"^model\.language_model\.", "model.", name.removeprefix("language_model."))
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Return whether a directory has weights in safetensors files."""
+    return (directory / "model.safetensors").is_file() or (directory / INDEX).is_file()
 
 
 def weight_files(directory: Path, config: ModelConfig, source: str) -> list[Path]:

@@ -239,6 +239,45 @@ def test_everything_that_does_not_fit_is_said_at_once(saved):
     ]
 
 
+def test_a_wrong_shape_is_compared_with_the_one_in_the_file(tmp_path):
+    save_pretrained(init_model(LLAMA, jax.random.key(0)), tmp_path)
+    name = "model.layers.0.self_attn.k_proj.weight"  # stored as (out, in), loaded as (in, out)
+    edit(tmp_path, lambda tensors: tensors.update({name: np.ones((6, 8), np.float32)}))
+    edit_config(tmp_path, num_key_value_heads=1)
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert f"wrong shape: {name} has (6, 8) and needs (4, 8) for layers.0.attention.key.kernel" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (
+            lambda tensors: {**tensors, "transformer.h.0.attn.c_attn.lora_A.weight": np.ones((2, 8), np.float32)},
+            "It has adapters that are not merged: merge them with peft's merge_and_unload() and save the result.",
+        ),
+        (
+            lambda tensors: {f"_orig_mod.{name}": value for name, value in tensors.items()},
+            "All names begin with _orig_mod., which a wrapper around the model adds: save the model inside it.",
+        ),
+        (
+            lambda tensors: {**tensors, "score.weight": np.ones((2, 8), np.float32)},
+            "It is a model for another task, with a head that a language model does not have; name its base model.",
+        ),
+    ],
+)
+def test_the_advice_fits_what_is_wrong_with_a_checkpoint(change, remedy, saved):
+    def apply(tensors):
+        changed = change(dict(tensors))
+        tensors.clear()
+        tensors.update(changed)
+
+    edit(saved, apply)
+    with pytest.raises(InputError) as error:
+        load_model(saved)
+    assert str(error.value).rpartition("\n")[2] == remedy
+
+
 def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(saved, monkeypatch):
     def read(*_):
         raise AssertionError("a tensor was read")
@@ -416,7 +455,7 @@ def test_unusable_configurations_are_refused_by_name(text, message, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+@pytest.mark.parametrize("pickled", ["pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved):
     (saved / "model.safetensors").rename(saved / pickled)
     with pytest.raises(
@@ -428,7 +467,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved
 T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
 
 
-@pytest.mark.parametrize("pickled", ["pytorch_model.bin", None])
+@pytest.mark.parametrize("pickled", ["model.pt", None])
 def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(T5))
     if pickled:
