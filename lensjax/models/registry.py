@@ -49,6 +49,23 @@ class ModelConfig:
     max_length: int | None
 
     @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> ModelConfig:
+        """Read the configuration from the contents of a config.json; each family implements this.
+
+        Parameters
+        ----------
+        raw : mapping
+        source : str
+            Names the configuration in error messages.
+
+        Raises
+        ------
+        InputError
+            If a setting is invalid or not supported.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def base(cls, raw: Mapping[str, Any], **values: Any) -> Self:
         """Build the configuration; `raw` is stored as text so that the configuration stays hashable."""
         return cls(model_type=raw["model_type"], raw=json.dumps(dict(raw), sort_keys=True), **values)
@@ -127,6 +144,30 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int, sourc
         raise InputError(
             f"{source}: {name} {value} is not a multiple of {divisor_name} {divisor}; correct config.json."
         )
+
+
+def width_and_heads(raw: Mapping[str, Any], source: str, **defaults: int) -> tuple[int, int]:
+    """Return the width of the residual stream and the number of attention heads, which must divide it.
+
+    Parameters
+    ----------
+    raw : mapping
+        A config.json.
+    source : str
+        Names the configuration in error messages.
+    **defaults : int
+        The names of the two settings in the family's config.json, width first, and their defaults.
+
+    Raises
+    ------
+    InputError
+        If one is not a positive whole number, or the width is not a multiple of the heads.
+    """
+    (width_name, width), (heads_name, heads) = (
+        (name, positive(raw, name, default, source)) for name, default in defaults.items()
+    )
+    check_multiple(width_name, width, heads_name, heads, source)
+    return width, heads
 
 
 def _single(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -54,13 +54,7 @@ class BartConfig(Seq2SeqConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> BartConfig:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         width = positive(raw, "d_model", 1024, source)
         heads = {stack: positive(raw, f"{stack}_attention_heads", 16, source) for stack in ("encoder", "decoder")}
         for stack, count in heads.items():

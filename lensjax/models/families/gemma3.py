@@ -38,13 +38,7 @@ class Gemma3Config(llama.LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> llama.LlamaConfig:
-        """Read the configuration from the contents of a config.json; see `LlamaConfig`.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
             if raw.get(name):
                 raise InputError(f"{source}: {name} is {raw[name]}; only models without it are supported.")

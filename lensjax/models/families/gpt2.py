@@ -23,10 +23,10 @@ from lensjax.models.registry import (
     Rule,
     Table,
     causal_table,
-    check_multiple,
     norm_rules,
     positive,
     typed,
+    width_and_heads,
 )
 
 
@@ -48,15 +48,8 @@ class GPT2Config(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> GPT2Config:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
-        width, heads = positive(raw, "n_embd", 768, source), positive(raw, "n_head", 12, source)
-        check_multiple("n_embd", width, "n_head", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, n_embd=768, n_head=12)
         if raw.get("add_cross_attention", False):
             raise InputError(f"{source}: add_cross_attention is true; only decoders without it are supported.")
         layers.activation(typed(raw, "activation_function", "gelu_new", source), source)

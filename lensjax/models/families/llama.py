@@ -84,13 +84,7 @@ class LlamaConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         bias = bool(raw.get("attention_bias", False))
         return cls.read(raw, source, qkv_bias=bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)))
 

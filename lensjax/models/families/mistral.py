@@ -28,7 +28,7 @@ class MistralConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the configuration from the contents of a config.json; see `LlamaConfig`."""
+        """Read a config.json; see `ModelConfig.from_dict`."""
         # Absent means 4096, null means no window.
         window = None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
         count = positive(raw, "num_hidden_layers", cls.SIZES["num_hidden_layers"], source)

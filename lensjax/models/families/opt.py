@@ -22,11 +22,11 @@ from lensjax.models.registry import (
     Rule,
     Table,
     causal_table,
-    check_multiple,
     linear_rules,
     norm_rules,
     positive,
     typed,
+    width_and_heads,
 )
 
 OFFSET = 2
@@ -52,16 +52,8 @@ class OPTConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> OPTConfig:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
-        width = positive(raw, "hidden_size", 768, source)
-        heads = positive(raw, "num_attention_heads", 12, source)
-        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, hidden_size=768, num_attention_heads=12)
         if raw.get("layerdrop"):
             raise InputError(f"{source}: layerdrop is {raw['layerdrop']}, which is not supported; set it to 0.")
         layers.activation(typed(raw, "activation_function", "relu", source), source)

@@ -29,6 +29,7 @@ from lensjax.models.registry import (
     norm_rules,
     positive,
     typed,
+    width_and_heads,
 )
 
 
@@ -51,16 +52,8 @@ class PhiConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> PhiConfig:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
-        width = positive(raw, "hidden_size", 2048, source)
-        heads = positive(raw, "num_attention_heads", 32, source)
-        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, hidden_size=2048, num_attention_heads=32)
         key_heads = positive(raw, "num_key_value_heads", heads, source)
         check_multiple("num_attention_heads", heads, "num_key_value_heads", key_heads, source)
         length = positive(raw, "max_position_embeddings", 2048, source)

@@ -29,7 +29,7 @@ class Qwen2Config(LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the configuration from the contents of a config.json; see `LlamaConfig`."""
+        """Read a config.json; see `ModelConfig.from_dict`."""
         return cls.read(raw, source, qkv_bias=True, **windows_and_key_heads(raw, source, cls.SIZES))
 
 

@@ -25,7 +25,7 @@ class Qwen3Config(LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the configuration from the contents of a config.json; see `LlamaConfig`."""
+        """Read a config.json; see `ModelConfig.from_dict`."""
         bias = bool(raw.get("attention_bias", False))
         windows = windows_and_key_heads(raw, source, cls.SIZES)
         return cls.read(raw, source, qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=128, **windows)

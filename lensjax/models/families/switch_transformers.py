@@ -62,13 +62,7 @@ class SwitchConfig(T5Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> SwitchConfig:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         if raw.get("router_dtype", "float32") != "float32":
             raise InputError(f"{source}: router_dtype is {raw['router_dtype']!r}; only 'float32' is supported.")
         count = positive(raw, "num_layers", cls.DEFAULTS["num_layers"], source)

@@ -67,13 +67,7 @@ class T5Config(Seq2SeqConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> T5Config:
-        """Read the configuration from the contents of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a setting is invalid or not supported.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         projection = raw.get("feed_forward_proj", cls.DEFAULTS["feed_forward_proj"])
         gate, _, name = projection.rpartition("-") if isinstance(projection, str) else ("?", "", "")
         if gate not in ("", "gated"):

@@ -3,9 +3,6 @@
 import io
 import json
 import pickle
-import struct
-import sys
-import types
 import zipfile
 from collections import OrderedDict
 
@@ -19,6 +16,7 @@ from lensjax.models import check_checkpoint, init_model, load_model, save_pretra
 from lensjax.models.checkpoints import pickled
 from lensjax.models.checkpoints.pickled import PickledTensors, load_restricted
 from lensjax.models.checkpoints.saving import export_tensors
+from support.torch_files import Tensor, whole, write
 
 CONFIG = {
     "model_type": "llama",
@@ -29,90 +27,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
-STORAGE_OF = {
-    "<f4": "FloatStorage",
-    "<f2": "HalfStorage",
-    "|u1": "ByteStorage",
-    "<i8": "LongStorage",
-    "|b1": "BoolStorage",
-}
 LAYOUTS = ["zip", "old"]
-
-
-class Tensor:
-    """A view of a storage, which the pickle of these tests writes as torch writes a tensor."""
-
-    def __init__(self, storage, offset, shape, strides, size=None):
-        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
-        self.size = storage.size if size is None else size
-
-
-def whole(array):
-    array = np.asarray(array)
-    return Tensor(
-        np.ravel(array), 0, array.shape, tuple(s // array.itemsize for s in np.ascontiguousarray(array).strides)
-    )
-
-
-@pytest.fixture
-def torch(monkeypatch):
-    """Modules with the names that torch's pickles contain; they are there for writing only."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    for name in pickled.STORAGES:
-        setattr(torch, name, type(name, (), {"__module__": "torch"}))
-
-    def build(*_):
-        raise AssertionError("a function of torch was called")
-
-    for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-        function = types.FunctionType(build.__code__, {"AssertionError": AssertionError}, name)
-        function.__module__, function.__qualname__ = "torch._utils", name
-        setattr(utils, name, function)
-    torch._utils = utils
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "torch._utils", utils)
-    return torch
-
-
-def write(path, content, torch, layout="zip", parameters=False, compression=zipfile.ZIP_STORED, order=b"little"):
-    storages = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj):
-            if isinstance(obj, tuple) and len(obj) == 2 and obj[0] == "a storage":
-                tensor = obj[1]
-                key = storages.setdefault(id(tensor.storage), (str(len(storages)), tensor))[0]
-                dtype = tensor.storage.dtype
-                name = "BFloat16Storage" if dtype == jnp.bfloat16 else STORAGE_OF[dtype.str]
-                pid = ("storage", getattr(torch, name), key, "cpu", tensor.size)
-                return pid if layout == "zip" else (*pid, None)
-            return None
-
-        def reducer_override(self, obj):
-            if not isinstance(obj, Tensor):
-                return NotImplemented
-            arguments = (("a storage", obj), obj.offset, obj.shape, obj.strides, False, OrderedDict())
-            if parameters and not getattr(obj, "inner", False):
-                inner = Tensor(obj.storage, obj.offset, obj.shape, obj.strides, obj.size)
-                inner.inner = True
-                return torch._utils._rebuild_parameter, (inner, True, OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
-
-    data = io.BytesIO()
-    Pickler(data, protocol=2).dump(content)
-    arrays = {key: tensor.storage for key, tensor in storages.values()}
-    if layout == "zip":
-        with zipfile.ZipFile(path, "w", compression) as archive:
-            archive.writestr("archive/data.pkl", data.getvalue())
-            archive.writestr("archive/byteorder", order)
-            for key, array in arrays.items():
-                archive.writestr(f"archive/data/{key}", array.tobytes())
-        return
-    parts = [pickle.dumps(part, protocol=2) for part in (pickled.MAGIC, pickled.PROTOCOL, {"little_endian": True})]
-    parts += [data.getvalue(), pickle.dumps(sorted(arrays), protocol=2)]
-    for key in sorted(arrays):
-        parts += [struct.pack("<q", arrays[key].size), arrays[key].tobytes()]
-    path.write_bytes(b"".join(parts))
 
 
 @pytest.fixture
@@ -131,10 +46,10 @@ def state_dict(model):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parameters", [False, True])
-def test_weights_equal_those_that_were_saved(layout, parameters, model, torch, tmp_path):
+def test_weights_equal_those_that_were_saved(layout, parameters, model, tmp_path):
     state = state_dict(model)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = whole(np.arange(2, dtype=np.float32))
-    write(tmp_path / "pytorch_model.bin", state, torch, layout, parameters)
+    write(tmp_path / "pytorch_model.bin", state, layout, parameters)
     assert check_checkpoint(tmp_path).layers == 2
     found = export_tensors(load_model(tmp_path))
     assert found.keys() == export_tensors(model).keys()
@@ -142,12 +57,12 @@ def test_weights_equal_those_that_were_saved(layout, parameters, model, torch, t
         np.testing.assert_array_equal(found[name], value, strict=True)
 
 
-def test_shards_are_read_by_their_index(model, torch, tmp_path):
+def test_shards_are_read_by_their_index(model, tmp_path):
     state = state_dict(model)
     names = list(state)
     parts = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
     for file, part in parts.items():
-        write(tmp_path / file, {name: state[name] for name in part}, torch)
+        write(tmp_path / file, {name: state[name] for name in part})
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     found = export_tensors(load_model(tmp_path))
@@ -164,7 +79,7 @@ def test_shards_are_read_by_their_index(model, torch, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.int64, np.uint8, np.bool_])
-def test_views_of_a_storage_are_read_as_numpy_reads_them(layout, dtype, torch, tmp_path):
+def test_views_of_a_storage_are_read_as_numpy_reads_them(layout, dtype, tmp_path):
     storage = np.arange(40).astype(dtype)
     views = {
         "transposed": (Tensor(storage, 3, (4, 5), (1, 4)), storage[3:23].reshape(5, 4).T),
@@ -173,7 +88,7 @@ def test_views_of_a_storage_are_read_as_numpy_reads_them(layout, dtype, torch, t
         "vector": (Tensor(storage, 1, (39,), (1,)), storage[1:]),
         "empty": (Tensor(storage, 0, (0, 5), (5, 1)), storage[:0].reshape(0, 5)),
     }
-    write(tmp_path / "pytorch_model.bin", {name: tensor for name, (tensor, _) in views.items()}, torch, layout)
+    write(tmp_path / "pytorch_model.bin", {name: tensor for name, (tensor, _) in views.items()}, layout)
     tensors = PickledTensors(tmp_path, "test")
     for name, (_, expected) in views.items():
         assert tensors.shapes[name] == expected.shape
@@ -200,8 +115,8 @@ def test_views_of_a_storage_are_read_as_numpy_reads_them(layout, dtype, torch, t
         lambda a: "text",
     ],
 )
-def test_tensors_that_do_not_lie_in_the_file_are_refused(layout, tensor, torch, tmp_path):
-    write(tmp_path / "pytorch_model.bin", {"a": tensor(np.ones(4, np.float32))}, torch, layout)
+def test_tensors_that_do_not_lie_in_the_file_are_refused(layout, tensor, tmp_path):
+    write(tmp_path / "pytorch_model.bin", {"a": tensor(np.ones(4, np.float32))}, layout)
     with pytest.raises(InputError, match=r"pytorch_model\.bin: cannot be read as weights of PyTorch \("):
         PickledTensors(tmp_path, "test")
 
@@ -217,7 +132,7 @@ class Runs:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("function", [print, eval, exec, getattr, __import__, open, pickle.loads, io.open_code])
-def test_nothing_in_a_pickle_is_run(layout, protocol, function, torch, tmp_path, capsys):
+def test_nothing_in_a_pickle_is_run(layout, protocol, function, tmp_path, capsys):
     hostile = pickle.dumps({"a": Runs(function, "print('it ran')")}, protocol=protocol)
     if layout == "zip":
         with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
@@ -265,11 +180,11 @@ def test_hostile_pickles_are_refused_and_change_nothing(content):
     assert before == after
 
 
-def test_every_truncation_and_many_changes_of_a_file_give_one_error_or_the_same_tensors(torch, tmp_path):
+def test_every_truncation_and_many_changes_of_a_file_give_one_error_or_the_same_tensors(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     rng = np.random.default_rng(0)
     for layout in LAYOUTS:
-        write(file, {"a": whole(np.arange(6, dtype=np.float32).reshape(2, 3))}, torch, layout)
+        write(file, {"a": whole(np.arange(6, dtype=np.float32).reshape(2, 3))}, layout)
         content = file.read_bytes()
         changes = [content[:length] for length in range(0, len(content), 7)]
         for _ in range(300):
@@ -289,23 +204,23 @@ def test_every_truncation_and_many_changes_of_a_file_give_one_error_or_the_same_
     ("options", "message"),
     [({"compression": zipfile.ZIP_DEFLATED}, "is compressed"), ({"order": b"big"}, "is not little-endian")],
 )
-def test_archives_that_torch_does_not_write_are_refused(options, message, torch, tmp_path):
-    write(tmp_path / "pytorch_model.bin", {"a": whole(np.zeros(1000, np.float32))}, torch, **options)
+def test_archives_that_torch_does_not_write_are_refused(options, message, tmp_path):
+    write(tmp_path / "pytorch_model.bin", {"a": whole(np.zeros(1000, np.float32))}, **options)
     with pytest.raises(InputError, match=message):
         PickledTensors(tmp_path, "test")
 
 
-def test_safetensors_come_first(model, torch, tmp_path):
-    write(tmp_path / "pytorch_model.bin", {"a": whole(np.zeros(3, np.float32))}, torch)
+def test_safetensors_come_first(model, tmp_path):
+    write(tmp_path / "pytorch_model.bin", {"a": whole(np.zeros(3, np.float32))})
     save_pretrained(model, tmp_path)
     found = export_tensors(load_model(tmp_path))
     for name, value in export_tensors(model).items():
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_quantised_weights_are_refused(model, torch, tmp_path):
+def test_quantised_weights_are_refused(model, tmp_path):
     state = state_dict(model)
     state["model.norm.weight"] = whole(np.ones(8, np.int64))
-    write(tmp_path / "pytorch_model.bin", state, torch)
+    write(tmp_path / "pytorch_model.bin", state)
     with pytest.raises(InputError, match=r"model\.norm\.weight is stored as I64, so its weights are quantised"):
         load_model(tmp_path)
