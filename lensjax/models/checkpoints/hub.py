@@ -116,10 +116,10 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     patterns = [*FILES, *([WEIGHTS] if weights else [])]
     try:
         # Files in sub-folders are other formats (onnx, openvino) of the same weights.
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-        if weights and not any(found.glob(WEIGHTS)):
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if weights and not any(snapshot.glob(WEIGHTS)):
             snapshot_download(name, revision=revision, allow_patterns=[PICKLED], ignore_patterns=["*/*"])
-        return found
+        return snapshot
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _refusal(name, error) from error
 

@@ -141,7 +141,7 @@ class _Dict(dict[Any, Any]):
         pass
 
 
-def _whole(value: Any) -> int:
+def _size(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not a size")
     return value
@@ -153,7 +153,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Sto
         raise ValueError("a tensor is not a view of a storage")
     if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor has shape {shape} and strides {strides}")
-    tensor = StoredTensor(storage, _whole(offset), tuple(map(_whole, shape)), tuple(map(_whole, strides)))
+    tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, strides)))
     count = math.prod(tensor.shape)
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if count > storage.size or (count and last >= storage.size):
@@ -189,7 +189,7 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError("it refers to something that is not a storage")
         if not isinstance(pid[1], StorageType) or not isinstance(pid[2], str):
             raise ValueError("a storage has no type or no key")
-        return Storage(pid[1], pid[2], _whole(pid[4]))
+        return Storage(pid[1], pid[2], _size(pid[4]))
 
 
 class _Limited:

@@ -34,50 +34,9 @@ from lensjax.models import (
 )
 from lensjax.models.checkpoints.mapping import parameter_shapes
 from lensjax.models.checkpoints.saving import export_tensors
-from lensjax.models.registry import Rule, Table, family, transposed
+from support.checkpoints import LLAMA, SMALL, T5, assert_same, edit_config, make_tokenizer
 from support.families import FAMILIES, flat, make_config
 from support.paths import SOURCES
-
-SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 6}
-
-
-@pytest.fixture
-def model():
-    return init_model(SMALL, jax.random.key(0))
-
-
-@pytest.fixture
-def saved(model, tmp_path):
-    save_pretrained(model, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
-
-
-def edit(directory, change):
-    """Rewrite model.safetensors with `change` applied to its dictionary of tensors."""
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(directory, **values):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | values))
-
-
-def assert_same(a, b, dtype=None):
-    left, right = export_tensors(a, dtype), export_tensors(b, dtype)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -183,144 +142,6 @@ def test_transformers_loads_saved_shards(model, tmp_path):
     found = theirs.state_dict()
     for name, value in export_tensors(model).items():
         np.testing.assert_array_equal(found[name].numpy(), value, err_msg=name)
-
-
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_buffers_copies_of_the_tied_head_and_bare_names_are_understood(prefix, saved, model):
-    def change(tensors):
-        old = dict(tensors)
-        tensors.clear()
-        tensors.update({prefix + name.removeprefix("transformer."): value for name, value in old.items()})
-        tensors["lm_head.weight"] = old["transformer.wte.weight"].copy()
-        for i in range(2):
-            tensors[f"{prefix}h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 6, 6), np.uint8))
-            tensors[f"{prefix}h.{i}.attn.masked_bias"] = np.float32([-1e4])
-
-    edit(saved, change)
-    assert_same(load_model(saved), model)
-
-
-def test_a_tied_table_may_stand_under_its_other_name(saved, model):
-    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
-    assert check_checkpoint(saved) == load_config(saved)
-    assert_same(load_model(saved), model)
-
-
-def test_a_tied_head_that_differs_is_refused(saved):
-    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
-    with pytest.raises(InputError, match=r"ties lm_head\.weight to wte\.weight, but the two differ"):
-        load_model(saved)
-
-
-def test_everything_that_does_not_fit_is_said_at_once(saved):
-    def change(tensors):
-        del tensors["transformer.h.1.mlp.c_fc.bias"]
-        tensors["transformer.h.0.ln_1.weight"] = np.ones(9, np.float32)
-        tensors["transformer.h.2.ln_1.weight"] = np.ones(8, np.float32)
-        tensors["score.weight"] = np.ones((2, 8), np.float32)
-        tensors["wpe.weight"] = tensors["transformer.wpe.weight"].copy()
-
-    edit(saved, change)
-    with pytest.raises(InputError) as early:
-        check_checkpoint(saved)
-    with pytest.raises(InputError) as error:
-        load_model(saved)
-    assert str(early.value) == str(error.value)
-    listed, _, remedy = str(error.value).rpartition("\n")
-    assert remedy == "Use the config.json that these weights were saved with, or download both again."
-    first, *problems = listed.split("\n  ")
-    assert first == f"{saved}: the checkpoint does not fit its config.json, 5 problems:"
-    assert sorted(problems) == [
-        "both transformer.wpe.weight and wpe.weight are there",
-        "missing: transformer.h.1.mlp.c_fc.bias",
-        "unused: score.weight",
-        "unused: transformer.h.2.ln_1.weight",
-        "wrong shape: transformer.h.0.ln_1.weight has (9,), which does not make (8,) for layers.0.attention_norm.scale",
-    ]
-
-
-def test_a_wrong_shape_is_compared_with_the_one_in_the_file(tmp_path):
-    save_pretrained(init_model(LLAMA, jax.random.key(0)), tmp_path)
-    name = "model.layers.0.self_attn.k_proj.weight"  # stored as (out, in), loaded as (in, out)
-    edit(tmp_path, lambda tensors: tensors.update({name: np.ones((6, 8), np.float32)}))
-    edit_config(tmp_path, num_key_value_heads=1)
-    with pytest.raises(InputError) as error:
-        load_model(tmp_path)
-    assert f"wrong shape: {name} has (6, 8) and needs (4, 8) for layers.0.attention.key.kernel" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "remedy"),
-    [
-        (
-            lambda tensors: {**tensors, "transformer.h.0.attn.c_attn.lora_A.weight": np.ones((2, 8), np.float32)},
-            "It has adapters that are not merged: merge them with peft's merge_and_unload() and save the result.",
-        ),
-        (
-            lambda tensors: {f"_orig_mod.{name}": value for name, value in tensors.items()},
-            "All names begin with _orig_mod., which a wrapper around the model adds: save the model inside it.",
-        ),
-        (
-            lambda tensors: {**tensors, "score.weight": np.ones((2, 8), np.float32)},
-            "It is a model for another task, with a head that a language model does not have; name its base model.",
-        ),
-    ],
-)
-def test_the_advice_fits_what_is_wrong_with_a_checkpoint(change, remedy, saved):
-    def apply(tensors):
-        changed = change(dict(tensors))
-        tensors.clear()
-        tensors.update(changed)
-
-    edit(saved, apply)
-    with pytest.raises(InputError) as error:
-        load_model(saved)
-    assert str(error.value).rpartition("\n")[2] == remedy
-
-
-def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(saved, monkeypatch):
-    def read(*_):
-        raise AssertionError("a tensor was read")
-
-    monkeypatch.setattr("lensjax.models.checkpoints.safetensors_files.SafeTensors.rows", read)
-    assert check_checkpoint(saved) == load_config(saved)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_maps_every_parameter_once(name):
-    config = load_config(make_config(name, 2))
-    table = family(name, "test").table(config)
-    paths = parameter_shapes(config)
-    sources = [source for path in paths for source in table.sources(path)[1]]
-    assert len(sources) == len(set(sources)) >= len(paths) > 10
-
-
-@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool])
-def test_a_dtype_that_holds_no_weights_is_refused(dtype, saved):
-    with pytest.raises(InputError, match=rf"dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one"):
-        load_model(saved, dtype=dtype)
-
-
-def test_a_rule_may_join_several_tensors():
-    rule = Rule(
-        "layers.{i}.qkv.kernel",
-        ("l{i}.q.weight", "l{i}.k.weight"),
-        lambda arrays: np.concatenate([array.T for array in arrays], 1),
-        lambda array: [part.T for part in np.split(array, 2, 1)],
-    )
-    assert rule.match("layers.12.qkv.kernel") == ("l12.q.weight", "l12.k.weight")
-    assert rule.match("layers.x.qkv.kernel") is None
-    assert rule.match("layers.1.qkv.kernel2") is None
-    kernel = np.arange(24).reshape(4, 6)
-    np.testing.assert_array_equal(rule.load(rule.save(kernel)), kernel)
-    np.testing.assert_array_equal(transposed("a", "b").load([kernel]), kernel.T)
-    np.testing.assert_array_equal(transposed("a", "b").save(kernel)[0], kernel.T)
-
-
-@pytest.mark.parametrize(("rules", "count"), [((), 0), ((Rule("a.{i}", "x"), Rule("a.1", "y")), 2)])
-def test_a_parameter_with_no_rule_or_two_is_an_error(rules, count):
-    with pytest.raises(LookupError, match=rf"{count} rules of the mapping table are about the parameter a\.1"):
-        Table(rules).sources("a.1")
 
 
 @pytest.mark.parametrize(
@@ -431,30 +252,6 @@ def test_a_file_is_not_a_model_directory(saved):
         resolve(saved / "m.gguf")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "has no config.json; name a directory in Hugging Face format"),
-        ("{", "is not valid JSON"),
-        ("[]", "must hold a JSON object, found list"),
-        ("{}", "config.json has no model_type; add it"),
-        ('{"model_type": "mamba"}', "model_type 'mamba' is not supported; supported: .*gpt2"),
-        (
-            '{"model_type": "phi3", "auto_map": {"AutoModel": "x.Y"}}',
-            r"model_type 'phi3' is not supported, and the code that comes with the model \(auto_map .*\) is not run",
-        ),
-        ('{"model_type": "gpt2", "n_embd": "8"}', "n_embd is '8'; it must be a positive whole number"),
-        ('{"model_type": "gpt2", "n_layer": 0}', "n_layer is 0; it must be a positive whole number"),
-    ],
-)
-def test_unusable_configurations_are_refused_by_name(text, message, tmp_path):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        load_config(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
 @pytest.mark.parametrize("pickled", ["pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved):
     (saved / "model.safetensors").rename(saved / pickled)
@@ -462,9 +259,6 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved
         InputError, match=rf"has only {pickled}, .*can run code\. Convert .*ForCausalLM.*save_pretrained"
     ):
         load_model(saved)
-
-
-T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
 
 
 @pytest.mark.parametrize("pickled", ["model.pt", None])
@@ -478,37 +272,6 @@ def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"transformers\.AutoModelForCausalLM\.from_pretrained\(SOURCE\)"):
         load_model(saved)
-
-
-@pytest.mark.parametrize(
-    "auto_map",
-    [
-        {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"},
-        {"AutoTokenizer": ["evil.Tokenizer", None]},
-    ],
-)
-def test_code_that_comes_with_a_model_of_a_supported_family_is_ignored(auto_map, saved, model, tmp_path):
-    save_pretrained(model, saved, make_tokenizer())
-    edit_config(saved, auto_map=auto_map)
-    (saved / "evil.py").write_text("raise SystemExit('it ran')")
-    loaded, tokenizer = from_pretrained(saved)
-    assert tokenizer("a b")["input_ids"] == make_tokenizer()("a b")["input_ids"]
-    left, right = export_tensors(loaded), export_tensors(model)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        np.testing.assert_array_equal(value, right[name])
-    save_pretrained(loaded, tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
-
-
-def test_code_that_comes_with_a_model_of_another_family_is_not_run(saved):
-    edit_config(saved, model_type="phi3", auto_map={"AutoModel": "evil.Model"})
-    (saved / "evil.py").write_text("raise SystemExit('it ran')")
-    for load in (load_config, load_model, from_pretrained):
-        with pytest.raises(
-            InputError, match=r"model_type 'phi3' is not supported, and .* is not run; supported: bart,"
-        ):
-            load(saved)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(model, tmp_path):
@@ -570,77 +333,6 @@ def test_a_missing_sentencepiece_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lensjax.models.checkpoints.pretrained.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"only in spiece\.model, .* needs the sentencepiece package"):
         load_tokenizer(tmp_path)
-
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
-
-
-GEMMA = {
-    "model_type": "gemma3_text",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "max_position_embeddings": 16,
-    "sliding_window": 4,
-}
-
-
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_the_language_model_of_a_multimodal_checkpoint_is_loaded_alone(prefix, tmp_path):
-    model = init_model(GEMMA, jax.random.key(0))
-    expected = export_tensors(model)
-    tensors = {prefix + name.removeprefix("model."): value for name, value in expected.items()}
-    head = "model." if prefix.startswith("model.") else ""
-    for part in ("vision_tower.vision_model.embeddings.bias", "multi_modal_projector.mm_input_projection_weight"):
-        tensors[head + part] = np.ones(3, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    text = {name: value for name, value in GEMMA.items() if name != "vocab_size"}
-    outer = {"model_type": "gemma3", "text_config": text | {"vocab_size": 11}, "vision_config": {}, "eos_token_id": [1]}
-    (tmp_path / "config.json").write_text(json.dumps(outer))
-    config = check_checkpoint(tmp_path)
-    assert (config.model_type, config.layers, config.head_dim) == ("gemma3_text", 2, 4)
-    loaded = load_model(tmp_path)
-    assert export_tensors(loaded).keys() == expected.keys()
-    for name, value in export_tensors(loaded).items():
-        np.testing.assert_array_equal(value, expected[name])
-    save_pretrained(loaded, tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert (saved["model_type"], saved["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
-    assert saved["eos_token_id"] == [1]
-    assert "vision_config" not in saved
-    tensors[prefix + "extra"] = np.ones(3, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"1 problem:\n  unused: model\.extra"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
-@pytest.mark.parametrize("old", [True, False])
-def test_rotary_scalings_that_are_not_computed_are_refused(kind, old, tmp_path):
-    scaling = {"type" if old else "rope_type": kind, "factor": 2.0}
-    config = LLAMA | ({"rope_scaling": scaling} if old else {"rope_parameters": scaling | {"rope_theta": 1e4}})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"rope_type '{kind}' is not supported; supported: default, linear, llama3"):
-        load_config(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
-def test_soft_capping_is_refused(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", name: 30.0}))
-    with pytest.raises(InputError, match=rf"{name} is 30\.0; only models without it are supported"):
-        load_config(tmp_path)
 
 
 def test_a_model_without_weights_is_refused(saved):
