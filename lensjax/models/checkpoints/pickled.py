@@ -232,6 +232,7 @@ def load_restricted(stream: BinaryIO) -> Any:
 
 def _zip_offsets(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Return the object of a file in the zip format, and the storages: key -> position and size in bytes."""
+    length = file.stat().st_size
     with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
         members = {info.filename: info for info in archive.infolist()}
         root = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
@@ -241,6 +242,8 @@ def _zip_offsets(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         for name, info in members.items():
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise ValueError(f"its member {name} is compressed")
+            if info.header_offset + info.file_size > length:
+                raise ValueError("it ends too early")
             # The header of a member is 30 bytes, and the lengths of its name and extra field are in the last four.
             stream.seek(info.header_offset + 26)
             lengths = np.frombuffer(stream.read(4), "<u2")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -208,6 +209,21 @@ def test_archives_that_torch_does_not_write_are_refused(options, message, tmp_pa
     write(tmp_path / "pytorch_model.bin", {"a": whole(np.zeros(1000, np.float32))}, **options)
     with pytest.raises(InputError, match=message):
         PickledTensors(tmp_path, "test")
+
+
+def test_a_length_beyond_the_file_is_refused_before_anything_is_allocated(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    write(file, {"a": whole(np.zeros(3, np.float32))})
+    content = bytearray(file.read_bytes())
+    # Both sizes of the first member, data.pkl, in the archive's directory: 3.75 GB.
+    place = content.index(b"PK\x01\x02") + 20
+    content[place : place + 8] = b"\x00\x00\x00\xf0" * 2
+    file.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"cannot be read as weights of PyTorch \(it ends too early\)"):
+        PickledTensors(tmp_path, "test")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_safetensors_come_first(model, tmp_path):
