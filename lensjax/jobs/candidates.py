@@ -207,10 +207,11 @@ Files = Mapping[str, Callable[[], bytes]]
 def _digests(files: Files) -> tuple[str, str]:
     """Return digests of a checkpoint and of its tokenizer's files: of the files that loading reads."""
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
+    weights = WEIGHTS_SUFFIX if any(name.endswith(WEIGHTS_SUFFIX) for name in files) else ".bin"
     for name, digest in files.items():
         suffix = Path(name).suffix
         of_tokenizer = name.startswith(TOKENIZER_FILES) or suffix in (".model", ".gguf")
-        if not (of_tokenizer or name in ("config.json", INDEX) or suffix == WEIGHTS_SUFFIX):
+        if not (of_tokenizer or name in ("config.json", INDEX) or suffix == weights):
             continue
         contents = name.encode() + digest()
         whole.update(contents)

@@ -1,4 +1,4 @@
-"""What every language model offers, and what causal and encoder-decoder ones share: logits and the fused-head loss."""
+"""Base classes of the language models: causal and encoder-decoder, with logits and a loss from the fused head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
 from lensjax.models.execution import run_layers
-from lensjax.models.layers import attention_implementation
+from lensjax.models.layers import Embedding, attention_implementation
 from lensjax.models.lora import Lora, with_dropout
 from lensjax.models.registry import ModelConfig
 
@@ -28,21 +28,25 @@ class LanguageModel(nnx.Module):
     ----------
     config : ModelConfig
     execution : {"unroll", "scan"}
-        How the layers are run, see `execution.run_layers`; set before `nnx.split`.
+        How the layers are executed, see `execution.run_layers`. Set it before `nnx.split`.
     remat : bool or str
-        Whether the backward pass recomputes each layer instead of keeping its activations, or the name of a policy of
-        `jax.checkpoint_policies`, see `execution.checkpointed`; set before `nnx.split`.
+        Whether the backward pass recomputes each layer instead of storing its activations, or the name of a policy of
+        `jax.checkpoint_policies`, see `execution.checkpointed`. Set it before `nnx.split`.
     attention : {"auto", "plain", "xla", "cudnn"}
-        How attention is computed, see `layers.attention_implementation`; set before `nnx.split`. On a GPU in half
-        precision "auto" is flash attention, which has no forward mode and no second derivative: "plain" has both.
+        How attention is computed, see `layers.attention_implementation`. Set it before `nnx.split`. On a GPU in half
+        precision "auto" is flash attention, which supports neither forward mode nor second derivatives; "plain" does.
     lora : lensjax.models.lora.Lora or None
-        The settings of its adapters, if it has some from `add_lora`.
+        The settings of the adapters, if `add_lora` added any.
     head_chunk : int or None
-        Tokens whose logits exist at once in `loss_sums`, see `lensjax_kernels.head_cross_entropy`; set before
-        `nnx.split`.
+        For how many tokens at a time `loss_sums` computes logits, see `lensjax_kernels.head_cross_entropy`. Set it
+        before `nnx.split`.
+    tokens, head : layers.Embedding
+        The token embeddings (V, d), and the head's weight (V, d); models whose head is tied to the embeddings have no
+        `head`.
     """
 
     config: ModelConfig
+    tokens: Embedding
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -52,10 +56,25 @@ class LanguageModel(nnx.Module):
         self.lora: Lora | None = None
         self.head_chunk: int | None = None
 
-    def run_layers(self, layers: Any, x: Any, each: Any, *shared: Any) -> Any:
-        """Run `x = layer(x, each[i], *shared)` through a stack as this model is set; see `execution.run_layers`."""
+    def run_layers(self, layers: Any, x: Any, per_layer: Any, *shared: Any) -> Any:
+        """Run a stack of layers with this model's settings; see `execution.run_layers`."""
         with attention_implementation(self.attention):
-            return run_layers(layers, x, each, *shared, execution=self.execution, remat=self.remat)
+            return run_layers(layers, x, per_layer, *shared, execution=self.execution, remat=self.remat)
+
+    def head_weight(self) -> jax.Array:
+        """Return the head's weight (V, d), which is the table of token embeddings where the two are tied."""
+        table: Embedding = getattr(self, "head", self.tokens)
+        return table.embedding[...]
+
+    def head_bias(self) -> jax.Array | None:
+        """Return the head's bias (V,), or None if it has none."""
+        return None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return the logits (N, T, V) for the inputs (N, T, d) of the head."""
+        flat = hidden.reshape(-1, hidden.shape[-1]) @ self.head_weight().T
+        bias = self.head_bias()
+        return (flat if bias is None else flat + bias).reshape(*hidden.shape[:-1], -1)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
@@ -68,7 +87,7 @@ class LanguageModel(nnx.Module):
         attention_mask : int or bool array (N, T), optional
             0 at padding, on either side.
         dropout_key : PRNG key, optional
-            Turns the configuration's dropout on; without it the model is deterministic.
+            Enables the dropout of the configuration; without a key the model is deterministic.
 
         Returns
         -------
@@ -79,24 +98,27 @@ class LanguageModel(nnx.Module):
     def loss_sums(
         self, batch: Mapping[str, jax.Array], *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sum the loss of each sample without ever keeping all logits.
+        """Return the summed loss of each sample, without ever storing all logits.
 
         Parameters
         ----------
         batch : mapping
-            input_ids (N, T), attention_mask (N, T; optional), labels as in Hugging Face: -100 where there is no loss;
-            for causal models (N, T) at the positions of input_ids, for the shift happens here.
+            input_ids (N, T), attention_mask (N, T; optional), and labels as in Hugging Face, -100 where there is no
+            loss. The labels of causal models are (N, T) and not shifted: this method shifts them.
         dropout_key : PRNG key, optional
-            Turns dropout on.
+            Enables dropout.
 
         Returns
         -------
-        loss_sum : float array (N,), nats; token_count : int array (N,), tokens that have a loss.
+        loss_sum : float array (N,)
+            In nats.
+        token_count : int array (N,)
+            Number of tokens that have a loss.
         """
         raise NotImplementedError
 
     def check_length(self, length: int) -> None:
-        """Refuse an input longer than the model has positions.
+        """Check that an input is not longer than the model allows.
 
         Raises
         ------
@@ -110,35 +132,32 @@ class LanguageModel(nnx.Module):
 
 
 class CausalLM(LanguageModel):
-    """A decoder that predicts each next token: a family brings `hidden` and `head_weight`."""
+    """A decoder that predicts each next token; a family implements `decode`."""
+
+    def decode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the inputs (N*T, d) of the head for token ids and mask (N, T)."""
+        raise NotImplementedError
 
     def hidden(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the inputs (N, T, d) of the head; arguments as in `__call__`."""
-        raise NotImplementedError
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d)."""
-        raise NotImplementedError
-
-    def head_bias(self) -> jax.Array | None:
-        """Return the head's bias (V,), if it has one."""
-        return None
+        self.check_length(input_ids.shape[-1])
+        mask = jnp.ones(input_ids.shape, jnp.int32) if attention_mask is None else attention_mask
+        return self.decode(input_ids, mask, dropout_key=dropout_key).reshape(*input_ids.shape, -1)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the logits (N, T, V) of each position's next token; see `LanguageModel`."""
-        hidden = with_dropout(self, dropout_key).hidden(input_ids, attention_mask, dropout_key=dropout_key)
-        logits = hidden.reshape(-1, hidden.shape[-1]) @ self.head_weight().T
-        bias = self.head_bias()
-        return (logits if bias is None else logits + bias).reshape(*input_ids.shape, -1)
+        return self.logits(with_dropout(self, dropout_key).hidden(input_ids, attention_mask, dropout_key=dropout_key))
 
     def loss_sums(
         self, batch: Mapping[str, jax.Array], *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sum the loss of each sample; see `LanguageModel`."""
+        """Return the summed loss of each sample; see `LanguageModel`."""
         mask = batch.get("attention_mask")
         mask = jnp.ones_like(batch["input_ids"]) if mask is None else mask
         hidden = with_dropout(self, dropout_key).hidden(batch["input_ids"], mask, dropout_key=dropout_key)
@@ -148,7 +167,7 @@ class CausalLM(LanguageModel):
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqConfig(ModelConfig):
-    """What every encoder-decoder's configuration says besides.
+    """The part of the configuration that all encoder-decoder models share.
 
     Attributes
     ----------
@@ -157,9 +176,9 @@ class Seq2SeqConfig(ModelConfig):
     decoder_layers : int
         Layers of the decoder.
     decoder_start_token_id : int
-        What the decoder reads before the first target token.
+        The decoder's first input.
     pad_token_id : int
-        What the decoder reads where a label is -100.
+        The decoder's input where a label is -100.
     """
 
     decoder_layers: int = 0
@@ -168,12 +187,12 @@ class Seq2SeqConfig(ModelConfig):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """True: inputs go to the encoder and labels to the decoder, in sequences of their own."""
+        """True: the encoder reads the input and the decoder predicts the labels, in separate sequences."""
         return True
 
 
 class Seq2SeqLM(LanguageModel):
-    """An encoder and a decoder that attends to it: a family brings `encode`, `decode` and `head_weight`."""
+    """An encoder and a decoder that attends to it; a family implements `encode` and `decode`."""
 
     config: Seq2SeqConfig
 
@@ -192,16 +211,18 @@ class Seq2SeqLM(LanguageModel):
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the inputs (N, T, d) of the head for decoder ids and mask (N, T) and an encoded input (N, S, d)."""
-        raise NotImplementedError
+        """Return the inputs (N, T, d) of the head.
 
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d)."""
+        Parameters
+        ----------
+        decoder_input_ids, decoder_attention_mask : arrays (N, T)
+        encoded : float array (N, S, d)
+            The encoder's output.
+        attention_mask : array (N, S)
+            The encoder's mask.
+        dropout_key : PRNG key, optional
+        """
         raise NotImplementedError
-
-    def head_bias(self) -> jax.Array | None:
-        """Return the head's bias (V,), if it has one."""
-        return None
 
     def hidden(
         self,
@@ -215,13 +236,13 @@ class Seq2SeqLM(LanguageModel):
         """Return the inputs (N, T, d) of the head; arguments as in `__call__`."""
         self.check_length(max(input_ids.shape[-1], decoder_input_ids.shape[-1]))
         mask = jnp.ones(input_ids.shape, jnp.int32) if attention_mask is None else attention_mask
-        decoder_mask = decoder_attention_mask
-        decoder_mask = jnp.ones(decoder_input_ids.shape, jnp.int32) if decoder_mask is None else decoder_mask
+        if decoder_attention_mask is None:
+            decoder_attention_mask = jnp.ones(decoder_input_ids.shape, jnp.int32)
         keys: tuple[jax.Array | None, ...] = (None, None)
         if dropout_key is not None:
             keys = tuple(jax.random.split(dropout_key))
         encoded = self.encode(input_ids, mask, dropout_key=keys[0])
-        return self.decode(decoder_input_ids, decoder_mask, encoded, mask, dropout_key=keys[1])
+        return self.decode(decoder_input_ids, decoder_attention_mask, encoded, mask, dropout_key=keys[1])
 
     def __call__(
         self,
@@ -232,7 +253,7 @@ class Seq2SeqLM(LanguageModel):
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the logits (N, T, V) of the token after each of the decoder's.
+        """Return the logits (N, T, V) of the token that follows each decoder input.
 
         Parameters
         ----------
@@ -241,16 +262,16 @@ class Seq2SeqLM(LanguageModel):
         attention_mask : int or bool array (N, S), optional
             0 at padding of `input_ids`, on either side.
         decoder_input_ids : int32 array (N, T)
-            The decoder's tokens, the start token first; `shift_right` makes them from labels.
+            The decoder's tokens, beginning with the start token; `shift_right` computes them from labels.
         decoder_attention_mask : int or bool array (N, T), optional
-            0 at padding of `decoder_input_ids`; padding on the right needs none.
+            0 at padding of `decoder_input_ids`; not needed for padding on the right.
         dropout_key : PRNG key, optional
-            Turns the configuration's dropout on.
+            Enables the dropout of the configuration.
 
         Raises
         ------
         InputError
-            If there are no decoder inputs, or if a sequence is longer than the model has positions.
+            If there are no decoder inputs, or if a sequence is longer than the model allows.
         """
         if decoder_input_ids is None:
             raise InputError(
@@ -260,15 +281,13 @@ class Seq2SeqLM(LanguageModel):
         hidden = with_dropout(self, dropout_key).hidden(
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, dropout_key=dropout_key
         )
-        logits = hidden.reshape(-1, hidden.shape[-1]) @ self.head_weight().T
-        bias = self.head_bias()
-        return (logits if bias is None else logits + bias).reshape(*decoder_input_ids.shape, -1)
+        return self.logits(hidden)
 
     def shift_right(self, labels: jax.Array) -> jax.Array:
-        """Return what the decoder reads to predict `labels` (N, T): the start token, then all labels but the last.
+        """Return the decoder's inputs for `labels` (N, T): the start token, then all labels but the last.
 
-        -100 becomes the padding token. Labels are padded on the right, as transformers' collators do; the decoder
-        then needs no mask, for no real token comes after the padding.
+        -100 becomes the padding token. Labels are padded on the right, as transformers' collators do, so the decoder
+        needs no mask: no real token follows the padding.
         """
         start = jnp.full_like(labels[:, :1], self.config.decoder_start_token_id)
         shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
@@ -277,7 +296,7 @@ class Seq2SeqLM(LanguageModel):
     def loss_sums(
         self, batch: Mapping[str, jax.Array], *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sum the cross-entropy of each sample; see `LanguageModel`.
+        """Return the summed cross-entropy of each sample; see `LanguageModel`.
 
         Parameters
         ----------
@@ -301,21 +320,23 @@ def loss_sums(
     bias: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum the cross-entropy of each sample through the fused head.
+    """Return the summed cross-entropy of each sample, computed with the fused head.
 
     Parameters
     ----------
     hidden : float array (N, T, d)
     weight : float array (V, d)
     labels : int array (N, T)
-        Already shifted: `labels[n, t]` is what `hidden[n, t]` predicts; -100 has no loss.
+        Already shifted: `hidden[n, t]` predicts `labels[n, t]`. There is no loss where a label is -100.
     bias : float array (V,), optional
     chunk : int, optional
-        Tokens whose logits exist at once.
+        For how many tokens at a time logits are computed.
 
     Returns
     -------
-    loss_sum : float array (N,), nats; token_count : int array (N,).
+    loss_sum : float array (N,)
+        In nats.
+    token_count : int array (N,)
     """
     samples, length, width = hidden.shape
     losses = head_cross_entropy(

@@ -1,4 +1,4 @@
-"""Running a stack of layers: unrolled or scanned, kept or recomputed, their parameters apart or in stacked arrays."""
+"""Executing a stack of layers: unrolled or scanned, with or without rematerialisation, parameters stacked or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax import nnx
 from lensjax.errors import InputError
 
 EXECUTIONS = ("unroll", "scan")
-"""Ways of running layers."""
+"""Modes of executing layers."""
 
 POLICIES = (
     "checkpoint_dots",
@@ -24,18 +24,18 @@ POLICIES = (
     "everything_saveable",
     "nothing_saveable",
 )
-"""Names of `jax.checkpoint_policies` that say by themselves what the forward pass keeps; the others need arguments."""
+"""Names of `jax.checkpoint_policies` that are policies by themselves; the others are functions that return policies."""
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 def checkpointed(remat: bool | str) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
-    """Return what makes a layer's function recompute its activations in the backward pass.
+    """Return a decorator that makes a layer's function recompute its activations in the backward pass.
 
     Parameters
     ----------
     remat : bool or str
-        False keeps everything, True recomputes everything, a name of `POLICIES` keeps what the policy says.
+        False stores all activations, True recomputes all, and with a name of `POLICIES` the policy decides.
 
     Raises
     ------
@@ -51,14 +51,14 @@ def checkpointed(remat: bool | str) -> Callable[[Callable[..., jax.Array]], Call
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A part of a stack in which `period` layers repeat.
+    """A part of a stack in which `period` consecutive layers repeat.
 
     Attributes
     ----------
     start : int
-        Its first layer.
+        Index of its first layer.
     period, repeats : int
-        Layers `start + i` and `start + i + period` have the same structure; there are `period * repeats` of them.
+        Layers `start + i` and `start + i + period` have the same structure; the run has `period * repeats` layers.
     """
 
     start: int
@@ -67,20 +67,20 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """The layer after the last."""
+        """Index of the first layer after the run."""
         return self.start + self.period * self.repeats
 
 
 def repeating_runs(kinds: Sequence[Hashable]) -> list[Run]:
-    """Cut a sequence into runs that repeat, each as long as can be; what repeats nowhere is a run of one.
+    """Divide a sequence into repeating runs, each as long as possible; an element that does not repeat is its own run.
 
     Parameters
     ----------
     kinds : sequence
-        What is equal may be scanned together, such as the layers' graph definitions.
+        Elements that compare equal may be scanned together, such as the layers' graph definitions.
     """
-    names = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-    ids, found, start = [names[kind] for kind in kinds], list[Run](), 0
+    first_index = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    ids, runs, start = [first_index[kind] for kind in kinds], list[Run](), 0
     while start < len(ids):
         best = Run(start, 1, 1)
         for period in range(1, (len(ids) - start) // 2 + 1):
@@ -90,18 +90,18 @@ def repeating_runs(kinds: Sequence[Hashable]) -> list[Run]:
             run = Run(start, period, (stop - start) // period)
             if run.repeats > 1 and run.stop > best.stop:
                 best = run
-        found.append(best)
+        runs.append(best)
         start = best.stop
-    return found
+    return runs
 
 
 class Segment(nnx.Module):
-    """A `Run` of layers in stacked storage.
+    """A `Run` of layers whose parameters are stacked.
 
     Attributes
     ----------
     period : nnx.List of modules
-        The layers of one period; their variables have a leading axis over the repeats where `run.repeats` exceeds 1.
+        The layers of one period; their variables have a leading axis over the repeats if `run.repeats` exceeds 1.
     run : Run
     """
 
@@ -112,7 +112,7 @@ class Segment(nnx.Module):
 
 
 class StackedLayers(nnx.Module):
-    """Layers whose parameters lie stacked, as "scan" needs them; takes the place of an `nnx.List` of layers."""
+    """Layers whose parameters are stacked, as "scan" needs them; replaces an `nnx.List` of layers."""
 
     def __init__(self, layers: Sequence[nnx.Module]):
         runs = repeating_runs([nnx.graphdef(layer) for layer in layers])
@@ -131,7 +131,7 @@ class StackedLayers(nnx.Module):
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-    """Return pytrees as one, their leaves stacked along a new first axis; a single one as it is."""
+    """Return one pytree with the leaves of all stacked along a new first axis; a single one is returned unchanged."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -141,72 +141,74 @@ def sliced(tree: Any, index: int) -> Any:
 
 
 def stack_layers(model: AnyModule) -> AnyModule:
-    """Return a model whose layers' parameters are stored as "scan" needs them, and which runs with "scan".
+    """Return a copy of the model that stores the layers' parameters stacked and has execution "scan".
 
-    With execution "scan" and layers stored one by one, each call stacks the parameters and takes their gradients
-    apart again: a copy of both, and programs that grow with the layers. A model from here does neither. Its parameters
-    have other names (`layers.segments...`) and a leading axis; `unstack_layers` gives the usual ones, which saving
+    With execution "scan" and layers stored one by one, each call stacks the parameters and unstacks their gradients:
+    both are copied, and the program grows with the number of layers. Stacked storage avoids this. The parameters then
+    have other names (`layers.segments...`) and a leading axis; `unstack_layers` restores the usual ones, which saving
     needs.
 
     Parameters
     ----------
     model : nnx.Module
-        Every `nnx.List` called `layers` in it is replaced; layers that repeat in a pattern, such as the dense and
-        sparse ones of Switch Transformer, are stacked by their place in the pattern, those that repeat nowhere stay.
+        Every `nnx.List` called `layers` is replaced in the copy. Layers that repeat in a pattern, such as the dense and
+        sparse layers of Switch Transformer, are stacked by their position in the pattern; layers that do not repeat
+        are not stacked.
 
     Returns
     -------
-    model like the one given, which stays as it is; the arrays of layers are copies, all others are shared.
+    model of the same class
+        The layers' arrays are copies; all other arrays are shared with the argument, which is not changed.
     """
     return _with_layers(model, nnx.List, StackedLayers, "scan")
 
 
 def unstack_layers(model: AnyModule) -> AnyModule:
-    """Return the model that `stack_layers` was given: layers stored one by one, execution "unroll"."""
+    """Undo `stack_layers`: return a copy of the model with layers stored one by one and execution "unroll"."""
     return _with_layers(model, StackedLayers, lambda layers: nnx.List(list(layers)), "unroll")
 
 
 def is_stacked(model: nnx.Module) -> bool:
-    """Tell whether a model comes from `stack_layers`."""
+    """Return whether a model has stacked layers; see `stack_layers`."""
     return any(isinstance(module, StackedLayers) for _, module in nnx.iter_modules(model))
 
 
-def _with_layers(model: AnyModule, kind: Any, make: Callable[[Any], Any], execution: str) -> AnyModule:
+def _with_layers(model: AnyModule, kind: Any, convert: Callable[[Any], Any], execution: str) -> AnyModule:
     model = nnx.clone(model)
     if hasattr(model, "execution"):
         model.execution = execution
     for module in [module for _, module in nnx.iter_modules(model)]:
         layers = getattr(module, "layers", None)
         if isinstance(layers, kind):
-            setattr(module, "layers", make(layers))  # noqa: B010 - no attribute of every module
+            setattr(module, "layers", convert(layers))  # noqa: B010 - not every module has this attribute
     return model
 
 
 def run_layers(
     layers: Iterable[nnx.Module],
     x: jax.Array,
-    each: Any,
+    per_layer: Any,
     *shared: Any,
     execution: str = "unroll",
     remat: bool | str = False,
 ) -> jax.Array:
-    """Run `x = layer(x, each[i], *shared)` through a stack of layers.
+    """Apply `x = layer(x, per_layer[i], *shared)` for each layer of a stack.
 
     Parameters
     ----------
     layers : nnx.List of modules, or StackedLayers
     x : array, or pytree of arrays
         Activations.
-    each : pytree whose leaves have a leading axis of the number of layers
-        What differs from layer to layer besides the parameters (dropout keys, scales).
+    per_layer : pytree whose leaves have a leading axis of the number of layers
+        Arguments that differ between layers (dropout keys, scales).
     shared : pytrees
-        What all layers get (masks).
+        Arguments that all layers get (masks).
     execution : {"unroll", "scan"}
-        "scan" compiles layers that are alike, or that alternate in a pattern, once. Layers stored one by one are
-        stacked in each call, see `stack_layers`.
+        "scan" compiles layers of the same structure, or that alternate in a pattern, once. Layers stored one by one
+        are stacked in each call, see `stack_layers`.
     remat : bool or str
-        Whether the backward pass recomputes each layer instead of keeping its activations: see `checkpointed`. On CPU
-        this saves memory only with "scan": XLA recognises unrolled recomputation as the same work and undoes it.
+        Whether the backward pass recomputes each layer instead of storing its activations, see `checkpointed`. On the
+        CPU this saves memory only with "scan": XLA recognises unrolled recomputation as duplicate work and removes it.
 
     Returns
     -------
@@ -219,33 +221,35 @@ def run_layers(
     """
     if execution not in EXECUTIONS:
         raise InputError(f"execution {execution!r} is not known; choose 'unroll' or 'scan'.")
-    keep = checkpointed(remat)
+    rematerialised = checkpointed(remat)
     if execution == "unroll":
         for i, layer in enumerate(layers):
             graph, state = nnx.split(layer)
-            x = keep(partial(_run_one, graph))(x, state, sliced(each, i), shared)
+            x = rematerialised(partial(_run_one, graph))(x, state, sliced(per_layer, i), shared)
         return x
     if not isinstance(layers, StackedLayers):
         layers = StackedLayers(list(layers))
     for segment in layers.segments:
         run, parts = segment.run, [nnx.split(layer) for layer in segment.period]
-        functions = [keep(partial(_run_one, graph)) for graph, _ in parts]
+        functions = [rematerialised(partial(_run_one, graph)) for graph, _ in parts]
 
-        def period(x: Any, own: tuple[Any, Any], functions: list[Any] = functions) -> tuple[Any, None]:
-            states, each = own
+        def period(x: Any, inputs: tuple[Any, Any], functions: list[Any] = functions) -> tuple[Any, None]:
+            states, arguments = inputs
             for j, (function, state) in enumerate(zip(functions, states, strict=True)):
-                x = function(x, state, sliced(each, j), shared)
+                x = function(x, state, sliced(arguments, j), shared)
             return x, None
 
-        part = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], each)
+        arguments = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], per_layer)
         states = [state for _, state in parts]
         if run.repeats == 1:
-            x = period(x, (states, part))[0]
+            x = period(x, (states, arguments))[0]
             continue
-        part = jax.tree.map(lambda leaf, run=run: leaf.reshape(run.repeats, run.period, *leaf.shape[1:]), part)
-        x = jax.lax.scan(period, x, (states, part))[0]
+        arguments = jax.tree.map(
+            lambda leaf, run=run: leaf.reshape(run.repeats, run.period, *leaf.shape[1:]), arguments
+        )
+        x = jax.lax.scan(period, x, (states, arguments))[0]
     return x
 
 
-def _run_one(graph: Any, x: Any, state: Any, own: Any, shared: tuple[Any, ...]) -> Any:
-    return nnx.merge(graph, state)(x, own, *shared)
+def _run_one(graph: Any, x: Any, state: Any, argument: Any, shared: tuple[Any, ...]) -> Any:
+    return nnx.merge(graph, state)(x, argument, *shared)

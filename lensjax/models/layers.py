@@ -1,4 +1,4 @@
-"""Building blocks shared by the model families: attention, norms, activations, dropout."""
+"""Building blocks of the model families: attention and its masks, activations, norms, rotary embeddings, dropout."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Embedding(nnx.Module):
-    """A table of vectors; unlike `nnx.Embed` it computes in whatever dtype its parameter has when called."""
+    """A table of vectors. Unlike `nnx.Embed`, it computes in the dtype that its parameter has when it is called."""
 
     def __init__(self, entries: int, width: int, dtype: Any, init: nnx.Initializer, rngs: nnx.Rngs):
         self.embedding = nnx.Param(init(rngs.params(), (entries, width), dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Return the vectors (..., width) of `ids` (...); an id outside the table gives NaN, not a neighbour."""
+        """Return the vectors (..., width) of `ids` (...); an id outside the table gives NaN."""
         return jnp.take(self.embedding[...], ids, axis=0)
 
 
@@ -58,14 +58,19 @@ def activation(name: str, source: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def positions_from_mask(attention_mask: jax.Array) -> jax.Array:
-    """Return position ids (N, T) that count the tokens the mask (N, T) keeps, so that padding shifts nothing."""
+    """Return position ids (N, T) that count only the tokens kept by the mask (N, T), so padding shifts no position."""
     return jnp.maximum(jnp.cumsum(attention_mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def causal_mask(attention_mask: jax.Array) -> jax.Array:
     """Return which keys each query may see: bool (N, 1, T, T) from the mask (N, T) of real tokens."""
     length = attention_mask.shape[-1]
-    return jnp.tril(jnp.ones((length, length), bool)) & (attention_mask != 0)[:, None, None, :]
+    return jnp.tril(jnp.ones((length, length), bool)) & padding_mask(attention_mask)
+
+
+def padding_mask(attention_mask: jax.Array) -> jax.Array:
+    """Return which keys every query may see: bool (N, 1, 1, T) from the mask (N, T) of real tokens."""
+    return (attention_mask != 0)[:, None, None, :]
 
 
 def attention(
@@ -79,7 +84,7 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention, computed as `attention_implementation` says.
+    """Softmax attention with the implementation that `attention_implementation` sets.
 
     Parameters
     ----------
@@ -87,18 +92,19 @@ def attention(
     key, value : float arrays (N, S, K, h)
         K divides H: each key head serves H / K query heads.
     mask : bool array, broadcastable to (N, H, T, S)
-        True where the query may see the key. A query that sees none gets the mean of all values.
+        True where the query may see the key. The result of a query that sees no key is the mean of all values.
     scale : float
         Multiplies the scores.
     bias : float array, broadcastable to (N, H, T, S), optional
         Added to the scaled scores.
     dropout : float
-        Rate at which attention weights are dropped where `dropout_key` is given.
+        Rate at which attention weights are dropped if `dropout_key` is given.
     dropout_key : PRNG key, optional
 
     Returns
     -------
-    float array (N, T, H, h); scores and softmax are at least float32.
+    float array (N, T, H, h)
+        Scores and softmax are computed in at least float32.
     """
     kind = choose_attention(
         _ATTENTION.get(),
@@ -118,7 +124,7 @@ def attention(
     scores = jnp.einsum("nthd,nshd->nhts", query, key, preferred_element_type=accumulator) * scale
     if bias is not None:
         scores = scores + bias
-    # Finite, so that a query which sees no key (padding on the left) stays finite too.
+    # The smallest finite number rather than -inf: a query that sees no key (padding on the left) would give NaN.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(accumulator).min), axis=-1).astype(value.dtype)
     if dropout_key is not None:
         weights = drop(weights, dropout, dropout_key)
@@ -136,9 +142,9 @@ def fused_attention(
     implementation: Any = "cudnn",
 ) -> jax.Array:
     """Softmax attention by `jax.nn.dot_product_attention`; arguments as in `attention`."""
-    if not isinstance(scale, (int, float)):  # it takes no scale that is known only when the program runs
+    if not isinstance(scale, (int, float)):  # it does not accept a traced scale
         query, scale = (query * scale).astype(query.dtype), 1.0
-    # cuDNN wants every query's row of the mask, and may want one mask a sample.
+    # cuDNN needs the mask with all its query rows; one mask per sample is enough.
     mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=mask, scale=float(scale), implementation=implementation
@@ -153,17 +159,17 @@ _ATTENTION: ContextVar[str] = ContextVar("attention", default="auto")
 
 @contextmanager
 def attention_implementation(kind: str) -> Iterator[None]:
-    """Compute attention in one way while functions are traced in this context.
+    """Choose the implementation of attention for functions traced in this context.
 
-    A model enters it around its layers with its own `attention`, which is what to set for a model.
+    A model enters this context around its layers; to choose the implementation for a model, set its `attention`.
 
     Parameters
     ----------
     kind : {"auto", "plain", "xla", "cudnn"}
-        "plain" is written out in `attention`, in operations of JAX that can be differentiated in any way and as often
-        as wanted. "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; they drop no attention weights.
-        "cudnn" is flash attention, for NVIDIA GPUs: no scores are kept, and one gradient is all it has, no forward
-        mode and no second derivative. "auto" is `choose_attention`'s.
+        "plain" is written in basic JAX operations, which can be differentiated in forward and reverse mode any number
+        of times. "xla" and "cudnn" are those of `jax.nn.dot_product_attention`, which has no dropout of attention
+        weights. "cudnn" is flash attention for NVIDIA GPUs: it does not store the scores, and it supports reverse mode
+        once, but neither forward mode nor second derivatives. With "auto", `choose_attention` decides.
 
     Raises
     ------
@@ -189,30 +195,30 @@ def choose_attention(
     bias: bool,
     dropout: bool,
 ) -> str:
-    """Return which implementation computes one attention.
+    """Return the implementation to use for one call of `attention`.
 
     Parameters
     ----------
     asked : str
-        One of `ATTENTIONS`; all but "auto" are what they say, except that dropout needs "plain".
+        One of `ATTENTIONS`. All but "auto" are taken as they are, except that dropout needs "plain".
     platform : str
-        As `jax.default_backend()` says it.
+        As returned by `jax.default_backend()`.
     dtype : dtype of the queries
     lengths : (int, int)
-        Queries and keys.
+        Number of queries and of keys.
     features : int
-        Of a head.
+        Features of a head.
     bias : bool
-        Whether a bias is added to the scores, which is learned where there is one.
+        Whether a bias is added to the scores; all biases are learned.
     dropout : bool
         Whether attention weights are dropped.
 
     Returns
     -------
     "plain", "xla" or "cudnn"
-        "auto" is "cudnn" where that can do it: on a GPU, in half precision, with an even number of queries and of keys
-        (cuDNN gets the mask as a bias, whose gradient it forms only then), and heads of at most 128 features, a
-        multiple of 8. Else it is "plain": on the CPU that was not slower than "xla".
+        "auto" is "cudnn" on a GPU, in half precision, with an even number of queries and of keys (cuDNN gets the mask
+        as a bias, and computes a bias's gradient only then), and heads of at most 128 features, a multiple of 8.
+        Otherwise it is "plain", which was not slower than "xla" on the CPU.
     """
     if dropout:
         return "plain"
@@ -225,18 +231,18 @@ def choose_attention(
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Return `x` with elements dropped at `rate` and the rest scaled up; unchanged without a key or a rate."""
+    """Return `x` with elements dropped at `rate` and the others scaled up; `x` itself if there is no key or no rate."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def per_expert(weight: Any, x: jax.Array) -> jax.Array:
-    """Apply a matrix of each expert to its tokens.
+    """Multiply the tokens of each expert by the expert's matrix.
 
     Parameters
     ----------
-    weight : nnx.Variable (E, d, f), or a module that adapts one
+    weight : nnx.Variable (E, d, f), or lora.Adapter of one
     x : float array (N, E, C, d)
 
     Returns
@@ -247,8 +253,13 @@ def per_expert(weight: Any, x: jax.Array) -> jax.Array:
 
 
 def split_key(key: jax.Array | None, count: int) -> list[Any]:
-    """Return `count` keys, or as many times None where there is no key."""
+    """Return `count` keys, or a list of `count` times None if there is no key."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def keys_per_layer(key: jax.Array | None, count: int) -> jax.Array | None:
+    """Return an array of one key for each of `count` layers, or None if there is no key."""
+    return None if key is None else jax.random.split(key, count)
 
 
 def normal(std: float) -> nnx.Initializer:
@@ -257,12 +268,31 @@ def normal(std: float) -> nnx.Initializer:
 
 
 def residual_std(std: float, layers: int) -> float:
-    """Return GPT-2's standard deviation of weights that write to the residual stream twice a layer."""
+    """Return GPT-2's standard deviation for matrices whose output is added to the residual stream (two per layer)."""
     return std / math.sqrt(2 * layers)
 
 
+def linear(inputs: int, outputs: int, std: float, dtype: Any, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
+    """Return a linear layer whose matrix is drawn with mean 0 and standard deviation `std`; its bias starts at 0."""
+    return nnx.Linear(inputs, outputs, use_bias=bias, param_dtype=dtype, kernel_init=normal(std), rngs=rngs)
+
+
+def layer_norm(width: int, epsilon: float, dtype: Any, rngs: nnx.Rngs, *, affine: bool = True) -> nnx.LayerNorm:
+    """Return a layer norm, with scale and bias if it is `affine`."""
+    # The variance in one pass cancels in float32; in two passes it does not.
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        use_scale=affine,
+        use_bias=affine,
+        param_dtype=dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
 class RMSNorm(nnx.Module):
-    """Division by the root mean square of the last axis, at least in float32, then a learned scale.
+    """Division by the root mean square of the last axis, in at least float32, then a learned scale.
 
     Parameters
     ----------
@@ -271,8 +301,9 @@ class RMSNorm(nnx.Module):
         Added to the mean square.
     dtype : dtype of the scale
     offset : float
-        Added to the learned scale, which starts at 1 - `offset`; Gemma stores the difference from 1. With an offset
-        the product is rounded to the input's dtype, without one the normalised input is: as in the reference.
+        Added to the learned scale, which starts at 1 - `offset`; Gemma stores the difference from 1. As in
+        transformers, rounding to the input's dtype comes after the product with the scale if there is an offset, and
+        before it if there is none.
     """
 
     def __init__(self, width: int, epsilon: float, dtype: Any, offset: float = 0.0):
@@ -292,22 +323,22 @@ class RMSNorm(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding: the angle by which each pair of features turns with the position.
+    """Rotary position embedding: the angle by which each pair of features is rotated at each position.
 
     Attributes
     ----------
     features : int
-        How many features of a head turn, the first ones; even.
+        How many features of a head are rotated, beginning with the first; even.
     theta : float
         Base of the wavelengths.
     kind : {"default", "linear", "llama3"}
-        How the frequencies are scaled for contexts longer than those of pre-training.
+        How the frequencies are scaled for inputs longer than those of pre-training.
     factor : float
-        By how much low ("llama3") or all ("linear") frequencies are divided.
+        Divides the low ("llama3") or all ("linear") frequencies.
     low, high : float
-        "llama3": wavelengths above `context` / `low` are scaled, those below `context` / `high` are not.
+        For "llama3": wavelengths above `context` / `low` are scaled, those below `context` / `high` are not.
     context : float
-        "llama3": length in tokens of pre-training.
+        For "llama3": length of the pre-training inputs in tokens.
 
     References
     ----------
@@ -324,17 +355,17 @@ class Rotary:
     context: float = 1.0
 
     def frequencies(self) -> np.ndarray:
-        """Return radians per position: float32 (features / 2,), rounded where the reference rounds."""
+        """Return radians per position: float32 (features / 2,), rounded at the same steps as in transformers."""
         exponent = np.arange(0, self.features, 2, dtype=np.float32) / np.float32(self.features)
-        found = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
+        frequencies = (1.0 / np.power(np.float32(self.theta), exponent)).astype(np.float32)
         if self.kind == "linear":
-            found = found / np.float32(self.factor)
+            frequencies = frequencies / np.float32(self.factor)
         elif self.kind == "llama3":
-            # The share that stays falls from 1 at the high to 0 at the low end of the band, and is clipped outside it.
-            turns = self.context * found.astype(np.float64) / (2 * np.pi)
-            share = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
-            found = (found * (share + (1 - share) / self.factor)).astype(np.float32)
-        return found
+            # Between the unscaled and the scaled frequency, linear in the number of turns over the context.
+            turns = self.context * frequencies.astype(np.float64) / (2 * np.pi)
+            unscaled = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+            frequencies = (frequencies * (unscaled + (1 - unscaled) / self.factor)).astype(np.float32)
+        return frequencies
 
     def tables(self, positions: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Return cosines and sines (N, T, features / 2) of `dtype` for positions (N, T)."""
@@ -343,14 +374,14 @@ class Rotary:
 
 
 def rotary(raw: Mapping[str, Any], features: int, context: int, source: str, theta: float = 10_000.0) -> Rotary:
-    """Read the rotary embedding of a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`).
+    """Read the rotary embedding from a config.json, new (`rope_parameters`) or old (`rope_theta`, `rope_scaling`).
 
     Parameters
     ----------
     raw : mapping
-        With the fields rope_parameters, rope_theta, rope_scaling, original_max_position_embeddings; any may be absent.
+        The fields rope_parameters, rope_theta, rope_scaling and original_max_position_embeddings are read, if present.
     features : int
-        Features of a head that turn.
+        Rotated features of a head.
     context : int
         The model's longest input.
     source : str
@@ -387,16 +418,16 @@ def rotary(raw: Mapping[str, Any], features: int, context: int, source: str, the
 
 
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the first features of each head of x (N, T, H, h) by the angles of `Rotary.tables`; the rest pass."""
+    """Rotate the first features of each head of x (N, T, H, h) by the angles of `Rotary.tables`; keep the others."""
     cos, sin = (table[:, :, None, :] for table in tables)
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, x[..., 2 * half :]] if 2 * half < x.shape[-1] else turned, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, x[..., 2 * half :]] if 2 * half < x.shape[-1] else rotated, axis=-1)
 
 
 def window_mask(attention_mask: jax.Array, window: int | None) -> jax.Array:
-    """Return `causal_mask` narrowed to the last `window` tokens, the query's own among them; None narrows nothing."""
+    """Return `causal_mask` restricted to the last `window` tokens, including the query's own; None means no limit."""
     mask = causal_mask(attention_mask)
     if window is None:
         return mask

@@ -1,4 +1,4 @@
-"""Low-rank adapters for every family: few new weights beside frozen ones, merged into them when training is done.
+"""Low-rank adapters (LoRA) for every family: added to frozen weights, trained, and merged into them.
 
 References
 ----------
@@ -27,16 +27,16 @@ from lensjax.models.registry import Table, family
 Model = TypeVar("Model", bound=nnx.Module)
 
 DROPOUT_STREAM = 1 << 30
-"""Sets the adapters' dropout keys apart from those that the model splits from the same key: however many keys are asked
-for, the first ones are the same."""
+"""Folded into the dropout key for the adapters. The model splits its own keys from the same key, and the first keys of
+a split do not depend on how many are split off, so without this the adapters would repeat the model's keys."""
 
 
 class Frozen(nnx.Variable):
-    """A weight of a model with adapters. It is no `nnx.Param`: what selects those trains the adapters alone."""
+    """A frozen weight of a model with adapters. As it is not an `nnx.Param`, training `nnx.Param` skips it."""
 
 
 class DropoutKey(nnx.Variable):
-    """The key an adapter's dropout is drawn with in one call."""
+    """The dropout key of an adapter during one call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +46,24 @@ class Lora:
     Attributes
     ----------
     rank : int
-        Of the update of each matrix.
+        Rank of the update of each matrix.
     alpha : float
         The update is multiplied by `alpha / rank`.
     dropout : float
-        Rate at which an adapter's inputs are dropped in training; in [0, 1).
+        Dropout rate of an adapter's inputs in training; in [0, 1).
     target : tuple of str, or None
-        Which linear maps get an adapter: ends of their names, ours (`attention.query`, as in `adaptable`) or the
-        checkpoint's (`q_proj`), with the wildcards of `fnmatch`. None: all in attention and perceptrons, the experts
-        of Switch Transformer among them, but not its routers. Embeddings and heads have none.
+        Which linear layers get an adapter: the last parts of their names, either ours (`attention.query`, see
+        `adaptable`) or the checkpoint's (`q_proj`), with the wildcards of `fnmatch`. None means all of attention and
+        MLPs, including the experts of Switch Transformer, but not its routers. Embeddings and heads cannot have one.
     layers : tuple of int, or None
-        Which layers, counted from 0, in encoder and decoder alike; None is all.
+        Which layers of the model, counted from 0, both in encoder and decoder; None means all.
     rank_stabilised : bool
-        Multiply by `alpha / sqrt(rank)` instead, so that the update does not shrink with the rank.
+        Multiply by `alpha / sqrt(rank)` instead, so the update does not shrink with the rank.
 
     Raises
     ------
     InputError
-        If a value is none that makes sense.
+        If a value is out of range.
     """
 
     rank: int = 8
@@ -80,29 +80,30 @@ class Lora:
             raise InputError(f"LoRA's alpha is {self.alpha!r}; it must be a positive number, such as 16.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"LoRA's dropout is {self.dropout!r}; it must be at least 0 and less than 1.")
-        for name in ("target", "layers"):  # lists are welcome, but settings must be hashable
+        for name in ("target", "layers"):  # lists are accepted, but settings must be hashable
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by."""
+        """Factor that multiplies the product of an adapter's two matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 class Adapter(nnx.Module):
-    """A frozen linear map and its low-rank update: `base(x) + scale * dropped(x) @ lora_a @ lora_b`.
+    """A frozen linear layer and its low-rank update: `base(x) + scale * dropout(x) @ lora_a @ lora_b`.
 
-    The update is computed in the adapter's dtype, at least float32, and added in that of the result.
+    The update is computed in the adapter's dtype, at least float32, and added in the dtype of the base's output.
 
     Parameters
     ----------
     base : nnx.Linear, or nnx.Variable (E, d, f)
-        Where it is a variable, one matrix for each of E experts; each gets an adapter of its own.
+        A variable holds the matrices of E experts; each expert gets its own update.
     lora : Lora
     key : PRNG key
-        Of `lora_a`, uniform within `d**-0.5` as in the authors' and in peft's code; `lora_b` starts at 0.
+        For `lora_a`, which is uniform between `-d**-0.5` and `d**-0.5` as in the authors' code and in peft; `lora_b`
+        starts at 0.
     """
 
     def __init__(self, base: Any, lora: Lora, key: jax.Array):
@@ -118,18 +119,18 @@ class Adapter(nnx.Module):
 
     @property
     def kernel(self) -> Any:
-        """The variable (..., d, f) of the frozen matrix."""
+        """The frozen matrix, a variable (..., d, f)."""
         return self.base if isinstance(self.base, nnx.Variable) else self.base.kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply to x (M, d), or (N, E, C, d) where there are experts."""
+        """Apply to x (M, d), or (N, E, C, d) if there are experts."""
         y = layers.per_expert(self.base, x) if isinstance(self.base, nnx.Variable) else self.base(x)
         a, b = self.lora_a[...], self.lora_b[...]
         inputs = layers.drop(x.astype(a.dtype), self.dropout, None if self.key is None else self.key[...])
         return y + (self.scale * (inputs @ a @ b)).astype(y.dtype)
 
     def merged(self) -> Any:
-        """Return the linear map with the update added to its matrix."""
+        """Return the linear layer with the update added to its matrix."""
         kernel = self.kernel
         a, b = self.lora_a[...], self.lora_b[...]
         kernel[...] = (kernel[...].astype(a.dtype) + self.scale * (a @ b)).astype(kernel.dtype)
@@ -137,7 +138,7 @@ class Adapter(nnx.Module):
 
 
 class ParameterCounts(NamedTuple):
-    """How many weights a model has, adapters among them, and how many of them are trained."""
+    """Number of a model's weights including adapters, and how many of them are trained."""
 
     total: int
     trainable: int
@@ -151,49 +152,49 @@ def parameter_counts(model: nnx.Module) -> ParameterCounts:
 
 
 def adaptable(model: Any) -> dict[str, tuple[str, ...]]:
-    """Return the linear maps that can have an adapter.
+    """Return the linear layers that can have an adapter.
 
     Returns
     -------
     dict
-        Our dotted name, such as `layers.0.attention.query` -> the checkpoint's name, such as
-        `model.layers.0.self_attn.q_proj`; of experts, each one's.
+        Our dotted name, such as `layers.0.attention.query` -> the names in the checkpoint, such as
+        `model.layers.0.self_attn.q_proj`; there are several only for experts.
     """
     table = family(model.config.model_type, model.config.model_type).table(model.config)
-    found = {}
+    names = {}
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
         if name.endswith(".base"):
             continue
         if isinstance(module, nnx.Linear) or (isinstance(module, Adapter) and isinstance(module.base, nnx.Linear)):
-            found[name] = _modules(table, f"{name}.kernel")
+            names[name] = _checkpoint_modules(table, f"{name}.kernel")
         for expert in getattr(type(module), "EXPERTS", ()):
-            found[f"{name}.{expert}"] = _modules(table, f"{name}.{expert}")
-    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+            names[f"{name}.{expert}"] = _checkpoint_modules(table, f"{name}.{expert}")
+    return dict(sorted(names.items(), key=lambda item: _natural_order(item[0])))
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer 10 behind layer 9."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts layer 10 after layer 9."""
     return [(int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _modules(table: Table, path: str) -> tuple[str, ...]:
+def _checkpoint_modules(table: Table, path: str) -> tuple[str, ...]:
     return tuple(table.full(name).removesuffix(".weight") for name in table.sources(path)[1])
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer a dotted name is in, if it is in one."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    return None if found is None else int(found[1])
+    """Return the number of the layer that a dotted name belongs to, or None if it belongs to none."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
-def chosen(model: Any, lora: Lora) -> list[str]:
-    """Return the names of the linear maps that the settings give an adapter.
+def targets(model: Any, lora: Lora) -> list[str]:
+    """Return the names of the linear layers that get an adapter with these settings.
 
     Raises
     ------
     InputError
-        If a target or a layer is in no name; the message lists those there are.
+        If a target matches no name or a layer does not exist; the message lists the existing ones.
     """
     known = adaptable(model)
     kind = model.config.model_type
@@ -205,14 +206,14 @@ def chosen(model: Any, lora: Lora) -> list[str]:
         names = [name for name in known if layer_of(name) is not None and not name.endswith(".router")]
     else:
         matches = {target: [name for name in known if _matches(target, (name, *known[name]))] for target in lora.target}
-        unknown = [target for target, found in matches.items() if not found]
+        unknown = [target for target, matched in matches.items() if not matched]
         if unknown or not matches:
-            what = ", ".join(map(repr, unknown)) or "()"
+            listed = ", ".join(map(repr, unknown)) or "()"
             raise InputError(
-                f"LoRA's target {what} names no linear map of this {kind} model; "
+                f"LoRA's target {listed} names no linear map of this {kind} model; "
                 f"it has: {', '.join(_short_names(known))}."
             )
-        names = [name for name in known if any(name in found for found in matches.values())]
+        names = [name for name in known if any(name in matched for matched in matches.values())]
     names = [name for name in names if lora.layers is None or layer_of(name) in lora.layers]
     if not names:
         raise InputError(f"LoRA's target {lora.target} is in none of the layers {lora.layers} of this {kind} model.")
@@ -224,7 +225,7 @@ def _matches(target: str, names: Iterable[str]) -> bool:
 
 
 def _short_names(known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return each kind of linear map once: our name within a layer, and the end of the checkpoint's."""
+    """Return each kind of linear layer once: our name inside a layer, and the last part of the checkpoint's name."""
     short = (
         f"{re.sub(r'^.*?layers[.][0-9]+[.]', '', name)} ({theirs[0].split('.')[-1]})" for name, theirs in known.items()
     )
@@ -242,64 +243,65 @@ def add_lora(
     layers: int | Sequence[int] | None = None,
     rank_stabilised: bool = False,
 ) -> Model:
-    """Return the model with adapters, which are its only `nnx.Param`s; its outputs are still the same.
+    """Return the model with adapters, which are its only `nnx.Param`s; its outputs do not change yet.
 
-    All other weights become `Frozen`: `nnx.split(model, nnx.Param, ...)`, and with it fine-tuning and `lensjax.ntk`,
-    sees the adapters alone, so that no gradient and no optimiser state exists for anything else.
+    All other weights become `Frozen`. `nnx.split(model, nnx.Param, ...)` then returns only the adapters, so fine-tuning
+    and `lensjax.ntk` compute no gradients and no optimiser state for the other weights.
 
     Parameters
     ----------
     model : lensjax.models.LanguageModel
-        Stays as it is and shares its weights' arrays with the result.
+        It is not changed, and shares the arrays of its weights with the result.
     key : PRNG key
-        Of the adapters' initial weights.
+        For the adapters' initial weights.
     rank, alpha, dropout, target, layers, rank_stabilised
         See `Lora`.
 
     Returns
     -------
-    model of the same class; a `dropout_key` given to its `loss_sums` or `__call__` also drops the adapters' inputs.
+    model of the same class
+        A `dropout_key` passed to its `loss_sums` or `__call__` also enables the adapters' dropout.
 
     Raises
     ------
     InputError
-        If a setting is wrong, names nothing in this model, or if it has adapters already.
+        If a setting is invalid, a target or layer does not exist in this model, or the model already has adapters.
     """
-    lora = Lora(rank, alpha, dropout, target, layers, rank_stabilised)  # type: ignore[arg-type]  # it makes tuples
-    return with_adapters(model, lora, chosen(unstack_layers(model), lora), key)
+    lora = Lora(rank, alpha, dropout, target, layers, rank_stabilised)  # type: ignore[arg-type]  # converted to tuples
+    return with_adapters(model, lora, targets(unstack_layers(model), lora), key)
 
 
 def with_adapters(model: Model, lora: Lora, names: Sequence[str], key: jax.Array) -> Model:
-    """Return the model with an adapter at each of `names`, as `adaptable` has them; see `add_lora`."""
+    """Return the model with an adapter on each linear layer in `names` (keys of `adaptable`); see `add_lora`."""
     if adapters(model):
         raise InputError("The model has adapters already; merge them into its weights first, with merge_lora.")
     was_stacked = is_stacked(model)
     plain: Any = unstack_layers(model) if was_stacked else nnx.clone(model)
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(plain)}
     _retype(modules.values(), nnx.Param, Frozen)
-    for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
+    for name, adapter_key in zip(names, jax.random.split(key, len(names)), strict=True):
         parent, _, attribute = name.rpartition(".")
-        setattr(modules[parent], attribute, Adapter(getattr(modules[parent], attribute), lora, own))
+        setattr(modules[parent], attribute, Adapter(getattr(modules[parent], attribute), lora, adapter_key))
     plain.lora = lora
     return stack_layers(plain) if was_stacked else plain
 
 
 def adapters(model: nnx.Module) -> dict[str, Adapter]:
-    """Return the model's adapters by dotted name; none in a model without."""
-    found = nnx.iter_modules(model)
-    return {".".join(map(str, path)): module for path, module in found if isinstance(module, Adapter)}
+    """Return the model's adapters by dotted name; empty if it has none."""
+    modules = nnx.iter_modules(model)
+    return {".".join(map(str, path)): module for path, module in modules if isinstance(module, Adapter)}
 
 
 def merge_lora(model: Model) -> Model:
-    """Return the plain model whose weights have the adapters' updates added.
+    """Return the model without adapters, with their updates added to the weights.
 
-    Its outputs are the same but for rounding: the sum is rounded to the dtype of the weights, which in bfloat16 loses
-    the low bits of the update.
+    Its outputs are the same up to rounding: the sum is rounded to the dtype of the weights, and bfloat16 loses the low
+    bits of the update.
 
     Parameters
     ----------
     model : lensjax.models.LanguageModel
-        From `add_lora`; stays as it is.
+        From `add_lora`; it is not changed.
 
     Raises
     ------
@@ -326,15 +328,15 @@ def _retype(modules: Iterable[nnx.Module], old: type[nnx.Variable], new: type[nn
 
 
 def with_dropout(model: Model, key: jax.Array | None) -> Model:
-    """Return the model with a dropout key of its own for each adapter, for one call; without a key as it is."""
+    """Return the model with a dropout key set in each adapter, for one call; without a key, return the model itself."""
     if key is None or not any(adapter.dropout > 0 for adapter in adapters(model).values()):
         return model
     model = nnx.clone(model)
-    found = adapters(model).values()
-    keys = jax.random.split(jax.random.fold_in(key, DROPOUT_STREAM), len(found))
-    for adapter, own in zip(found, keys, strict=True):
-        matrix = 3 if isinstance(adapter.base, nnx.Variable) else 2
-        # Stacked layers need a key each.
-        repeats = adapter.lora_a.shape[: adapter.lora_a.ndim - matrix]
-        adapter.key = nnx.data(DropoutKey(jax.random.split(own, repeats) if repeats else own))
+    all_adapters = adapters(model).values()
+    keys = jax.random.split(jax.random.fold_in(key, DROPOUT_STREAM), len(all_adapters))
+    for adapter, adapter_key in zip(all_adapters, keys, strict=True):
+        matrix_axes = 3 if isinstance(adapter.base, nnx.Variable) else 2
+        # An adapter of stacked layers needs one key per layer.
+        repeats = adapter.lora_a.shape[: adapter.lora_a.ndim - matrix_axes]
+        adapter.key = nnx.data(DropoutKey(jax.random.split(adapter_key, repeats) if repeats else adapter_key))
     return model

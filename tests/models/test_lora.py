@@ -15,7 +15,7 @@ from lensjax.models import count_parameters, init_model, layers, load_model, sav
 from lensjax.models.base import Seq2SeqLM
 from lensjax.models.checkpoints.adapters import load_lora, save_lora
 from lensjax.models.execution import stack_layers, unstack_layers
-from lensjax.models.lora import Frozen, Lora, adaptable, adapters, add_lora, chosen, merge_lora, parameter_counts
+from lensjax.models.lora import Frozen, Lora, adaptable, adapters, add_lora, merge_lora, parameter_counts, targets
 from support.families import FAMILIES, compiled, flat, make_batch, make_config, pure
 
 
@@ -140,12 +140,14 @@ def test_targets_and_layers_choose(name, settings, expected):
 
 def test_routers_and_projections_outside_the_layers_have_adapters_only_by_name():
     switch = make_model("switch_transformers")
-    assert not any("router" in name for name in chosen(switch, Lora()))
-    assert chosen(switch, Lora(target="router")) == [f"{stack}.layers.1.mlp.router" for stack in ("decoder", "encoder")]
-    assert chosen(switch, Lora(target="experts.expert_2.wi", layers=1))[0] == "decoder.layers.1.mlp.inner"
+    assert not any("router" in name for name in targets(switch, Lora()))
+    assert targets(switch, Lora(target="router")) == [
+        f"{stack}.layers.1.mlp.router" for stack in ("decoder", "encoder")
+    ]
+    assert targets(switch, Lora(target="experts.expert_2.wi", layers=1))[0] == "decoder.layers.1.mlp.inner"
     opt = init_model(make_config("opt", 1) | {"word_embed_proj_dim": 8}, jax.random.key(0))
-    assert chosen(opt, Lora(target="project_*")) == ["project_in", "project_out"]
-    assert "project_in" not in chosen(opt, Lora())
+    assert targets(opt, Lora(target="project_*")) == ["project_in", "project_out"]
+    assert "project_in" not in targets(opt, Lora())
     assert "project_in" in adaptable(opt)
 
 

@@ -271,7 +271,9 @@ def test_bad_models_get_one_clear_message_before_any_training(refused, options, 
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny_models[1], pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    assert "has only pytorch_model.bin, which lensjax does not open" in message(good, pickled)
+    assert "pytorch_model.bin: cannot be read as weights of PyTorch" in message(good, pickled)
+    (pickled / "pytorch_model.bin").rename(pickled / "model.pt")
+    assert "has only model.pt, which lensjax does not open" in message(good, pickled)
     small = tmp_path / "small"
     model = models.init_model({**CONFIG, "n_embd": 8, "vocab_size": 50}, jax.random.key(0))
     models.save_pretrained(model, small)

@@ -100,9 +100,9 @@ def test_an_id_that_the_hub_does_not_give(mistake, monkeypatch):
         ),
         ({"model_type": None}, 'config.json has no model_type; add it, for instance "model_type": "gpt2".'),
         (
-            {"auto_map": {"AutoModelForCausalLM": "modeling.py"}},
-            "config.json has auto_map, that is, code of its own, which lensjax does not run. If transformers has the "
-            f"model itself, load it there without that code (trust_remote_code=False) and save it: {CONVERT}",
+            {"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling.py"}},
+            "model_type 'phi3' is not supported, and the code that comes with the model (auto_map in config.json) is "
+            f"not run; supported: {FAMILIES}",
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -154,12 +154,12 @@ def test_directories_that_are_no_models(mistake):
 
 
 def test_weights_that_are_not_there(mistake):
-    WEIGHTS.rename("two/pytorch_model.bin")
+    WEIGHTS.rename("two/model.pt")
     assert mistake() == (
-        "two: has only pytorch_model.bin, which lensjax does not open: such files can run code. Convert it once, where "
+        "two: has only model.pt, which lensjax does not open: such files can run code. Convert it once, where "
         f"you trust it and have torch: {CONVERT}"
     )
-    Path("two/pytorch_model.bin").unlink()
+    Path("two/model.pt").unlink()
     assert mistake() == (
         "two: has no model.safetensors and no model.safetensors.index.json. If it comes with pickled weights only "
         f"(pytorch_model.bin), convert it once where you trust it: {CONVERT}"

@@ -1,4 +1,4 @@
-"""Adapters on disk, in the format of peft: adapter_config.json and adapter_model.safetensors."""
+"""Saving and loading adapters in the format of peft: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ PLAIN: dict[str, Any] = {
     "exclude_modules": None,
     "trainable_token_indices": None,
 }
-"""Settings of peft that change the computation, at the values that mean adapters as here."""
+"""Settings of peft that change the computation, with the values that mean plain LoRA."""
 
 REBASED = ("corda", "loftq", "lora_ga", "olora", "pissa")
-"""Beginnings of peft's init_lora_weights whose adapters belong to changed base weights, not to the model's own."""
+"""Values of peft's init_lora_weights (or their beginnings) that modify the base weights, which are not saved."""
 
 
 def save_lora(model: Any, directory: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> None:
-    """Write a model's adapters alone, as peft does.
+    """Write the adapters of a model without its other weights, in the format of peft.
 
     Parameters
     ----------
     model : lensjax.models.LanguageModel
         From `add_lora`.
     directory : str or path
-        Made if it is not there; files of the same names are replaced.
+        Created if it does not exist; files of the same names are replaced.
     base : str or path, optional
-        Id or directory of the model under the adapters, for base_model_name_or_path.
+        Id or directory of the model without adapters, for base_model_name_or_path.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def save_lora(model: Any, directory: str | os.PathLike[str], *, base: str | os.P
     used: list[str] = []
     for name, adapter in adapters(model).items():
         used += known[name]
-        # Experts share one adapter here, with a leading axis.
+        # All experts of a layer share one `Adapter`, with a leading axis.
         a, b = (np.asarray(matrix[...]) for matrix in (adapter.lora_a, adapter.lora_b))
         pairs = zip(a, b, strict=True) if a.ndim == 3 else [(a, b)]
         for theirs, (down, up) in zip(known[name], pairs, strict=True):
@@ -90,15 +90,15 @@ def save_lora(model: Any, directory: str | os.PathLike[str], *, base: str | os.P
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    (target / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
+    (target / WEIGHTS).chmod(0o644)  # safetensors creates files that only their owner can read
     (target / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _targets(used: list[str], known: list[str]) -> list[str]:
-    """Return last parts of names where those mean the same modules, and else the whole names."""
+    """Return the last parts of the names if they match the same modules, otherwise the full names."""
     short = {name.rpartition(".")[2] for name in used}
-    meant = {name for name in known if name.rpartition(".")[2] in short}
-    return sorted(short if meant == set(used) else used)
+    matched = {name for name in known if name.rpartition(".")[2] in short}
+    return sorted(short if matched == set(used) else used)
 
 
 def _table(model: Any) -> Table:
@@ -106,11 +106,11 @@ def _table(model: Any) -> Table:
 
 
 def _stores_inputs_first(table: Table, name: str) -> bool:
-    """Tell whether the checkpoint has matrices as (in, out), as GPT-2's does."""
+    """Return whether the checkpoint stores matrices as (in, out), as GPT-2's does."""
     try:
         rule = table.sources(f"{name}.kernel")[0]
     except LookupError:
-        return False  # experts, which no such family has
+        return False  # experts; no family with experts stores (in, out)
     return rule.load([np.zeros((1, 2))]).shape == (1, 2)
 
 
@@ -120,7 +120,7 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
     Parameters
     ----------
     model : lensjax.models.LanguageModel
-        Without adapters; stays as it is and shares its weights' arrays with the result.
+        Without adapters. It is not changed, and shares the arrays of its weights with the result.
     directory : str or path
         With adapter_config.json and adapter_model.safetensors.
 
@@ -131,8 +131,8 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
     Raises
     ------
     InputError
-        If a file is missing or unreadable, the adapters are of another kind, or they do not fit the model: then with
-        everything that does not fit in one message.
+        If a file is missing or unreadable, the adapters are not plain LoRA, or they do not fit the model (with all
+        problems in one message).
     """
     source = Path(directory)
     config = _settings(source)
@@ -145,30 +145,28 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
         ) from error
     lora = Lora(config["r"], float(config["lora_alpha"]), config.get("lora_dropout", 0.0), None, None,
                 config.get("use_rslora", False))  # fmt: skip
-    found, problems = {}, []
+    matrices, problems = {}, []
     known = adaptable(unstack_layers(model))
     for name, theirs in known.items():
-        wanted = [(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight") for module in theirs]
-        there = [part in tensors for pair in wanted for part in pair]
-        if all(there):
-            found[name] = [tuple(tensors.pop(part).T for part in pair) for pair in wanted]
-        elif any(there):
-            problems += [f"missing: {part}" for pair in wanted for part in pair if part not in tensors]
-            tensors = {
-                part: value for part, value in tensors.items() if part not in {p for pair in wanted for p in pair}
-            }
+        pairs = [(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight") for module in theirs]
+        needed = [part for pair in pairs for part in pair]
+        missing = [part for part in needed if part not in tensors]
+        if not missing:
+            matrices[name] = [tuple(tensors.pop(part).T for part in pair) for pair in pairs]
+        elif len(missing) < len(needed):
+            problems += [f"missing: {part}" for part in missing]
+            tensors = {part: value for part, value in tensors.items() if part not in needed}
     problems += [f"unused: {part}" for part in tensors]
-    if not found and not problems:
+    if not matrices and not problems:
         problems.append("there is no adapter in the file")
-    # Abstract at first: shapes are checked before anything is replaced.
-    lora = Lora(lora.rank, lora.alpha, lora.dropout, tuple(found), None, lora.rank_stabilised)
+    lora = Lora(lora.rank, lora.alpha, lora.dropout, tuple(matrices), None, lora.rank_stabilised)
     adapted = (
         unstack_layers(model)
         if problems
-        else with_adapters(unstack_layers(model), lora, list(found), jax.random.key(0))
+        else with_adapters(unstack_layers(model), lora, list(matrices), jax.random.key(0))
     )
     for name, adapter in adapters(adapted).items():
-        for matrix, parts in zip((adapter.lora_a, adapter.lora_b), zip(*found[name], strict=True), strict=True):
+        for matrix, parts in zip((adapter.lora_a, adapter.lora_b), zip(*matrices[name], strict=True), strict=True):
             shape = parts[0].shape if matrix[...].ndim == 2 else (len(parts), *parts[0].shape)
             if shape != matrix.shape:
                 problems.append(f"wrong shape: {name} needs {matrix.shape} and the file has {shape}")

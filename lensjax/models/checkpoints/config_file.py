@@ -1,4 +1,4 @@
-"""Reading and checking a model's config.json, or the configuration in a GGUF file."""
+"""Reading and checking a model's config.json or the configuration in a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.models.checkpoints.gguf import GGUFFile, gguf_config, is_gguf
 from lensjax.models.checkpoints.hub import resolve
-from lensjax.models.registry import ModelConfig, family
+from lensjax.models.registry import FAMILIES, ModelConfig, family
 
 ADAPTER = "adapter_config.json"
 
+TEXT_MODELS = {"gemma3": ("gemma3_text", "Gemma3ForCausalLM")}
+"""model_type of a multimodal model -> model_type and class of its language model, which is loaded alone."""
+
 
 def conversion(encoder_decoder: bool) -> str:
-    """Return the command that saves a model anew, with transformers' own code and as safetensors."""
+    """Return the Python statement that loads a model with transformers and saves it as safetensors."""
     kind = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
     return f"transformers.{kind}.from_pretrained(SOURCE).save_pretrained(TARGET)."
 
@@ -43,7 +46,7 @@ def load_config(
     Raises
     ------
     InputError
-        If the model or its config.json is missing or unreadable, brings code of its own, or is of no supported family.
+        If the model or its config.json is missing or unreadable, or its family is not supported.
     """
     if isinstance(name_or_path, Mapping):
         return _config(dict(name_or_path), "the configuration")
@@ -59,7 +62,7 @@ def load_config(
 
 
 def _instead(directory: Path) -> str:
-    """Say what to name instead of a directory without a config.json."""
+    """Return the advice for a directory without config.json."""
     if (directory / ADAPTER).is_file():
         try:
             base = f" {read_json(directory / ADAPTER)['base_model_name_or_path']}"
@@ -72,18 +75,21 @@ def _instead(directory: Path) -> str:
     inner = [file.parent for pattern in ("*", "snapshots/*") for file in directory.glob(f"{pattern}/config.json")]
     if not inner:
         return "name a directory in Hugging Face format"
-    # Of a Trainer's checkpoints, the one furthest on.
+    # The checkpoint of a Trainer with the most steps.
     last = max(inner, key=lambda place: ([int(n) for n in re.findall(r"\d+", place.name)][-1:], place.name))
     return f"name {last}, which has one"
 
 
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the language model in a multimodal checkpoint, given the config.json of the whole."""
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+    model_type, model_class = TEXT_MODELS[raw["model_type"]]
+    outer = {name: raw[name] for name in shared if name in raw}
+    return outer | dict(raw["text_config"]) | {"model_type": model_type, "architectures": [model_class]}
+
+
 def _config(raw: dict[str, Any], source: str) -> ModelConfig:
-    if raw.get("auto_map"):
-        raise InputError(
-            f"{source}: config.json has auto_map, that is, code of its own, which lensjax does not run. If "
-            "transformers has the model itself, load it there without that code (trust_remote_code=False) and save it: "
-            f"{conversion(bool(raw.get('is_encoder_decoder')))}"
-        )
+    # auto_map names code that comes with the model. The families that lensjax supports do not need it.
     if not isinstance(raw.get("model_type"), str):
         raise InputError(f'{source}: config.json has no model_type; add it, for instance "model_type": "gpt2".')
     quantised = raw.get("quantization_config")
@@ -94,4 +100,11 @@ def _config(raw: dict[str, Any], source: str) -> ModelConfig:
             "fine-tuned as they are; name the model they were made from, or a GGUF file. If they are floating-point "
             "numbers again, remove quantization_config from config.json."
         )
+    if raw.get("auto_map") and raw["model_type"] not in FAMILIES.keys() | TEXT_MODELS.keys():
+        raise InputError(
+            f"{source}: model_type {raw['model_type']!r} is not supported, and the code that comes with the model "
+            f"(auto_map in config.json) is not run; supported: {', '.join(sorted(FAMILIES))}."
+        )
+    if raw["model_type"] in TEXT_MODELS and isinstance(raw.get("text_config"), Mapping):
+        raw = text_config(raw)
     return family(raw["model_type"], source).config.from_dict(raw, source)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: fetching models, asking what they are made of, importing transformers without its advice."""
+"""The Hugging Face hub: downloading models, listing their files, and importing transformers without its advice."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from pathlib import Path
 
 from lensjax.errors import InputError
 
-TOKENIZER_ANY = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of which transformers needs one to make a tokenizer."""
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Files that hold a SentencePiece model."""
+
+VOCABULARY_FILES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
+"""Files that hold a tokenizer's vocabulary; transformers needs one of them."""
+
+BYTE_TOKENIZERS = ("ByT5Tokenizer",)
+"""Tokenizer classes without a vocabulary file: their tokens are bytes."""
 
 FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What is fetched besides the weights."""
+"""Patterns of the files that are downloaded besides the weights."""
 
 WEIGHTS = "*.safetensors"
+PICKLED = "pytorch_model*.bin"
+"""Weight files that are downloaded if there are no safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """A file of a model on the hub that loading the model would fetch.
+    """A file that loading a model would download from the hub.
 
     Attributes
     ----------
@@ -37,29 +38,29 @@ class HubFile:
     size : int
         Bytes.
     digest : str
-        Of its contents; the name it has in the hub's cache.
-    here : bool
+        Hash of its contents, which is its name in the hub's cache.
+    cached : bool
         Whether it is in the hub's cache.
     """
 
     name: str
     size: int
     digest: str
-    here: bool
+    cached: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What loading a model from the hub would fetch.
+    """The files that loading a model would download from the hub.
 
     Attributes
     ----------
     name : str
-        Its id.
+        The model's id.
     revision : str
-        The commit.
+        Commit.
     files : tuple of HubFile
-        Those in the cache already too.
+        Including those that are already in the cache.
     """
 
     name: str
@@ -68,22 +69,28 @@ class Listing:
 
     @property
     def weights(self) -> tuple[HubFile, ...]:
-        """The files of weights; the others are small."""
-        return tuple(file for file in self.files if fnmatchcase(file.name, WEIGHTS))
+        """The weight files; all other files are small."""
+        patterns = (WEIGHTS, PICKLED)
+        return tuple(file for file in self.files if any(fnmatchcase(file.name, pattern) for pattern in patterns))
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether the weights are in pytorch_model.bin."""
+        return any(fnmatchcase(file.name, PICKLED) for file in self.files)
 
     @property
     def missing(self) -> int:
-        """Bytes of weights that are not in the cache yet."""
-        return sum(file.size for file in self.weights if not file.here)
+        """Size in bytes of the weight files that are not in the cache."""
+        return sum(file.size for file in self.weights if not file.cached)
 
     @property
     def complete(self) -> bool:
-        """Whether the weights are in the cache, as far as the model has some."""
-        return bool(self.weights) and all(file.here for file in self.weights)
+        """Whether the model has weight files and all of them are in the cache."""
+        return bool(self.weights) and all(file.cached for file in self.weights)
 
 
 def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
-    """Return the local directory of a model, fetching it from the Hugging Face hub if it is an id.
+    """Return the local directory of a model, downloading it from the Hugging Face hub if it is an id.
 
     Parameters
     ----------
@@ -97,7 +104,7 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     Raises
     ------
     InputError
-        If there is no such directory, or the hub does not give the model (no network, no such id, offline mode).
+        If the directory does not exist, or the model cannot be downloaded (no network, no such id, offline mode).
     """
     local = _local(name_or_path)
     if local is not None:
@@ -109,13 +116,16 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     patterns = [*FILES, *([WEIGHTS] if weights else [])]
     try:
         # Files in sub-folders are other formats (onnx, openvino) of the same weights.
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if weights and not any(snapshot.glob(WEIGHTS)):
+            snapshot_download(name, revision=revision, allow_patterns=[PICKLED], ignore_patterns=["*/*"])
+        return snapshot
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _refusal(name, error) from error
 
 
 def listing(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Listing | None:
-    """Ask the hub what files a model has, without fetching any.
+    """Return the files of a model on the hub, without downloading any.
 
     Parameters
     ----------
@@ -125,8 +135,8 @@ def listing(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     Returns
     -------
     Listing or None
-        None for a local directory, and for a model whose weights are in the cache while the hub is out of reach:
-        `resolve` then fetches nothing.
+        None for a local directory, and for a model whose weights are in the cache if the hub cannot be reached; in
+        both cases `resolve` downloads nothing.
 
     Raises
     ------
@@ -140,29 +150,31 @@ def listing(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     except Exception as error:
-        # What the network makes the library raise has types of other libraries. As when fetching, an answer that there
-        # is no such model counts; silence does not where the cache has it.
+        # Network problems raise exception types of other libraries. As when downloading, the hub's answer that there is
+        # no such model is an error, but a hub that does not answer is not if the model is in the cache.
         if not isinstance(error, HfHubHTTPError):
             with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, OSError):
-                cached = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-                if any(Path(cached).glob(WEIGHTS)):
+                snapshot = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+                if any(any(Path(snapshot).glob(pattern)) for pattern in (WEIGHTS, PICKLED)):
                     return None
         raise _refusal(name, error) from error
-    commit = found.sha or revision or "main"
+    commit = info.sha or revision or "main"
     files = []
-    for file in found.siblings or ():
-        if "/" in file.rfilename or not any(fnmatchcase(file.rfilename, pattern) for pattern in (*FILES, WEIGHTS)):
+    siblings = [file for file in info.siblings or () if "/" not in file.rfilename]
+    weights = WEIGHTS if any(fnmatchcase(file.rfilename, WEIGHTS) for file in siblings) else PICKLED
+    for file in siblings:
+        if not any(fnmatchcase(file.rfilename, pattern) for pattern in (*FILES, weights)):
             continue
         digest = (file.lfs.sha256 if file.lfs is not None else file.blob_id) or ""
-        here = isinstance(huggingface_hub.try_to_load_from_cache(name, file.rfilename, revision=commit), str)
-        files.append(HubFile(file.rfilename, file.size or 0, digest, here))
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(name, file.rfilename, revision=commit), str)
+        files.append(HubFile(file.rfilename, file.size or 0, digest, cached))
     return Listing(name, commit, tuple(sorted(files, key=lambda file: file.name)))
 
 
 def _local(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """Return a local model directory, or None if this is an id of the hub.
+    """Return the path of a local model directory, or None if the name is an id on the hub.
 
     Raises
     ------
@@ -190,7 +202,7 @@ def _refusal(name: str, error: Exception) -> InputError:
 
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, HfHubHTTPError):
-        # The text says 404, the class what was not found.
+        # The text only has the status code; the class says what was not found.
         reason = f"{type(error).__name__}: {reason}"
     return InputError(
         f"{name}: is no directory here and could not be had from the Hugging Face hub ({reason}). "
@@ -200,8 +212,8 @@ def _refusal(name: str, error: Exception) -> InputError:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep from users what transformers says when it is first imported: that torch is missing."""
-    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # its own
+    """Suppress the warning of transformers, when it is first imported, that torch is missing."""
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
     try:

@@ -1,7 +1,7 @@
-"""Between weight files and models: a source of tensors, checking it against a model, filling the model from it.
+"""From the tensors of a checkpoint to a model: checking names and shapes, and loading the parameters.
 
-A format brings a `Tensors`; `assemble` does the rest. Peak memory is that of the parameters, one tensor more, and a
-slab: tensors are read slab by slab straight into the dtype wanted, the largest first.
+A file format implements `Tensors`; `assemble` does the rest. Peak memory is that of the parameters, one more tensor and
+one slab: tensors are read in slabs directly into the requested dtype, the largest tensor first.
 """
 
 from __future__ import annotations
@@ -24,22 +24,31 @@ from lensjax.models.lora import Lora, add_lora
 from lensjax.models.registry import Family, ModelConfig, Table, family
 
 FEW_LAYERS = 64
-MOST = 20
-"""Problems of a checkpoint that are listed."""
+MAX_LISTED = 20
+"""How many problems of a checkpoint an error message lists."""
 
 SLAB = 1 << 20
-"""Elements read at once."""
+"""Number of elements read at a time."""
+
+
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""Prefixes of all names in a checkpoint of torch's DataParallel or compiled modules, or of peft's models."""
+
+OTHER_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head")
+"""First parts of the names of heads for classification, question answering and values."""
 
 
 class Tensors:
-    """The tensors of one checkpoint under their Hugging Face names: shapes now, contents on demand.
+    """The tensors of a checkpoint under their Hugging Face names; shapes are known, contents are read on demand.
 
     Attributes
     ----------
     shapes : mapping, name -> shape
-        Of every tensor there is.
-    described_by, remedy : str
-        Where the configuration stands, and what to do if the tensors do not fit it, for messages.
+        Of all tensors in the checkpoint.
+    described_by : str
+        What holds the configuration, for error messages.
+    remedy : str
+        What the user can do if the tensors do not fit the configuration, for error messages.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -47,25 +56,25 @@ class Tensors:
     remedy: ClassVar[str] = "Use the config.json that these weights were saved with, or download both again."
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return entries `start` to `stop` of the tensor's first axis, of any dtype; a scalar whole."""
+        """Return entries `start` to `stop` of the tensor's first axis, of any dtype; all of a scalar."""
         raise NotImplementedError
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
-        """Return a tensor as an array of `dtype` that nothing else refers to."""
-        return self.filled(name, self.shapes[name], dtype)
+        """Return a tensor as a new array of `dtype`."""
+        return self.read_in_slabs(name, self.shapes[name], dtype)
 
-    def filled(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return a tensor that `rows` gives with the shape `shape`, of `dtype`; never twice in memory."""
-        found = np.empty(shape, dtype)
+    def read_in_slabs(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return a tensor, whose `rows` have the shape `shape`, as `dtype`; it is never in memory twice."""
+        result = np.empty(shape, dtype)
         for start, stop in slabs(shape):
-            found[slice(start, stop) if shape else ...] = self.rows(name, start, stop)
-        return found
+            result[slice(start, stop) if shape else ...] = self.rows(name, start, stop)
+        return result
 
 
 def slabs(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the bounds on the first axis that cut an array of this shape into pieces of about `SLAB` elements.
+    """Return bounds on the first axis that divide an array of this shape into slabs of about `SLAB` elements.
 
-    Vectors are one piece, whatever their length, and so is a scalar, with bounds (0, 1).
+    A vector of any length is one slab, and so is a scalar, with bounds (0, 1).
     """
     if len(shape) < 2:
         return [(0, math.prod(shape))]
@@ -79,9 +88,9 @@ def family_of(config: ModelConfig) -> Family:
 
 
 class _OneKey:
-    """Stands in for `nnx.Rngs` where only shapes count: every draw gets the same key.
+    """Replacement for `nnx.Rngs` when only shapes matter: every parameter gets the same key.
 
-    `nnx.Rngs` counts its draws in an array. While a model is traced, each count is computed from all before it, which
+    `nnx.Rngs` counts the keys it gives in an array. While a model is traced, each count depends on all before it, which
     takes time quadratic in the number of parameters: 13 seconds for gpt2-xl.
     """
 
@@ -94,13 +103,13 @@ class _OneKey:
 
 
 def abstract_model(config: ModelConfig, lora: Lora | None = None, dtype: Any = jnp.float32) -> Any:
-    """Return the model with shapes in place of weights: nothing is computed or kept in memory.
+    """Return the model with shapes instead of weights: nothing is computed or stored.
 
     Parameters
     ----------
     config : ModelConfig
     lora : Lora, optional
-        Of the adapters that it has.
+        Settings of its adapters, if it has some.
     dtype : dtype of the weights
 
     Raises
@@ -142,7 +151,7 @@ def check_layer_count(config: ModelConfig, tensors: Tensors, source: str) -> Non
 
 
 def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> LanguageModel:
-    """Return the model of a configuration, filled from a checkpoint.
+    """Return the model of a configuration with the parameters of a checkpoint.
 
     Parameters
     ----------
@@ -155,7 +164,8 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
     Raises
     ------
     InputError
-        As `match`; also if `dtype` is no floating-point type, or a tied tensor is there twice and the two differ.
+        As `match`; also if `dtype` is not a floating-point type, or the checkpoint has both of two tied tensors and
+        they differ.
     """
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise InputError(
@@ -168,17 +178,17 @@ def assemble(config: ModelConfig, tensors: Tensors, dtype: Any, source: str) -> 
     flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(abstract)]
     names = match(table, {dotted: leaf.shape for _, dotted, leaf in flat}, tensors, source)
     filled = {}
-    # The largest first: what is held besides the parameters is then largest while few of them are there.
+    # The largest first, so the temporary copy is largest while few parameters are in memory.
     for path, dotted, leaf in sorted(flat, key=lambda item: -item[2].size):
-        rule, wanted = table.sources(dotted)
-        if any(name not in names for name in wanted):
+        rule, sources = table.sources(dotted)
+        if any(name not in names for name in sources):
             value = jnp.zeros(leaf.shape, dtype)
         else:
-            # Not jnp.asarray, which copies once more on the way.
-            value = jax.device_put(rule.load([tensors.read(names[name], dtype) for name in wanted]))
-        # Transfers run in the background: without waiting, several tensors would be in memory twice.
+            # Not jnp.asarray, which makes one more copy.
+            value = jax.device_put(rule.load([tensors.read(names[name], dtype) for name in sources]))
+        # Transfers run in the background; without waiting, several tensors would be in memory twice.
         filled[path] = leaf.replace(jax.block_until_ready(value))
-    for copy, original in table.same.items():
+    for copy, original in table.copies.items():
         if copy in names and names[copy] != names[original] and not _equal(tensors, names[copy], names[original]):
             raise InputError(
                 f"{source}: config.json ties {copy} to {original}, but the two differ in the checkpoint; "
@@ -195,24 +205,24 @@ def _equal(tensors: Tensors, name: str, other: str) -> bool:
 
 
 def fitting_config(config: ModelConfig, tensors: Tensors) -> ModelConfig:
-    """Return the configuration, or the one without tied tables where the family allows for that and the tables differ.
+    """Return the configuration, without tying if the family permits that and the checkpoint's tied tensors differ.
 
-    transformers 5 writes for every T5 and mT5 that its head is tied, also where the head is one of its own.
+    transformers 5 writes tie_word_embeddings: true for every T5 and mT5, even if the head has weights of its own.
     """
     table = family_of(config).table(config)
     untied = table.untied
     if untied is None:
         return config
     names, _ = _short_names(table, tensors)
-    for copy in table.same.keys() - family_of(untied).table(untied).same.keys():
-        original = table.same[copy]
+    for copy in table.copies.keys() - family_of(untied).table(untied).copies.keys():
+        original = table.copies[copy]
         if copy in names and original in names and not _equal(tensors, names[copy], names[original]):
             return untied
     return config
 
 
 def _short_names(table: Table, tensors: Tensors) -> tuple[dict[str, str], list[str]]:
-    """Return short name -> name in the file, and problems; a tied table may stand there under another of its names."""
+    """Return short name -> name in the file, and problems; a tied tensor may be stored under either of its names."""
     names: dict[str, str] = {}
     problems = []
     for name in tensors.shapes:
@@ -220,15 +230,15 @@ def _short_names(table: Table, tensors: Tensors) -> tuple[dict[str, str], list[s
         if short in names:
             problems.append(f"both {names[short]} and {name} are there")
         names[short] = name
-    # Whoever writes each shared tensor once may keep any of its names.
-    for copy, original in table.same.items():
+    # Tools that write each shared tensor once may choose any of its names.
+    for copy, original in table.copies.items():
         if copy in names:
             names.setdefault(original, names[copy])
     return names, problems
 
 
 def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, source: str) -> dict[str, str]:
-    """Check that a checkpoint and a model's parameters fit together, without reading a tensor.
+    """Check that a checkpoint has the tensors of a model's parameters, without reading any.
 
     Parameters
     ----------
@@ -247,35 +257,54 @@ def match(table: Table, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors,
     Raises
     ------
     InputError
-        With everything that does not fit in one message.
+        With all problems in one message.
     """
     names, problems = _short_names(table, tensors)
-    used = set(table.same)
+    used = set(table.copies)
     for path, shape in shapes.items():
-        rule, wanted = table.sources(path)
-        used.update(wanted)
-        absent = [table.full(name) for name in wanted if name not in names]
-        if absent and all(name in table.optional for name in wanted):
+        rule, sources = table.sources(path)
+        used.update(sources)
+        absent = [table.full(name) for name in sources if name not in names]
+        if absent and all(name in table.optional for name in sources):
             continue
         if absent:
             problems.append(f"missing: {', '.join(absent)}")
             continue
-        found = [tensors.shapes[names[name]] for name in wanted]
+        stored = [tensors.shapes[names[name]] for name in sources]
         try:
-            # Views of one zero: the rule's own code decides which shape it makes, and no tensor is read.
-            shape_made = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in found]).shape
+            # Views of a single zero give the shape that the rule computes, without reading a tensor.
+            loaded = rule.load([np.broadcast_to(np.zeros((), np.uint8), s) for s in stored]).shape
         except ValueError:
-            shape_made = None
-        if shape_made != tuple(shape):
-            problems.append(
-                f"wrong shape: {', '.join(names[name] for name in wanted)} has {' and '.join(map(str, found))}, "
-                f"which does not make {tuple(shape)} for {path}"
-            )
-    problems += [f"unused: {names[name]}" for name in names if name not in used and not table.is_ignored(name)]
+            loaded = None
+        if loaded != tuple(shape):
+            described = f"wrong shape: {', '.join(names[n] for n in sources)} has {' and '.join(map(str, stored))}"
+            needed = [part.shape for part in rule.save(np.broadcast_to(np.zeros((), np.uint8), shape))]
+            # Where the checkpoint stores another shape than the parameter's, the message must give the stored one.
+            if needed == [tuple(shape)]:
+                problems.append(f"{described}, which does not make {tuple(shape)} for {path}")
+            else:
+                problems.append(f"{described} and needs {' and '.join(map(str, needed))} for {path}")
+    unused = [names[name] for name in names if name not in used and not table.is_ignored(name)]
+    problems += [f"unused: {name}" for name in unused]
     if problems:
-        listed = problems if len(problems) <= MOST else [*problems[:MOST], f"and {len(problems) - MOST} more"]
+        more = len(problems) - MAX_LISTED
+        listed = problems if more <= 0 else [*problems[:MAX_LISTED], f"and {more} more"]
         raise InputError(
             f"{source}: the checkpoint does not fit its {tensors.described_by}, {len(problems)} "
-            f"problem{'s' if len(problems) > 1 else ''}:\n  " + "\n  ".join(listed) + f"\n{tensors.remedy}"
+            f"problem{'s' if len(problems) > 1 else ''}:\n  "
+            + "\n  ".join(listed)
+            + f"\n{_remedy(tensors, unused, len(problems))}"
         )
     return names
+
+
+def _remedy(tensors: Tensors, unused: list[str], problems: int) -> str:
+    """Return what the user can do about a checkpoint that does not fit, given its unused tensors."""
+    if any(".lora_A." in name or ".lora_B." in name for name in unused):
+        return "It has adapters that are not merged: merge them with peft's merge_and_unload() and save the result."
+    for prefix in WRAPPERS:
+        if unused and all(name.startswith(prefix) for name in tensors.shapes):
+            return f"All names begin with {prefix}, which a wrapper around the model adds: save the model inside it."
+    if unused and len(unused) == problems and all(name.split(".")[0] in OTHER_HEADS for name in unused):
+        return "It is a model for another task, with a head that a language model does not have; name its base model."
+    return tensors.remedy

@@ -1,7 +1,9 @@
-"""The tensors of a model's safetensors files, in a directory or, by their headers alone, on the hub."""
+"""The tensors of a model's safetensors files: in a directory, or on the hub by reading only the headers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from lensjax._files import read_json
 from lensjax._textfiles import LFS, POINTER
 from lensjax.errors import InputError
 from lensjax.models.base import Seq2SeqConfig
-from lensjax.models.checkpoints.config_file import conversion
+from lensjax.models.checkpoints.config_file import TEXT_MODELS, conversion
 from lensjax.models.checkpoints.hub import Listing, resolve
 from lensjax.models.checkpoints.mapping import Tensors
 from lensjax.models.registry import ModelConfig, Table
@@ -19,54 +21,26 @@ from lensjax.models.registry import ModelConfig, Table
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model*.msgpack")
 FLOATS = ("F16", "BF16", "F32", "F64")
 INDEX = "model.safetensors.index.json"
+OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+"""Tensors of a multimodal checkpoint that do not belong to its language model."""
 
 
-class SafeTensors(Tensors):
-    """The tensors of a model directory's safetensors files.
+class FileTensors(Tensors):
+    """The tensors of a model's weight files, with the data types in which they are stored.
 
-    Parameters
+    Attributes
     ----------
-    directory : Path
-    config : ModelConfig
-        Decides what the way to convert other files is.
+    kinds : mapping, name -> str
+        Data types by their names in safetensors.
     source : str
         Names the checkpoint in error messages.
-
-    Raises
-    ------
-    InputError
-        If there are no such files, only pickled ones, a file is damaged, or a tensor is there twice.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, source: str):
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.kinds: dict[str, str] = {}
-        self.source = source
-        for file in weight_files(directory, config, source):
-            try:
-                with safe_open(file, "np") as handle:
-                    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-                    found = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                    self.kinds |= {name: part.get_dtype() for name, part in slices.items()}
-            except (SafetensorError, OSError) as error:
-                with file.open("rb") as stream:
-                    pointer = stream.read(len(LFS)) == LFS
-                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
-                raise InputError(f"{file}: cannot be read as safetensors{reason}.") from error
-            for name, shape in found.items():
-                if name in self.files:
-                    raise InputError(f"{source}: tensor {name} is in two shards, {self.files[name]} and {file}.")
-                self.files[name], self.shapes[name] = file, shape
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return entries `start` to `stop` of the tensor's first axis, as stored; a scalar whole."""
-        # Opened anew each time: the file is mapped, and what was read of it counts as memory until it is closed.
-        with safe_open(self.files[name], "np") as handle:
-            return handle.get_slice(name)[start:stop] if self.shapes[name] else handle.get_tensor(name)
+    kinds: Mapping[str, str]
+    source: str
 
     def check_kinds(self, table: Table) -> None:
-        """Refuse weights that are no floating-point numbers as models are trained in; `match` comes first.
+        """Check that all weights are floating-point numbers; call `match` first.
 
         Raises
         ------
@@ -80,19 +54,70 @@ class SafeTensors(Tensors):
                 )
 
 
+class SafeTensors(FileTensors):
+    """The tensors of a model directory's safetensors files.
+
+    Parameters
+    ----------
+    directory : Path
+    config : ModelConfig
+        Only for error messages, which say how to convert other files.
+    source : str
+        Names the checkpoint in error messages.
+
+    Raises
+    ------
+    InputError
+        If there are no safetensors files, a file is damaged, or a tensor is in two files.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, source: str):
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, str] = {}
+        self.stored_names: dict[str, str] = {}
+        self.source = source
+        for file in weight_files(directory, config, source):
+            try:
+                with safe_open(file, "np") as handle:
+                    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                    kinds = {name: part.get_dtype() for name, part in slices.items()}
+            except (SafetensorError, OSError) as error:
+                with file.open("rb") as stream:
+                    pointer = stream.read(len(LFS)) == LFS
+                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
+                raise InputError(f"{file}: cannot be read as safetensors{reason}.") from error
+            for stored, shape in shapes.items():
+                name = name_in_language_model(stored, config)
+                if name is None:
+                    continue
+                if name in self.files:
+                    raise InputError(f"{source}: tensor {name} is in two shards, {self.files[name]} and {file}.")
+                self.files[name], self.shapes[name] = file, shape
+                self.stored_names[name], self.kinds[name] = stored, kinds[stored]
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return entries `start` to `stop` of the tensor's first axis, as stored; all of a scalar."""
+        # Opened in each call: the file is memory-mapped, and pages that were read count as memory until it is closed.
+        with safe_open(self.files[name], "np") as handle:
+            stored = self.stored_names[name]
+            return handle.get_slice(stored)[start:stop] if self.shapes[name] else handle.get_tensor(stored)
+
+
 class HubTensors(SafeTensors):
-    """The tensors of a model on the hub by name and shape: the headers of its weight files are fetched, nothing else.
+    """The tensors of a model on the hub by name and shape; only the headers of its weight files are downloaded.
 
     Parameters
     ----------
     listing : Listing
     config : ModelConfig
-        Decides what the way to convert other files is.
+        Only for error messages, which say how to convert other files.
 
     Raises
     ------
     InputError
-        If the model has no such files, or their headers cannot be had.
+        If the model has no safetensors files, or their headers cannot be downloaded.
     """
 
     def __init__(self, listing: Listing, config: ModelConfig):
@@ -100,23 +125,51 @@ class HubTensors(SafeTensors):
         from huggingface_hub import errors
 
         try:
-            found = huggingface_hub.get_safetensors_metadata(listing.name, revision=listing.revision)
+            metadata = huggingface_hub.get_safetensors_metadata(listing.name, revision=listing.revision)
         except errors.NotASafetensorsRepoError:
             weight_files(resolve(listing.name, revision=listing.revision, weights=False), config, listing.name)
-            raise  # not reached: what the hub has no weights of, no directory of its other files has
+            raise  # not reached: weight_files raises for a directory without weights
         except Exception as error:
             raise InputError(
                 f"{listing.name}: the headers of its weight files could not be had from the Hugging Face hub "
                 f"({(str(error) or type(error).__name__).splitlines()[0]}). Try again, or download the model."
             ) from error
-        headers = {name: info for file in found.files_metadata.values() for name, info in file.tensors.items()}
+        headers = {
+            name: info
+            for file in metadata.files_metadata.values()
+            for stored, info in file.tensors.items()
+            if (name := name_in_language_model(stored, config)) is not None
+        }
         self.files, self.source = {}, listing.name
         self.shapes = {name: tuple(info.shape) for name, info in headers.items()}
         self.kinds = {name: info.dtype for name, info in headers.items()}
 
 
+def name_in_language_model(name: str, config: ModelConfig) -> str | None:
+    """Return a tensor's name in a checkpoint of the language model alone, or None if it belongs to another part.
+
+    Parameters
+    ----------
+    name : str
+        Name in the file, which may be the checkpoint of a multimodal model.
+    config : ModelConfig
+        Of the language model.
+    """
+    if config.model_type not in {model_type for model_type, _ in TEXT_MODELS.values()}:
+        return name
+    if OTHER_PARTS.match(name):
+        return None
+    # Published checkpoints have language_model.model.layers..., those of newer versions model.language_model.layers...
+    return re.sub(r"^model\.language_model\.", "model.", name.removeprefix("language_model."))
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Return whether a directory has weights in safetensors files."""
+    return (directory / "model.safetensors").is_file() or (directory / INDEX).is_file()
+
+
 def weight_files(directory: Path, config: ModelConfig, source: str) -> list[Path]:
-    """Return the safetensors files of a model directory; arguments as `SafeTensors`.
+    """Return the safetensors files of a model directory; arguments as for `SafeTensors`.
 
     Raises
     ------

@@ -24,20 +24,20 @@ SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def export_tensors(model: LanguageModel, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Return the model's parameters under the names and in the shapes of its Hugging Face checkpoint.
+    """Return the model's parameters with the names and shapes of a Hugging Face checkpoint.
 
-    Also for gradients: merge them into the model in place of the parameters.
+    To export gradients, merge them into the model in place of the parameters.
 
     Parameters
     ----------
     model : LanguageModel
     dtype : optional
-        Type of the arrays; default: that of the parameters.
+        Data type of the arrays; by default that of the parameters.
 
     Raises
     ------
     InputError
-        If the model has adapters, which its checkpoint has no place for.
+        If the model has adapters, which such a checkpoint cannot store.
     """
     if adapters(model):
         raise InputError(
@@ -65,26 +65,25 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write a model as config.json and model.safetensors, or shards with their index, which transformers loads.
+    """Write a model as config.json and model.safetensors (or shards and their index), which transformers can load.
 
     Parameters
     ----------
     model : LanguageModel
-        Of a supported family.
     directory : str or path
-        Made if it is not there; files of the same names are replaced, other weight files of ours or of transformers
-        (model*.safetensors and their index) removed.
+        Created if it does not exist. Files of the same names are replaced, and other weight files that lensjax or
+        transformers wrote (model*.safetensors and their index) are removed.
     tokenizer : transformers tokenizer, optional
-        Saved beside the model; config.json gets its special token ids where it has none.
+        Saved in the same directory; special token ids that config.json lacks are taken from it.
     dtype : optional
-        Type of the tensors on disk; default: that of the parameters.
+        Data type of the tensors in the file; by default that of the parameters.
     max_shard_size : int or str
-        Largest file in bytes, or as "500MB" (a megabyte is 10^6 bytes); a tensor that is larger gets a file of its own.
+        Size of the largest file in bytes, or as "500MB" (a megabyte is 10^6 bytes); a larger tensor gets its own file.
 
     Raises
     ------
     InputError
-        If `max_shard_size` is no size, or the model has adapters.
+        If `max_shard_size` is not a size, or the model has adapters.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -106,8 +105,9 @@ def save_pretrained(
     kinds = sorted({str(array.dtype) for array in tensors.values()})
     raw["dtype"] = kinds[0]
     raw.pop("torch_dtype", None)
+    raw.pop("auto_map", None)  # names code that is not saved with the model
     if tokenizer is not None:
-        # The families' defaults (50256 for GPT-2) lie outside small vocabularies, and transformers complains.
+        # The families' defaults (50256 for GPT-2) are outside small vocabularies, which transformers warns about.
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             raw.setdefault(name, getattr(tokenizer, name, None))
     target = Path(directory)
@@ -116,7 +116,7 @@ def save_pretrained(
     for file, names in plan.filename_to_tensors.items():
         unfinished = target / f"{file}.tmp"
         save_file({name: tensors[name] for name in names}, unfinished, metadata={"format": "pt"})
-        unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
+        unfinished.chmod(0o644)  # safetensors creates files that only their owner can read
     for file in plan.filename_to_tensors:
         os.replace(target / f"{file}.tmp", target / file)
     index = target / INDEX
@@ -124,7 +124,7 @@ def save_pretrained(
         _write_json(index, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     else:
         index.unlink(missing_ok=True)
-    # What an earlier model left here would be read in place of this one, or beside it.
+    # Remove the files of a model saved here before, which would otherwise be loaded too.
     for stale in target.glob("model*.safetensors"):
         if stale.name not in plan.filename_to_tensors and SHARD.fullmatch(stale.name):
             stale.unlink()

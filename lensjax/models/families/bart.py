@@ -1,4 +1,4 @@
-"""BART in Flax NNX: bart-base, bart-large, bart-large-cnn, bart-large-xsum and what is fine-tuned from them.
+"""BART in Flax NNX: bart-base, bart-large, bart-large-cnn, bart-large-xsum and models fine-tuned from them.
 
 References
 ----------
@@ -19,19 +19,19 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import Seq2SeqConfig, Seq2SeqLM
-from lensjax.models.registry import Rule, Table, check_multiple, positive, transposed, typed
+from lensjax.models.registry import Rule, Table, check_multiple, linear_rules, norm_rules, positive
 
 OFFSET = 2
-"""Rows at the start of the tables of positions that no position uses."""
+"""Rows at the start of the position tables that no position uses."""
 
 FIXED: dict[str, Any] = {
-    # Options of old configuration files and what every BART has; transformers reads none of them any more.
+    # Options of old configuration files, with the values that every BART has; transformers no longer reads them.
     "normalize_before": False,
     "normalize_embedding": True,
     "add_final_layer_norm": False,
     "static_position_embeddings": False,
     "tie_word_embeddings": True,
-    # Training without some layers, which is not ported.
+    # Random dropping of layers in training, which is not ported.
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
@@ -39,7 +39,7 @@ FIXED: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class BartConfig(Seq2SeqConfig):
-    """What BART's config.json decides; the names are those of the file where it has them."""
+    """Configuration of BART; fields that stand in config.json have the same name as there."""
 
     max_length: int
     decoder_heads: int = 16
@@ -54,13 +54,7 @@ class BartConfig(Seq2SeqConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> BartConfig:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         width = positive(raw, "d_model", 1024, source)
         heads = {stack: positive(raw, f"{stack}_attention_heads", 16, source) for stack in ("encoder", "decoder")}
         for stack, count in heads.items():
@@ -69,8 +63,8 @@ class BartConfig(Seq2SeqConfig):
             if raw.get(name, value) != value:
                 raise InputError(f"{source}: {name} is {raw[name]!r}; only {value!r} is supported.")
         layers.activation(raw.get("activation_function", "gelu"), source)
-        tokens = {"decoder_start_token_id": 2, "pad_token_id": 1}
-        same = (
+        token_ids = {"decoder_start_token_id": 2, "pad_token_id": 1}
+        optional = (
             "activation_function",
             "scale_embedding",
             "init_std",
@@ -89,22 +83,21 @@ class BartConfig(Seq2SeqConfig):
             decoder_heads=heads["decoder"],
             encoder_ffn_dim=positive(raw, "encoder_ffn_dim", 4096, source),
             decoder_ffn_dim=positive(raw, "decoder_ffn_dim", 4096, source),
-            **{name: default if raw.get(name) is None else raw[name] for name, default in tokens.items()},
-            **{name: typed(raw, name, getattr(cls, name), source) for name in same if name in raw},
+            **{name: default if raw.get(name) is None else raw[name] for name, default in token_ids.items()},
+            **{name: raw[name] for name in optional if name in raw},
         )
 
 
 def _linear(inputs: int, outputs: int, config: BartConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, param_dtype=dtype, kernel_init=layers.normal(config.init_std), rngs=rngs)
+    return layers.linear(inputs, outputs, config.init_std, dtype, rngs)
 
 
 def _norm(config: BartConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The one-pass variance cancels in float32; the two-pass one does not.
-    return nnx.LayerNorm(config.width, epsilon=1e-5, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return layers.layer_norm(config.width, 1e-5, dtype, rngs)
 
 
 class Attention(nnx.Module):
-    """Attention of `x` to `memory`."""
+    """Attention from `x` to `memory`."""
 
     def __init__(self, config: BartConfig, heads: int, dtype: Any, rngs: nnx.Rngs):
         self.q, self.k, self.v, self.out = (_linear(config.width, config.width, config, dtype, rngs) for _ in range(4))
@@ -112,7 +105,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Attend: x (N*T, d), memory (N*S, d), mask (N, 1, T or 1, S) -> (N*T, d)."""
+        """Apply attention from x (N*T, d) to memory (N*S, d) with the mask (N, 1, T or 1, S)."""
         split = lambda y: y.reshape(mask.shape[0], -1, self.heads, self.config.width // self.heads)  # noqa: E731
         mixed = layers.attention(
             split(self.q(x)),
@@ -127,12 +120,12 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: self-attention, in the decoder attention to the encoder, and a perceptron, each normed after adding.
+    """One post-norm layer: self-attention, cross-attention in the decoder, and an MLP.
 
     Parameters
     ----------
     cross : bool
-        Whether there is attention to the encoder, that is, whether it is a layer of the decoder.
+        Whether there is cross-attention to the encoder, that is, whether this is a layer of the decoder.
     """
 
     def __init__(self, config: BartConfig, cross: bool, dtype: Any, rngs: nnx.Rngs):
@@ -170,7 +163,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: positions, the norm of the embeddings, layers."""
+    """The encoder or the decoder: position embeddings, the norm of the embeddings, and the layers."""
 
     def __init__(self, config: BartConfig, cross: bool, dtype: Any, rngs: nnx.Rngs):
         init = layers.normal(config.init_std)
@@ -181,21 +174,21 @@ class Stack(nnx.Module):
 
 
 class Bart(Seq2SeqLM):
-    """BART with its language-model head, which is the embedding table and a fixed bias.
+    """BART with its language-model head, which consists of the embedding table and a fixed bias.
 
     Parameters
     ----------
     config : BartConfig
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
 
     Notes
     -----
-    As in transformers, two things get no gradient: the head's bias (final_logits_bias, which is 0 in most
-    checkpoints) and the padding token's row of the table where the table embeds (not where it is the head).
-    Positions count the tokens that the mask keeps, so that padding on the left changes nothing; in transformers
-    it does.
+    As in transformers, there is no gradient for the head's bias (final_logits_bias, which is 0 in most checkpoints),
+    and none for the padding token's embedding through the inputs (through the head there is).
+    Positions count only the tokens that the mask keeps, so padding on the left changes nothing; in transformers it
+    does.
     """
 
     config: BartConfig
@@ -226,7 +219,7 @@ class Bart(Seq2SeqLM):
             x = x * config.width**0.5
         x = stack.embedding_norm(x + stack.positions(positions.reshape(-1) + OFFSET))
         x = layers.drop(x, config.dropout, embed_key)
-        keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
+        keys = layers.keys_per_layer(layers_key, len(stack.layers))
         x = self.run_layers(stack.layers, x, keys, mask, memory, memory_mask)
         return x.reshape(samples, length, config.width)
 
@@ -235,8 +228,7 @@ class Bart(Seq2SeqLM):
     ) -> jax.Array:
         """Return the encoder's output (N, S, d); see `Seq2SeqLM`."""
         positions = layers.positions_from_mask(attention_mask)
-        mask = (attention_mask != 0)[:, None, None, :]
-        return self._run(self.encoder, input_ids, positions, mask, dropout_key)
+        return self._run(self.encoder, input_ids, positions, layers.padding_mask(attention_mask), dropout_key)
 
     def decode(
         self,
@@ -255,12 +247,8 @@ class Bart(Seq2SeqLM):
             layers.causal_mask(decoder_attention_mask),
             dropout_key,
             encoded.reshape(-1, self.config.width),
-            (attention_mask != 0)[:, None, None, :],
+            layers.padding_mask(attention_mask),
         )
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d), the embedding table."""
-        return self.tokens.embedding[...]
 
     def head_bias(self) -> jax.Array:
         """Return the head's fixed bias (V,)."""
@@ -272,33 +260,33 @@ def _row(array: np.ndarray) -> list[np.ndarray]:
 
 
 def table(config: BartConfig) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
+    """Return how a Hugging Face checkpoint stores the parameters; its linear layers store (out, in)."""
     rules = [
         Rule("tokens.embedding", "shared.weight"),
         Rule("logits_bias", "final_logits_bias", lambda arrays: arrays[0][0], _row),
     ]
     attention = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
     for stack in ("encoder", "decoder"):
-        ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.layers.{{i}}"
+        layer = f"{stack}.layers.{{i}}"
         rules.append(Rule(f"{stack}.positions.embedding", f"{stack}.embed_positions.weight"))
         norms = [(f"{stack}.embedding_norm", f"{stack}.layernorm_embedding")]
-        norms += [(f"{ours}.attention_norm", f"{theirs}.self_attn_layer_norm")]
-        norms += [(f"{ours}.mlp_norm", f"{theirs}.final_layer_norm")]
-        linears = [(f"{ours}.mlp_in", f"{theirs}.fc1"), (f"{ours}.mlp_out", f"{theirs}.fc2")]
-        linears += [(f"{ours}.attention.{own}", f"{theirs}.self_attn.{name}") for own, name in attention.items()]
+        norms += [(f"{layer}.attention_norm", f"{layer}.self_attn_layer_norm")]
+        norms += [(f"{layer}.mlp_norm", f"{layer}.final_layer_norm")]
+        linears = [(f"{layer}.mlp_in", f"{layer}.fc1"), (f"{layer}.mlp_out", f"{layer}.fc2")]
+        linears += [(f"{layer}.attention.{part}", f"{layer}.self_attn.{name}") for part, name in attention.items()]
         if stack == "decoder":
-            norms.append((f"{ours}.cross_norm", f"{theirs}.encoder_attn_layer_norm"))
-            linears += [(f"{ours}.cross.{own}", f"{theirs}.encoder_attn.{name}") for own, name in attention.items()]
-        for own, name in norms:
-            rules += [Rule(f"{own}.scale", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
-        for own, name in linears:
-            rules += [transposed(f"{own}.kernel", f"{name}.weight"), Rule(f"{own}.bias", f"{name}.bias")]
+            norms.append((f"{layer}.cross_norm", f"{layer}.encoder_attn_layer_norm"))
+            linears += [(f"{layer}.cross.{part}", f"{layer}.encoder_attn.{name}") for part, name in attention.items()]
+        for ours, theirs in norms:
+            rules += norm_rules(ours, theirs)
+        for ours, theirs in linears:
+            rules += linear_rules(ours, theirs)
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     return Table(
         rules=tuple(rules),
         prefix="model.",
-        outside=("final_logits_bias", "lm_head.weight"),
-        same=dict.fromkeys(copies, "shared.weight"),
+        unprefixed=("final_logits_bias", "lm_head.weight"),
+        copies=dict.fromkeys(copies, "shared.weight"),
         optional=("final_logits_bias",),  # a buffer in transformers, absent in files of the bare model
         ignored=(r"(encoder|decoder)\.version",),
     )

@@ -22,7 +22,7 @@ from lensjax.models.registry import Table, positive
 
 @dataclasses.dataclass(frozen=True)
 class Gemma3Config(llama.LlamaConfig):
-    """What Gemma 3's config.json decides."""
+    """Configuration of Gemma 3."""
 
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
@@ -38,13 +38,7 @@ class Gemma3Config(llama.LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> llama.LlamaConfig:
-        """Read the dictionary of a config.json; see `LlamaConfig`.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
             if raw.get(name):
                 raise InputError(f"{source}: {name} is {raw[name]}; only models without it are supported.")
@@ -56,7 +50,7 @@ class Gemma3Config(llama.LlamaConfig):
         pattern = positive(raw, "sliding_window_pattern", 6, source)
         types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
         windows = llama.layer_windows(raw, window, types, source)
-        distant, near = _ropes(raw, head_dim, length, source)
+        global_rope, local_rope = _ropes(raw, head_dim, length, source)
         scalar = raw.get("query_pre_attn_scalar", 256)
         if not isinstance(scalar, (int, float)) or scalar <= 0:
             raise InputError(f"{source}: query_pre_attn_scalar is {scalar!r}; it must be a positive number.")
@@ -74,23 +68,25 @@ class Gemma3Config(llama.LlamaConfig):
             score_scale=scalar**-0.5,
             embedding_scale=width**0.5,
             windows=windows,
-            ropes=tuple(distant if window is None else near for window in windows),
+            ropes=tuple(global_rope if window is None else local_rope for window in windows),
         )
 
 
 def _ropes(raw: Mapping[str, Any], head_dim: int, length: int, source: str) -> tuple[layers.Rotary, layers.Rotary]:
-    """Return the rotary embeddings of global and of local layers; scaling is for the global ones alone."""
+    """Return the rotary embeddings of global and of local layers; only the global one is scaled."""
     fields = raw.get("rope_parameters") or {}
-    far = {"rope_theta": raw.get("rope_theta")} | (fields.get("full_attention") or {}) | (raw.get("rope_scaling") or {})
-    near = {"rope_theta": raw.get("rope_local_base_freq")} | (fields.get("sliding_attention") or {})
+    global_ = (
+        {"rope_theta": raw.get("rope_theta")} | (fields.get("full_attention") or {}) | (raw.get("rope_scaling") or {})
+    )
+    local = {"rope_theta": raw.get("rope_local_base_freq")} | (fields.get("sliding_attention") or {})
     return (
-        layers.rotary({"rope_parameters": far}, head_dim, length, source, theta=1_000_000.0),
-        layers.rotary({"rope_parameters": near}, head_dim, length, source),
+        layers.rotary({"rope_parameters": global_}, head_dim, length, source, theta=1_000_000.0),
+        layers.rotary({"rope_parameters": local}, head_dim, length, source),
     )
 
 
 class Block(nnx.Module):
-    """One layer: attention and a gated perceptron, each normalised before and after."""
+    """One layer: attention and a gated MLP, each with a norm before and after it."""
 
     def __init__(self, config: llama.LlamaConfig, dtype: Any, rngs: nnx.Rngs):
         def norm() -> layers.RMSNorm:
@@ -104,12 +100,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        own: tuple[jax.Array | None, jax.Array | None],
+        per_layer: tuple[jax.Array | None, jax.Array | None],
         masks: list[jax.Array],
         tables: list[tuple[jax.Array, jax.Array]],
     ) -> jax.Array:
-        """Apply the layer to the residual stream x (N*T, d); see `llama.choose`."""
-        mask, table, key = llama.choose(own, masks, tables)
+        """Apply the layer to the residual stream x (N*T, d); see `llama.mask_and_tables`."""
+        mask, table, key = llama.mask_and_tables(per_layer, masks, tables)
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), mask, table, key))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
@@ -122,7 +118,7 @@ class Gemma3(llama.Llama):
 
 
 def table(config: llama.LlamaConfig) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint."""
+    """Return how a Hugging Face checkpoint stores the parameters."""
     return llama.table(
         config,
         {

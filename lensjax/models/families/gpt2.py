@@ -18,12 +18,21 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, typed
+from lensjax.models.registry import (
+    ModelConfig,
+    Rule,
+    Table,
+    causal_table,
+    norm_rules,
+    positive,
+    typed,
+    width_and_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config(ModelConfig):
-    """What GPT-2's config.json decides; the names are those of the file where it has them."""
+    """Configuration of GPT-2; fields that stand in config.json have the same name as there."""
 
     max_length: int
     n_inner: int = 0
@@ -39,15 +48,8 @@ class GPT2Config(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> GPT2Config:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
-        width, heads = positive(raw, "n_embd", 768, source), positive(raw, "n_head", 12, source)
-        check_multiple("n_embd", width, "n_head", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, n_embd=768, n_head=12)
         if raw.get("add_cross_attention", False):
             raise InputError(f"{source}: add_cross_attention is true; only decoders without it are supported.")
         layers.activation(typed(raw, "activation_function", "gelu_new", source), source)
@@ -59,29 +61,21 @@ class GPT2Config(ModelConfig):
             layers=positive(raw, "n_layer", 12, source),
             max_length=positive(raw, "n_positions", 1024, source),
             n_inner=positive(raw, "n_inner", 4 * width, source),
-            **cls.own_values(raw, source, without={"n_inner"}),
+            **cls.optional_fields(raw, source, without=("n_inner",)),
         )
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with queries, keys and values from one matrix."""
+    """Causal self-attention with one matrix for queries, keys and values."""
 
     def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs):
         std = config.initializer_range
-        self.qkv = nnx.Linear(
-            config.width, 3 * config.width, param_dtype=dtype, kernel_init=layers.normal(std), rngs=rngs
-        )
-        self.out = nnx.Linear(
-            config.width,
-            config.width,
-            param_dtype=dtype,
-            kernel_init=layers.normal(layers.residual_std(std, config.layers)),
-            rngs=rngs,
-        )
+        self.qkv = layers.linear(config.width, 3 * config.width, std, dtype, rngs)
+        self.out = layers.linear(config.width, config.width, layers.residual_std(std, config.layers), dtype, rngs)
         self.config = config
 
     def __call__(self, x: jax.Array, mask: jax.Array, scale: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Attend: x (N*T, d), mask (N, 1, T, T) -> (N*T, d)."""
+        """Apply attention to x (N*T, d) with the mask (N, 1, T, T)."""
         samples, length = mask.shape[0], mask.shape[-1]
         qkv = self.qkv(x).reshape(samples, length, 3, self.config.heads, -1)
         mixed = layers.attention(
@@ -97,28 +91,20 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and a two-matrix perceptron, each on the normalised residual stream."""
+    """One layer: attention and an MLP, each applied to the normalised residual stream."""
 
     def __init__(self, config: GPT2Config, dtype: Any, rngs: nnx.Rngs):
         std = config.initializer_range
         self.attention_norm = _norm(config, dtype, rngs)
         self.attention = Attention(config, dtype, rngs)
         self.mlp_norm = _norm(config, dtype, rngs)
-        self.mlp_in = nnx.Linear(
-            config.width, config.n_inner, param_dtype=dtype, kernel_init=layers.normal(std), rngs=rngs
-        )
-        self.mlp_out = nnx.Linear(
-            config.n_inner,
-            config.width,
-            param_dtype=dtype,
-            kernel_init=layers.normal(layers.residual_std(std, config.layers)),
-            rngs=rngs,
-        )
+        self.mlp_in = layers.linear(config.width, config.n_inner, std, dtype, rngs)
+        self.mlp_out = layers.linear(config.n_inner, config.width, layers.residual_std(std, config.layers), dtype, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, own: tuple[jax.Array, jax.Array | None], mask: jax.Array) -> jax.Array:
-        """Apply the layer to the residual stream x (N*T, d)."""
-        scale, key = own
+    def __call__(self, x: jax.Array, per_layer: tuple[jax.Array, jax.Array | None], mask: jax.Array) -> jax.Array:
+        """Apply the layer to the residual stream x (N*T, d); `per_layer` is its score scale and dropout key."""
+        scale, key = per_layer
         weights_key, attention_key, mlp_key = layers.split_key(key, 3)
         rate = self.config.resid_pdrop
         x = x + layers.drop(self.attention(self.attention_norm(x), mask, scale, weights_key), rate, attention_key)
@@ -134,7 +120,7 @@ class GPT2(CausalLM):
     config : GPT2Config
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
     """
 
     config: GPT2Config
@@ -149,43 +135,27 @@ class GPT2(CausalLM):
         if not config.tie_word_embeddings:
             self.head = layers.Embedding(config.vocab_size, config.width, dtype, init, rngs)
 
-    def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    def decode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the inputs (N, T, d) of the head for token ids (N, T); see `CausalLM`."""
-        config, (samples, length) = self.config, input_ids.shape
-        self.check_length(length)
-        if attention_mask is None:
-            attention_mask = jnp.ones((samples, length), jnp.int32)
+        """Return the inputs (N*T, d) of the head; see `CausalLM`."""
+        config = self.config
         embed_key, layers_key = layers.split_key(dropout_key, 2)
         x = self.tokens(input_ids.reshape(-1)) + self.positions(layers.positions_from_mask(attention_mask).reshape(-1))
         x = layers.drop(x, config.embd_pdrop, embed_key)
         scale = jnp.full(config.layers, (config.width // config.heads) ** -0.5 if config.scale_attn_weights else 1.0)
         if config.scale_attn_by_inverse_layer_idx:
             scale = scale / jnp.arange(1, config.layers + 1)
-        keys = None if layers_key is None else jax.random.split(layers_key, config.layers)
-        x = self.run_layers(
-            self.layers,
-            x,
-            (scale, keys),
-            layers.causal_mask(attention_mask),
-        )
-        return self.norm(x).reshape(samples, length, config.width)
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d), the embedding table where the two are tied."""
-        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
+        keys = layers.keys_per_layer(layers_key, config.layers)
+        return self.norm(self.run_layers(self.layers, x, (scale, keys), layers.causal_mask(attention_mask)))
 
 
 def _norm(config: GPT2Config, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The one-pass variance cancels in float32; the two-pass one does not.
-    return nnx.LayerNorm(
-        config.width, epsilon=config.layer_norm_epsilon, param_dtype=dtype, use_fast_variance=False, rngs=rngs
-    )
+    return layers.layer_norm(config.width, config.layer_norm_epsilon, dtype, rngs)
 
 
 def table(config: GPT2Config) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (in, out))."""
+    """Return how a Hugging Face checkpoint stores the parameters; its linear layers store (in, out), as ours."""
     block = {
         "attention_norm": "ln_1",
         "attention.qkv": "attn.c_attn",
@@ -197,20 +167,17 @@ def table(config: GPT2Config) -> Table:
     rules = [
         Rule("tokens.embedding", "wte.weight"),
         Rule("positions.embedding", "wpe.weight"),
-        Rule("norm.scale", "ln_f.weight"),
-        Rule("norm.bias", "ln_f.bias"),
+        *norm_rules("norm", "ln_f"),
     ]
     for ours, theirs in block.items():
         weight = "scale" if ours.endswith("norm") else "kernel"
         rules.append(Rule(f"layers.{{i}}.{ours}.{weight}", f"h.{{i}}.{theirs}.weight"))
         rules.append(Rule(f"layers.{{i}}.{ours}.bias", f"h.{{i}}.{theirs}.bias"))
-    if not config.tie_word_embeddings:
-        rules.append(Rule("head.embedding", "lm_head.weight"))
-    return Table(
-        rules=tuple(rules),
+    return causal_table(
+        rules,
+        tied=config.tie_word_embeddings,
+        embedding="wte.weight",
         prefix="transformer.",
-        outside=("lm_head.weight",),
-        same={"lm_head.weight": "wte.weight"} if config.tie_word_embeddings else {},
         # The causal mask, which old checkpoints store as a buffer.
         ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
     )

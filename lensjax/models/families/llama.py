@@ -18,19 +18,29 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
+from lensjax.models.registry import (
+    ROTARY_BUFFERS,
+    ModelConfig,
+    Rule,
+    Table,
+    causal_table,
+    check_multiple,
+    linear_rules,
+    positive,
+    typed,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
-    """What the config.json of a Llama-like model decides; the names are those of the file where it has them.
+    """Configuration of a Llama-like model; fields that stand in config.json have the same name as there.
 
     Attributes
     ----------
     qkv_bias, out_bias : bool
-        Whether the projections to queries, keys and values, and that of the attention's result, have biases.
+        Whether the projections to queries, keys and values, and the output projection of attention, have biases.
     qk_norm : bool
-        Whether each head's queries and keys are normalised before they turn.
+        Whether each head's queries and keys are normalised before they are rotated.
     norm_offset : float
         See `layers.RMSNorm`.
     score_scale : float
@@ -38,9 +48,9 @@ class LlamaConfig(ModelConfig):
     embedding_scale : float
         Multiplies the token embeddings.
     windows : tuple of int or None
-        Of each layer: how many tokens a query sees, its own among them; None is all.
+        For each layer: how many tokens a query sees, including its own; None is all.
     ropes : tuple of layers.Rotary
-        Of each layer.
+        For each layer.
     """
 
     max_length: int
@@ -70,30 +80,24 @@ class LlamaConfig(ModelConfig):
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
     }
-    """The sizes that transformers takes where config.json has none; families with others replace it."""
+    """The defaults of transformers for sizes that config.json does not set; other families override them."""
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         bias = bool(raw.get("attention_bias", False))
         return cls.read(raw, source, qkv_bias=bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)))
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any], source: str, **own: Any) -> LlamaConfig:
-        """Read what all Llama-like families have in common, and add what a family decides itself.
+    def read(cls, raw: Mapping[str, Any], source: str, **overrides: Any) -> LlamaConfig:
+        """Read the settings that all Llama-like families share, and set those that a family decides itself.
 
         Parameters
         ----------
         raw : mapping
         source : str
-        own : fields of this class
-            Override what is read here; `head_dim` and `num_key_value_heads` are then defaults.
+        **overrides : fields of this class
+            Replace what is read here, except that `head_dim` and `num_key_value_heads` are only defaults.
 
         Raises
         ------
@@ -101,17 +105,17 @@ class LlamaConfig(ModelConfig):
         """
         size = {name: positive(raw, name, default, source) for name, default in cls.SIZES.items()}
         width, heads, count = size["hidden_size"], size["num_attention_heads"], size["num_hidden_layers"]
-        head_dim = positive(raw, "head_dim", own.pop("head_dim", 0) or max(width // heads, 1), source)
+        head_dim = positive(raw, "head_dim", overrides.pop("head_dim", 0) or max(width // heads, 1), source)
         if raw.get("head_dim") is None and head_dim * heads != width:
             check_multiple("hidden_size", width, "num_attention_heads", heads, source)
-        key_heads = positive(raw, "num_key_value_heads", own.pop("num_key_value_heads", 0) or heads, source)
+        key_heads = positive(raw, "num_key_value_heads", overrides.pop("num_key_value_heads", 0) or heads, source)
         check_multiple("num_attention_heads", heads, "num_key_value_heads", key_heads, source)
         length = size["max_position_embeddings"]
-        if "ropes" not in own:
-            own["ropes"] = (layers.rotary(raw, head_dim, length, source),) * count
-        simple = ("hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "attention_dropout")
-        values = {name: typed(raw, name, getattr(cls, name), source) for name in simple if raw.get(name) is not None}
-        values |= {"score_scale": head_dim**-0.5, "windows": (None,) * count} | own
+        if "ropes" not in overrides:
+            overrides["ropes"] = (layers.rotary(raw, head_dim, length, source),) * count
+        optional = ("hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "attention_dropout")
+        values = {name: typed(raw, name, getattr(cls, name), source) for name in optional if raw.get(name) is not None}
+        values |= {"score_scale": head_dim**-0.5, "windows": (None,) * count} | overrides
         layers.activation(values.get("hidden_act", cls.hidden_act), source)
         return cls.base(
             raw,
@@ -137,16 +141,16 @@ def layer_windows(
     raw : mapping
         A config.json.
     window : int or None
-        Of the layers called "sliding_attention".
+        Window of the layers called "sliding_attention".
     default : list of str
-        The types where config.json has none.
+        The layers' types if config.json does not set them.
     source : str
         Names the configuration in error messages.
 
     Raises
     ------
     InputError
-        If a type is unknown, or their number is not that of the layers.
+        If a type is unknown, or there is not one type for each layer.
     """
     types = raw.get("layer_types") or default
     if len(types) != len(default) or not set(types) <= {"full_attention", "sliding_attention"}:
@@ -176,7 +180,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, tables: tuple[jax.Array, jax.Array], key: jax.Array | None
     ) -> jax.Array:
-        """Attend: x (N*T, d), mask (N, 1, T, T), tables of `layers.Rotary` -> (N*T, d)."""
+        """Apply attention to x (N*T, d) with the mask (N, 1, T, T) and the tables of `layers.Rotary`."""
         shape = (mask.shape[0], mask.shape[-1], -1, self.config.head_dim)
         queries, keys = self.query(x).reshape(shape), self.key(x).reshape(shape)
         if self.config.qk_norm:
@@ -194,7 +198,7 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """Perceptron whose inner units are multiplied by gates."""
+    """MLP whose inner units are multiplied by gates (SwiGLU if the activation is silu)."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
         self.gate = linear(config, config.width, config.intermediate_size, config.mlp_bias, dtype, rngs)
@@ -203,12 +207,12 @@ class GatedMLP(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x (N*T, d) to (N*T, d)."""
+        """Apply the MLP to x (N*T, d)."""
         return self.down(layers.ACTIVATIONS[self.config.hidden_act](self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    """One layer: attention and a gated perceptron, each on the normalised residual stream."""
+    """One layer: attention and a gated MLP, each applied to the normalised residual stream."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
         self.attention_norm = layers.RMSNorm(config.width, config.rms_norm_eps, dtype)
@@ -219,18 +223,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        own: tuple[jax.Array | None, jax.Array | None],
+        per_layer: tuple[jax.Array | None, jax.Array | None],
         masks: list[jax.Array],
         tables: list[tuple[jax.Array, jax.Array]],
     ) -> jax.Array:
-        """Apply the layer to the residual stream x (N*T, d); see `choose`."""
-        mask, table, key = choose(own, masks, tables)
+        """Apply the layer to the residual stream x (N*T, d); see `mask_and_tables`."""
+        mask, table, key = mask_and_tables(per_layer, masks, tables)
         x = x + self.attention(self.attention_norm(x), mask, table, key)
         return x + self.mlp(self.mlp_norm(x))
 
 
-def choose(
-    own: tuple[jax.Array | None, jax.Array | None],
+def mask_and_tables(
+    per_layer: tuple[jax.Array | None, jax.Array | None],
     masks: list[jax.Array],
     tables: list[tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
@@ -238,11 +242,12 @@ def choose(
 
     Parameters
     ----------
-    own : (kind, key)
-        Which of the masks and tables is the layer's: bool, or None where there is only one; its dropout key.
+    per_layer : (kind, key)
+        `kind` says whether the layer uses the second of the masks and tables; it is None if there is only one. `key`
+        is the layer's dropout key.
     masks, tables : lists of one or two
     """
-    kind, key = own
+    kind, key = per_layer
     if kind is None:
         return masks[0], tables[0], key
     mask, table = jax.tree.map(lambda a, b: jnp.where(kind, b, a), (masks[0], tables[0]), (masks[1], tables[1]))
@@ -257,7 +262,7 @@ class Llama(CausalLM):
     config : LlamaConfig
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
     """
 
     config: LlamaConfig
@@ -272,67 +277,56 @@ class Llama(CausalLM):
         if not config.tie_word_embeddings:
             self.head = layers.Embedding(config.vocab_size, config.width, dtype, init, rngs)
 
-    def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    def decode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the inputs (N, T, d) of the head for token ids (N, T); see `CausalLM`."""
-        config, (samples, length) = self.config, input_ids.shape
-        self.check_length(length)
-        if attention_mask is None:
-            attention_mask = jnp.ones((samples, length), jnp.int32)
+        """Return the inputs (N*T, d) of the head; see `CausalLM`."""
+        config = self.config
         x = self.tokens(input_ids.reshape(-1))
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        # Windows and angles repeat: each kind of layer is computed once. Only differences of positions matter, and
-        # counted from the first real token padding on the left changes nothing, not even the rounding.
-        of_layer = list(zip(config.windows, config.ropes, strict=True))
-        kinds = list(dict.fromkeys(of_layer))
+        # Layers with the same window and rotary embedding share a mask and tables. Only differences of positions
+        # matter; counting from the first real token makes the result independent of padding on the left, also in
+        # rounding.
+        kind_of_layer = list(zip(config.windows, config.ropes, strict=True))
+        kinds = list(dict.fromkeys(kind_of_layer))
         positions = layers.positions_from_mask(attention_mask)
         x = self.run_layers(
             self.layers,
             x,
             (
-                None if len(kinds) == 1 else jnp.asarray([kinds.index(kind) == 1 for kind in of_layer]),
-                None if dropout_key is None else jax.random.split(dropout_key, config.layers),
+                None if len(kinds) == 1 else jnp.asarray([kinds.index(kind) == 1 for kind in kind_of_layer]),
+                layers.keys_per_layer(dropout_key, config.layers),
             ),
             [layers.window_mask(attention_mask, window) for window, _ in kinds],
             [rope.tables(positions, x.dtype) for _, rope in kinds],
         )
-        return self.norm(x).reshape(samples, length, config.width)
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d), the embedding table where the two are tied."""
-        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
+        return self.norm(x)
 
 
 def linear(config: LlamaConfig, inputs: int, outputs: int, bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a linear layer, initialised as the configuration says."""
-    init = layers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, use_bias=bias, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    """Return a linear layer with the initialisation of the configuration."""
+    return layers.linear(inputs, outputs, config.initializer_range, dtype, rngs, bias=bias)
 
 
 NORMS: Mapping[str, str] = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-"""Our name of a layer's norm -> its name in checkpoints."""
+"""Our name for a norm of a layer -> its name in checkpoints."""
 
 
 def table(config: LlamaConfig, norms: Mapping[str, str] = NORMS) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint; `norms` are the family's norms of a layer."""
+    """Return how a Hugging Face checkpoint stores the parameters; `norms` names the norms of the family's layers."""
     short = {"query": "q", "key": "k", "value": "v", "out": "o"}
     linears = {f"attention.{ours}": f"self_attn.{theirs}_proj" for ours, theirs in short.items()}
     linears |= {f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     scales = dict(norms) | {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
     rules = [Rule("tokens.embedding", "embed_tokens.weight"), Rule("norm.scale", "norm.weight")]
     for ours, theirs in linears.items():
-        rules.append(transposed(f"layers.{{i}}.{ours}.kernel", f"layers.{{i}}.{theirs}.weight"))
-        rules.append(Rule(f"layers.{{i}}.{ours}.bias", f"layers.{{i}}.{theirs}.bias"))
+        rules += linear_rules(f"layers.{{i}}.{ours}", f"layers.{{i}}.{theirs}")
     rules += [Rule(f"layers.{{i}}.{ours}.scale", f"layers.{{i}}.{theirs}.weight") for ours, theirs in scales.items()]
-    if not config.tie_word_embeddings:
-        rules.append(Rule("head.embedding", "lm_head.weight"))
-    return Table(
-        rules=tuple(rules),
+    return causal_table(
+        rules,
+        tied=config.tie_word_embeddings,
+        embedding="embed_tokens.weight",
         prefix="model.",
-        outside=("lm_head.weight",),
-        same={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
-        # The rotary frequencies, which old checkpoints store as a buffer.
-        ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        ignored=(ROTARY_BUFFERS,),
     )

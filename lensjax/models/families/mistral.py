@@ -19,7 +19,7 @@ __all__ = ["Mistral", "MistralConfig", "table"]
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig(LlamaConfig):
-    """What Mistral's config.json decides."""
+    """Configuration of Mistral."""
 
     SIZES: ClassVar[dict[str, int]] = LlamaConfig.SIZES | {
         "intermediate_size": 14336,
@@ -28,11 +28,11 @@ class MistralConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the dictionary of a config.json; see `LlamaConfig`."""
+        """Read a config.json; see `ModelConfig.from_dict`."""
         # Absent means 4096, null means no window.
         window = None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
         count = positive(raw, "num_hidden_layers", cls.SIZES["num_hidden_layers"], source)
-        # Likewise: absent means 8 key heads, null as many as queries.
+        # Absent means 8 key heads, null as many key heads as query heads.
         key_heads = 8 if "num_key_value_heads" not in raw else 0
         return cls.read(raw, source, windows=(window,) * count, num_key_value_heads=key_heads)
 

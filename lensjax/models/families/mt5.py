@@ -1,4 +1,4 @@
-"""mT5: T5 v1.1 with other defaults, whose head's inputs are never scaled; see `lensjax.models.families.t5`."""
+"""mT5: T5 v1.1 with other defaults, and without scaling of the head's inputs; see `lensjax.models.families.t5`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MT5", "MT5Config", "table"]
 
 @dataclasses.dataclass(frozen=True)
 class MT5Config(T5Config):
-    """What mT5's config.json decides."""
+    """Configuration of mT5."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 250112,
@@ -24,9 +24,10 @@ class MT5Config(T5Config):
     }
 
     @classmethod
-    def _scales(cls, raw: Mapping[str, Any], tied: bool) -> bool:
+    def scales_decoder_outputs(cls, raw: Mapping[str, Any], tied: bool) -> bool:
+        """Return False: mT5 never scales them."""
         return False
 
 
 class MT5(T5):
-    """MT5 with its language-model head; see `T5`."""
+    """mT5 with its language-model head; see `T5`."""

@@ -1,4 +1,4 @@
-"""OPT in Flax NNX: the pre-norm sizes and 350m, which normalises after each sum and projects its embeddings.
+"""OPT in Flax NNX: all sizes; 350m is post-norm and projects its embeddings, the others are pre-norm.
 
 References
 ----------
@@ -12,21 +12,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
+from lensjax.models.registry import (
+    ModelConfig,
+    Rule,
+    Table,
+    causal_table,
+    linear_rules,
+    norm_rules,
+    positive,
+    typed,
+    width_and_heads,
+)
 
 OFFSET = 2
-"""Rows of the position table before that of the first token; no real token uses them."""
+"""The position of the first token is at this row of the position table; no real token uses the rows before it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OPTConfig(ModelConfig):
-    """What OPT's config.json decides; the names are those of the file where it has them."""
+    """Configuration of OPT; fields that stand in config.json have the same name as there."""
 
     max_length: int
     ffn_dim: int = 0
@@ -43,20 +52,12 @@ class OPTConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> OPTConfig:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
-        width = positive(raw, "hidden_size", 768, source)
-        heads = positive(raw, "num_attention_heads", 12, source)
-        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, hidden_size=768, num_attention_heads=12)
         if raw.get("layerdrop"):
             raise InputError(f"{source}: layerdrop is {raw['layerdrop']}, which is not supported; set it to 0.")
         layers.activation(typed(raw, "activation_function", "relu", source), source)
-        before = raw.get("do_layer_norm_before", True)
+        pre_norm = raw.get("do_layer_norm_before", True)
         return cls.base(
             raw,
             vocab_size=positive(raw, "vocab_size", 50272, source),
@@ -66,13 +67,13 @@ class OPTConfig(ModelConfig):
             max_length=positive(raw, "max_position_embeddings", 2048, source),
             ffn_dim=positive(raw, "ffn_dim", 3072, source),
             word_embed_proj_dim=positive(raw, "word_embed_proj_dim", width, source),
-            final_norm=before and not raw.get("_remove_final_layer_norm", False),
-            **cls.own_values(raw, source, without={"ffn_dim", "word_embed_proj_dim", "final_norm"}),
+            final_norm=pre_norm and not raw.get("_remove_final_layer_norm", False),
+            **cls.optional_fields(raw, source, without=("ffn_dim", "word_embed_proj_dim", "final_norm")),
         )
 
 
 class Block(nnx.Module):
-    """One layer: attention and a two-matrix perceptron; norms stand before each of them or after each sum."""
+    """One layer: attention and an MLP, each with a norm before it (pre-norm) or after the residual sum (post-norm)."""
 
     def __init__(self, config: OPTConfig, dtype: Any, rngs: nnx.Rngs):
         width = config.width
@@ -117,7 +118,7 @@ class OPT(CausalLM):
     config : OPTConfig
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
     """
 
     config: OPTConfig
@@ -137,14 +138,11 @@ class OPT(CausalLM):
         if not config.tie_word_embeddings:
             self.head = layers.Embedding(config.vocab_size, narrow, dtype, init, rngs)
 
-    def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    def decode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the inputs (N, T, word_embed_proj_dim) of the head for token ids (N, T); see `CausalLM`."""
-        config, (samples, length) = self.config, input_ids.shape
-        self.check_length(length)
-        if attention_mask is None:
-            attention_mask = jnp.ones((samples, length), jnp.int32)
+        """Return the inputs (N*T, word_embed_proj_dim) of the head; see `CausalLM`."""
+        config = self.config
         x = self.tokens(input_ids.reshape(-1))
         projected = config.word_embed_proj_dim != config.width
         if projected:
@@ -153,44 +151,26 @@ class OPT(CausalLM):
         x = self.run_layers(
             self.layers,
             x,
-            None if dropout_key is None else jax.random.split(dropout_key, config.layers),
+            layers.keys_per_layer(dropout_key, config.layers),
             layers.causal_mask(attention_mask),
         )
         if config.final_norm:
             x = self.norm(x)
-        if projected:
-            x = self.project_out(x)
-        return x.reshape(samples, length, -1)
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, word_embed_proj_dim), the embedding table where the two are tied."""
-        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
+        return self.project_out(x) if projected else x
 
 
 def _norm(config: OPTConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    affine = config.layer_norm_elementwise_affine
-    # The one-pass variance cancels in float32; the two-pass one does not.
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=1e-5,
-        use_scale=affine,
-        use_bias=affine,
-        param_dtype=dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+    return layers.layer_norm(config.width, 1e-5, dtype, rngs, affine=config.layer_norm_elementwise_affine)
 
 
 def _linear(
     config: OPTConfig, inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, bias: bool = True
 ) -> nnx.Linear:
-    init = layers.normal(config.init_std)
-    use_bias = bias and config.enable_bias
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return layers.linear(inputs, outputs, config.init_std, dtype, rngs, bias=bias and config.enable_bias)
 
 
 def table(config: OPTConfig) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint."""
+    """Return how a Hugging Face checkpoint stores the parameters."""
     block = {
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
@@ -211,16 +191,9 @@ def table(config: OPTConfig) -> Table:
         Rule("positions.embedding", "decoder.embed_positions.weight"),
     ]
     for ours, theirs in linears.items():
-        rules.append(transposed(f"{ours}.kernel", f"{theirs}.weight"))
-        rules.append(Rule(f"{ours}.bias", f"{theirs}.bias"))
+        rules += linear_rules(ours, theirs)
     for ours, theirs in norms.items():
-        rules.append(Rule(f"{ours}.scale", f"{theirs}.weight"))
-        rules.append(Rule(f"{ours}.bias", f"{theirs}.bias"))
-    if not config.tie_word_embeddings:
-        rules.append(Rule("head.embedding", "lm_head.weight"))
-    return Table(
-        rules=tuple(rules),
-        prefix="model.",
-        outside=("lm_head.weight",),
-        same={"lm_head.weight": "decoder.embed_tokens.weight"} if config.tie_word_embeddings else {},
+        rules += norm_rules(ours, theirs)
+    return causal_table(
+        rules, tied=config.tie_word_embeddings, embedding="decoder.embed_tokens.weight", prefix="model."
     )

@@ -1,4 +1,4 @@
-"""Phi-1, Phi-1.5 and Phi-2 in Flax NNX: attention and perceptron side by side, part of each head turning.
+"""Phi-1, Phi-1.5 and Phi-2 in Flax NNX: attention and MLP in parallel, rotary embedding of a part of each head.
 
 References
 ----------
@@ -18,12 +18,24 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.base import CausalLM
-from lensjax.models.registry import ModelConfig, Rule, Table, check_multiple, positive, transposed, typed
+from lensjax.models.registry import (
+    ROTARY_BUFFERS,
+    ModelConfig,
+    Rule,
+    Table,
+    causal_table,
+    check_multiple,
+    linear_rules,
+    norm_rules,
+    positive,
+    typed,
+    width_and_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class PhiConfig(ModelConfig):
-    """What Phi's config.json decides; the names are those of the file where it has them."""
+    """Configuration of Phi; fields that stand in config.json have the same name as there."""
 
     max_length: int
     rope: layers.Rotary
@@ -40,16 +52,8 @@ class PhiConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> PhiConfig:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
-        width = positive(raw, "hidden_size", 2048, source)
-        heads = positive(raw, "num_attention_heads", 32, source)
-        check_multiple("hidden_size", width, "num_attention_heads", heads, source)
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        width, heads = width_and_heads(raw, source, hidden_size=2048, num_attention_heads=32)
         key_heads = positive(raw, "num_key_value_heads", heads, source)
         check_multiple("num_attention_heads", heads, "num_key_value_heads", key_heads, source)
         length = positive(raw, "max_position_embeddings", 2048, source)
@@ -58,7 +62,7 @@ class PhiConfig(ModelConfig):
         part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
         if not isinstance(part, (int, float)) or not 0 < part <= 1:
             raise InputError(f"{source}: partial_rotary_factor is {part!r}; it must be above 0 and at most 1.")
-        told = {name: value for name, value in raw.items() if value is not None}
+        read_here = ("rope", "intermediate_size", "num_key_value_heads")
         return cls.base(
             raw,
             vocab_size=positive(raw, "vocab_size", 51200, source),
@@ -69,12 +73,12 @@ class PhiConfig(ModelConfig):
             rope=layers.rotary(raw, int(width // heads * part), length, source),
             intermediate_size=positive(raw, "intermediate_size", 8192, source),
             num_key_value_heads=key_heads,
-            **cls.own_values(told, source, without={"rope", "intermediate_size", "num_key_value_heads"}),
+            **cls.optional_fields(raw, source, without=read_here, null_is_absent=True),
         )
 
 
 class Block(nnx.Module):
-    """One layer: attention and a two-matrix perceptron on the same normalised residual stream."""
+    """One layer: attention and an MLP in parallel, both applied to the normalised residual stream."""
 
     def __init__(self, config: PhiConfig, dtype: Any, rngs: nnx.Rngs):
         width, head_dim = config.width, config.width // config.heads
@@ -123,7 +127,7 @@ class Phi(CausalLM):
     config : PhiConfig
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
     """
 
     config: PhiConfig
@@ -138,28 +142,21 @@ class Phi(CausalLM):
             self.head = layers.Embedding(config.vocab_size, config.width, dtype, init, rngs)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, dtype))
 
-    def hidden(
-        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    def decode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Return the inputs (N, T, d) of the head for token ids (N, T); see `CausalLM`."""
-        config, (samples, length) = self.config, input_ids.shape
-        self.check_length(length)
-        if attention_mask is None:
-            attention_mask = jnp.ones((samples, length), jnp.int32)
+        """Return the inputs (N*T, d) of the head; see `CausalLM`."""
+        config = self.config
         embed_key, layers_key = layers.split_key(dropout_key, 2)
         x = layers.drop(self.tokens(input_ids.reshape(-1)), config.embd_pdrop, embed_key)
         x = self.run_layers(
             self.layers,
             x,
-            None if layers_key is None else jax.random.split(layers_key, config.layers),
+            layers.keys_per_layer(layers_key, config.layers),
             layers.causal_mask(attention_mask),
             config.rope.tables(layers.positions_from_mask(attention_mask), x.dtype),
         )
-        return self.norm(x).reshape(samples, length, config.width)
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d), the embedding table where the two are tied."""
-        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
+        return self.norm(x)
 
     def head_bias(self) -> jax.Array:
         """Return the head's bias (V,)."""
@@ -167,17 +164,15 @@ class Phi(CausalLM):
 
 
 def _norm(config: PhiConfig, width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The one-pass variance cancels in float32; the two-pass one does not.
-    return nnx.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return layers.layer_norm(width, config.layer_norm_eps, dtype, rngs)
 
 
 def _linear(config: PhiConfig, inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    init = layers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return layers.linear(inputs, outputs, config.initializer_range, dtype, rngs)
 
 
 def table(config: PhiConfig) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint."""
+    """Return how a Hugging Face checkpoint stores the parameters."""
     linears = {
         "query": "self_attn.q_proj",
         "key": "self_attn.k_proj",
@@ -194,18 +189,14 @@ def table(config: PhiConfig) -> Table:
     }
     rules = [Rule("tokens.embedding", "embed_tokens.weight"), Rule("bias", "lm_head.bias")]
     for ours, theirs in linears.items():
-        rules.append(transposed(f"layers.{{i}}.{ours}.kernel", f"layers.{{i}}.{theirs}.weight"))
-        rules.append(Rule(f"layers.{{i}}.{ours}.bias", f"layers.{{i}}.{theirs}.bias"))
+        rules += linear_rules(f"layers.{{i}}.{ours}", f"layers.{{i}}.{theirs}")
     for ours, theirs in norms.items():
-        rules.append(Rule(f"{ours}.scale", f"{theirs}.weight"))
-        rules.append(Rule(f"{ours}.bias", f"{theirs}.bias"))
-    if not config.tie_word_embeddings:
-        rules.append(Rule("head.embedding", "lm_head.weight"))
-    return Table(
-        rules=tuple(rules),
+        rules += norm_rules(ours, theirs)
+    return causal_table(
+        rules,
+        tied=config.tie_word_embeddings,
+        embedding="embed_tokens.weight",
         prefix="model.",
-        outside=("lm_head.weight", "lm_head.bias"),
-        same={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
-        # The rotary frequencies, which old checkpoints store as a buffer.
-        ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        unprefixed=("lm_head.bias",),
+        ignored=(ROTARY_BUFFERS,),
     )

@@ -19,7 +19,7 @@ __all__ = ["Qwen2", "Qwen2Config", "table"]
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config(LlamaConfig):
-    """What Qwen2's config.json decides."""
+    """Configuration of Qwen2."""
 
     SIZES: ClassVar[dict[str, int]] = LlamaConfig.SIZES | {
         "vocab_size": 151936,
@@ -29,8 +29,8 @@ class Qwen2Config(LlamaConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the dictionary of a config.json; see `LlamaConfig`."""
-        return cls.read(raw, source, qkv_bias=True, **late_windows(raw, source, cls.SIZES))
+        """Read a config.json; see `ModelConfig.from_dict`."""
+        return cls.read(raw, source, qkv_bias=True, **windows_and_key_heads(raw, source, cls.SIZES))
 
 
 class Qwen2(Llama):
@@ -39,16 +39,17 @@ class Qwen2(Llama):
     config: Qwen2Config
 
 
-def late_windows(raw: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the windows of Qwen2 and Qwen3: off unless `use_sliding_window`, then from `max_window_layers` on.
+def windows_and_key_heads(raw: Mapping[str, Any], source: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the settings `windows` and `num_key_value_heads` of Qwen2 and Qwen3.
 
-    Also how many key heads there are where config.json does not say: 32, or as many as queries where it says null.
+    Without `use_sliding_window` no layer has a window; with it, the layers from `max_window_layers` on have one. An
+    absent number of key heads means 32, null as many key heads as query heads.
     """
     window = None
     if raw.get("use_sliding_window", False) and raw.get("sliding_window", 4096) is not None:
         window = positive(raw, "sliding_window", 4096, source)
-    first = raw.get("max_window_layers", 28)
+    first_windowed = raw.get("max_window_layers", 28)
     count = positive(raw, "num_hidden_layers", sizes["num_hidden_layers"], source)
-    late = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(count)]
+    types = ["full_attention" if window is None or i < first_windowed else "sliding_attention" for i in range(count)]
     key_heads = 32 if "num_key_value_heads" not in raw else 0
-    return {"windows": layer_windows(raw, window, late, source), "num_key_value_heads": key_heads}
+    return {"windows": layer_windows(raw, window, types, source), "num_key_value_heads": key_heads}

@@ -12,22 +12,22 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lensjax.models.families.llama import Llama, LlamaConfig, table
-from lensjax.models.families.qwen2 import Qwen2Config, late_windows
+from lensjax.models.families.qwen2 import Qwen2Config, windows_and_key_heads
 
 __all__ = ["Qwen3", "Qwen3Config", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config(LlamaConfig):
-    """What Qwen3's config.json decides."""
+    """Configuration of Qwen3."""
 
     SIZES: ClassVar[dict[str, int]] = Qwen2Config.SIZES
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
-        """Read the dictionary of a config.json; see `LlamaConfig`."""
+        """Read a config.json; see `ModelConfig.from_dict`."""
         bias = bool(raw.get("attention_bias", False))
-        windows = late_windows(raw, source, cls.SIZES)
+        windows = windows_and_key_heads(raw, source, cls.SIZES)
         return cls.read(raw, source, qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=128, **windows)
 
 

@@ -1,4 +1,4 @@
-"""Switch Transformer in Flax NNX: T5 in which some layers choose one of many perceptrons for each token.
+"""Switch Transformer in Flax NNX: T5 in which some layers route each token to one of many expert MLPs.
 
 References
 ----------
@@ -19,28 +19,28 @@ from flax import nnx
 
 from lensjax.errors import InputError
 from lensjax.models import layers
-from lensjax.models.families.t5 import T5, UNUSED, Block, Perceptron, Stack, T5Config, copies, encoder_mask, rules
+from lensjax.models.families.t5 import MLP, T5, UNUSED, Block, Stack, T5Config, copies, rules
 from lensjax.models.lora import with_dropout
 from lensjax.models.registry import Rule, Table, positive, transposed
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig(T5Config):
-    """What a Switch Transformer's config.json decides besides T5's; the names are those of the file.
+    """Configuration of Switch Transformer: T5's, and the settings of the experts under their names in config.json.
 
     Attributes
     ----------
     num_experts : int
-        Perceptrons of a sparse layer.
+        Expert MLPs of a sparse layer.
     expert_capacity : int
-        Tokens of one sample that one expert takes.
+        How many tokens of one sample an expert processes at most.
     encoder_sparse_step, decoder_sparse_step : int
-        Every so many layers, beginning with the second, one is sparse; all are at 1, none at 0.
+        One of so many layers is sparse, beginning with the second; 1 makes all layers sparse, 0 none.
     router_bias : bool
     router_jitter_noise : float
-        Where dropout is on, the router's inputs are multiplied by uniform numbers within this of 1.
+        With dropout, the router's inputs are multiplied by uniform numbers between 1 - this and 1 + this.
     router_z_loss_coef, router_aux_loss_coef : float
-        Weights of the two parts of `SwitchTransformer.router_loss`.
+        Weights of the two terms of `SwitchTransformer.router_loss`.
     """
 
     num_experts: int = 8
@@ -62,24 +62,18 @@ class SwitchConfig(T5Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> SwitchConfig:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         if raw.get("router_dtype", "float32") != "float32":
             raise InputError(f"{source}: router_dtype is {raw['router_dtype']!r}; only 'float32' is supported.")
         count = positive(raw, "num_layers", cls.DEFAULTS["num_layers"], source)
         steps = {}
         for stack, total in (("encoder", count), ("decoder", positive(raw, "num_decoder_layers", count, source))):
             sparse = raw.get(f"num_sparse_{stack}_layers", 3)
-            # A file that gives the step itself means it.
+            # An explicit step takes precedence over the number of sparse layers.
             steps[stack] = raw.get(f"{stack}_sparse_step", total // sparse if sparse > 0 else total)
         tied = raw.get("tie_word_embeddings", True)
         optional = ("router_bias", "router_jitter_noise", "router_z_loss_coef", "router_aux_loss_coef")
-        return cls._read(
+        return cls.read(
             raw,
             source,
             activation=raw.get("dense_act_fn", "relu"),
@@ -93,21 +87,21 @@ class SwitchConfig(T5Config):
         )
 
     def is_sparse(self, layer: int, *, decoder: bool) -> bool:
-        """Tell whether a layer of the encoder or decoder, counted from 0, is sparse."""
+        """Return whether a layer of the encoder or decoder, counted from 0, is sparse."""
         step = self.decoder_sparse_step if decoder else self.encoder_sparse_step
         return step == 1 or (step > 0 and layer % step == 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Sums over a sample's tokens and the sparse layers, from which its router loss follows.
+    """Sums over a sample's tokens and the sparse layers, from which the router loss is computed.
 
     Attributes
     ----------
     log_z : float array (N,)
-        Squared logarithms of the sums of the exponentiated router logits.
+        Squared log-sum-exp of the router logits.
     chosen, probability : float arrays (N, E)
-        Tokens whose most probable expert is e, and the probabilities of e.
+        For each expert, the number of tokens for which it is the most probable, and its probabilities.
     """
 
     log_z: jax.Array
@@ -116,7 +110,7 @@ class Routing:
 
     @classmethod
     def zero(cls, samples: int, experts: int) -> Routing:
-        """Return the sums before the first layer, in the widest float there is in use."""
+        """Return zeros in JAX's default float dtype."""
         dtype = jnp.result_type(float)
         return cls(jnp.zeros(samples, dtype), *(jnp.zeros((samples, experts), dtype) for _ in range(2)))
 
@@ -124,8 +118,8 @@ class Routing:
 jax.tree_util.register_dataclass(Routing, ["log_z", "chosen", "probability"], [])
 
 
-class SparsePerceptron(nnx.Module):
-    """Many perceptrons, one of which is chosen for each token; a token too many for it passes with zero."""
+class SparseMLP(nnx.Module):
+    """Expert MLPs, one of which is chosen for each token; tokens beyond an expert's capacity get zero."""
 
     EXPERTS: ClassVar[tuple[str, ...]] = ("inner", "out")
     """The matrices with a leading axis over experts."""
@@ -150,25 +144,26 @@ class SparsePerceptron(nnx.Module):
         config, (samples, length) = self.config, real.shape
         jitter_key, inner_key = layers.split_key(key, 2)
         at_least_float32 = jnp.promote_types(jnp.float32, x.dtype)
-        seen = x.astype(at_least_float32)
+        router_input = x.astype(at_least_float32)
         if jitter_key is not None and config.router_jitter_noise > 0:
             noise = config.router_jitter_noise
-            seen = seen * jax.random.uniform(jitter_key, seen.shape, seen.dtype, 1.0 - noise, 1.0 + noise)
-        logits = self.router(seen).reshape(samples, length, -1)
+            jitter = jax.random.uniform(jitter_key, router_input.shape, router_input.dtype, 1.0 - noise, 1.0 + noise)
+            router_input = router_input * jitter
+        logits = self.router(router_input).reshape(samples, length, -1)
         probability = jax.nn.softmax(logits, axis=-1)
         rounded = probability.astype(x.dtype)
         choice = jax.lax.argmax(rounded, 2, jnp.int32)
         chosen = jax.nn.one_hot(choice, config.num_experts, dtype=jnp.int32)
 
-        # Padding queues behind the real tokens, so that it never takes their place.
-        kept = chosen * (real != 0)[..., None]
-        queue = jnp.where(
-            (real != 0)[..., None], jnp.cumsum(kept, 1), jnp.cumsum(chosen - kept, 1) + kept.sum(1, keepdims=True)
-        )
+        # Padding queues behind the real tokens, so it never takes their slots.
+        is_real = (real != 0)[..., None]
+        chosen_real = chosen * is_real
+        behind_real = jnp.cumsum(chosen - chosen_real, 1) + chosen_real.sum(1, keepdims=True)
+        queue = jnp.where(is_real, jnp.cumsum(chosen_real, 1), behind_real)
         place = jnp.sum(queue * chosen, axis=-1, dtype=jnp.int32) - 1
         capacity = min(config.expert_capacity, length)
         slots = config.num_experts * capacity
-        # The slot of each token, and the token of each slot; one past the end stands for none.
+        # The slot of each token, and the token of each slot; an index one past the end means none.
         slot = jnp.where(place < capacity, choice * capacity + place, slots)
         sample = jnp.arange(samples, dtype=jnp.int32)[:, None]
         token = jnp.full((samples, slots + 1), samples * length, jnp.int32)
@@ -176,22 +171,22 @@ class SparsePerceptron(nnx.Module):
             :, :slots
         ]
 
-        nothing = jnp.zeros((1, config.width), x.dtype)
-        tokens = jnp.concatenate([x, nothing])[token.reshape(samples, config.num_experts, capacity)]
+        zero = jnp.zeros((1, config.width), x.dtype)
+        tokens = jnp.concatenate([x, zero])[token.reshape(samples, config.num_experts, capacity)]
         inner = layers.ACTIVATIONS[config.activation](layers.per_expert(self.inner, tokens))
         inner = layers.drop(inner, config.dropout_rate, inner_key)
-        done = layers.per_expert(self.out, inner).reshape(-1, config.width)
-        back = jnp.where(slot < slots, sample * slots + slot, samples * slots)
-        y = jnp.concatenate([done, nothing])[back.reshape(-1)] * rounded.max(axis=-1).reshape(-1, 1)
+        outputs = layers.per_expert(self.out, inner).reshape(-1, config.width)
+        source = jnp.where(slot < slots, sample * slots + slot, samples * slots)
+        y = jnp.concatenate([outputs, zero])[source.reshape(-1)] * rounded.max(axis=-1).reshape(-1, 1)
 
         log_z = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2, axis=1)
         return y, Routing(log_z, chosen.sum(1).astype(logits.dtype), probability.sum(1))
 
 
 class SparseBlock(Block):
-    """A layer of T5 with a sparse or a dense perceptron, which also adds up what the router did."""
+    """A layer of T5 with a sparse or a dense MLP, which also sums the statistics of the router."""
 
-    def __call__(  # type: ignore[override]  # what goes through the layers is more than the residual stream
+    def __call__(  # type: ignore[override]  # the layers pass on the router's sums besides the residual stream
         self,
         carry: tuple[jax.Array, Routing],
         key: jax.Array | None,
@@ -201,13 +196,13 @@ class SparseBlock(Block):
         memory: jax.Array | None,
         memory_mask: jax.Array | None,
     ) -> tuple[jax.Array, Routing]:
-        """Apply the layer to the residual stream (N*T, d) and the sums so far."""
+        """Apply the layer to the residual stream (N*T, d) and the router's sums over the layers before it."""
         x, routing = carry
         attend_key, inner_key, out_key = layers.split_key(key, 3)
         x = self.attend(x, attend_key, mask, bias, memory, memory_mask)
-        if isinstance(self.mlp, SparsePerceptron):
-            y, own = self.mlp(self.mlp_norm(x), real, inner_key)
-            routing = jax.tree.map(lambda total, part: total + part.astype(total.dtype), routing, own)
+        if isinstance(self.mlp, SparseMLP):
+            y, added = self.mlp(self.mlp_norm(x), real, inner_key)
+            routing = jax.tree.map(lambda total, part: total + part.astype(total.dtype), routing, added)
         else:
             y = self.mlp(self.mlp_norm(x), inner_key)
         return x + layers.drop(y, self.config.dropout_rate, out_key), routing
@@ -218,17 +213,17 @@ class SwitchTransformer(T5):
 
     Notes
     -----
-    `loss_sums` is the cross-entropy alone, as transformers' loss is by default; the router's losses are means over a
-    whole batch there, so they come apart, as `router_loss`.
-    An expert's capacity counts within a sample, as in transformers 5: neighbours in the batch change nothing. Padding
-    takes a place only behind the sample's real tokens; in transformers this is so for padding on the right only.
+    `loss_sums` is the cross-entropy only, as transformers' loss is by default. The router's losses are means over the
+    whole batch there, so they are computed separately, by `router_loss`.
+    An expert's capacity applies to each sample, as in transformers 5: the other samples of a batch have no influence.
+    Padding gets a slot only after the sample's real tokens; in transformers this holds for padding on the right only.
     """
 
     config: SwitchConfig
 
     def blocks(self, count: int, cross: bool, dtype: Any, rngs: nnx.Rngs) -> list[Any]:
         """Return the layers of the encoder or, with `cross`, of the decoder."""
-        kinds = [SparsePerceptron if self.config.is_sparse(i, decoder=cross) else Perceptron for i in range(count)]
+        kinds = [SparseMLP if self.config.is_sparse(i, decoder=cross) else MLP for i in range(count)]
         return [SparseBlock(self.config, kind, cross, dtype, rngs) for kind in kinds]
 
     def route(
@@ -241,11 +236,11 @@ class SwitchTransformer(T5):
         memory: jax.Array | None = None,
         memory_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing]:
-        """Run a stack as `T5.run` does; `real` is the mask (N, T) of real tokens."""
+        """Run the encoder or decoder as `T5.run` does; `real` is the mask (N, T) of real tokens."""
         config, (samples, length) = self.config, ids.shape
         embed_key, layers_key, last_key = layers.split_key(key, 3)
         x = layers.drop(self.tokens(ids.reshape(-1)), config.dropout_rate, embed_key)
-        keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
+        keys = layers.keys_per_layer(layers_key, len(stack.layers))
         start: Any = (x, Routing.zero(samples, config.num_experts))
         end: Any = self.run_layers(
             stack.layers,
@@ -262,14 +257,16 @@ class SwitchTransformer(T5):
 
     def route_encoder(self, ids: jax.Array, real: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Routing]:
         """Run the encoder on token ids and mask (N, S); see `route`."""
-        return self.route(self.encoder, ids, real, encoder_mask(real), key)
+        return self.route(self.encoder, ids, real, layers.padding_mask(real), key)
 
     def route_decoder(
         self, ids: jax.Array, real: jax.Array, encoded: jax.Array, encoder_real: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, Routing]:
         """Run the decoder on token ids and mask (N, T), and the encoder's output (N, S, d) and mask (N, S)."""
         memory = encoded.reshape(-1, self.config.width)
-        return self.route(self.decoder, ids, real, layers.causal_mask(real), key, memory, encoder_mask(encoder_real))
+        return self.route(
+            self.decoder, ids, real, layers.causal_mask(real), key, memory, layers.padding_mask(encoder_real)
+        )
 
     def encode(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
@@ -296,13 +293,14 @@ class SwitchTransformer(T5):
         Parameters
         ----------
         batch, dropout_key
-            As in `loss_sums`; with the same key, dropout falls alike.
+            As in `loss_sums`; the same key gives the same dropout.
 
         Returns
         -------
-        float array (N,); its mean is what transformers adds to its mean loss with output_router_logits=True.
-            As there, all positions count, padding too, so that this loss (and it alone) depends on the padding; and
-            a stack whose layers are all sparse, or none, counts 0.
+        float array (N,)
+            transformers adds its mean to the mean loss with output_router_logits=True. As there, all positions count,
+            including padding, so this loss (and no other result) depends on the padding; and an encoder or decoder
+            whose layers are all sparse, or none of them, contributes 0.
         """
         labels = jnp.asarray(batch["labels"])
         ids, decoder_ids = batch["input_ids"], self.shift_right(labels)
@@ -335,13 +333,13 @@ def _unstack_transposed(array: np.ndarray) -> list[np.ndarray]:
 
 
 def table(config: SwitchConfig) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
-    mapping = rules(config, "mlp")
+    """Return how a Hugging Face checkpoint stores the parameters; its linear layers store (out, in)."""
+    result = rules(config, "mlp")
     for stack, last in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{stack}.layers.{{i}}.mlp", f"{stack}.block.{{i}}.layer.{last}.mlp"
-        mapping.append(transposed(f"{ours}.router.kernel", f"{theirs}.router.classifier.weight"))
-        mapping.append(Rule(f"{ours}.router.bias", f"{theirs}.router.classifier.bias"))
-        for own, name in (("inner", "wi"), ("out", "wo")):
+        result.append(transposed(f"{ours}.router.kernel", f"{theirs}.router.classifier.weight"))
+        result.append(Rule(f"{ours}.router.bias", f"{theirs}.router.classifier.bias"))
+        for part, name in (("inner", "wi"), ("out", "wo")):
             experts = tuple(f"{theirs}.experts.expert_{e}.{name}.weight" for e in range(config.num_experts))
-            mapping.append(Rule(f"{ours}.{own}", experts, _stack_transposed, _unstack_transposed))
-    return Table(rules=tuple(mapping), same=copies(config), ignored=UNUSED)
+            result.append(Rule(f"{ours}.{part}", experts, _stack_transposed, _unstack_transposed))
+    return Table(rules=tuple(result), copies=copies(config), ignored=UNUSED)

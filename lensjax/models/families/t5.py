@@ -1,4 +1,4 @@
-"""T5 in Flax NNX: v1.0 (relu, tied head), v1.1 (gated GELU, head of its own), and mT5.
+"""T5 in Flax NNX: v1.0 (ReLU, tied head) and v1.1 (gated GELU, untied head).
 
 References
 ----------
@@ -27,20 +27,20 @@ from lensjax.models.registry import Rule, Table, positive, transposed
 
 @dataclasses.dataclass(frozen=True)
 class T5Config(Seq2SeqConfig):
-    """What T5's config.json decides; the names are those of the file where it has them.
+    """Configuration of T5; fields that stand in config.json have the same name as there.
 
     Attributes
     ----------
     d_kv, d_ff : int
-        Width of a head, and of the perceptron.
+        Features of a head, and inner width of the MLP.
     activation : str
-        The perceptron's, from feed_forward_proj.
+        Activation of the MLP, from feed_forward_proj.
     gated : bool
-        Whether the perceptron multiplies the activation with a second matrix' output.
+        Whether the MLP multiplies the activations by the output of a second matrix.
     tie_word_embeddings : bool
         Whether the head is the embedding table.
     scale_decoder_outputs : bool
-        Whether the head's inputs are multiplied by d_model**-0.5; by default where T5's head is tied, never in mT5.
+        Whether the head's inputs are multiplied by d_model**-0.5: by default if T5's head is tied, never in mT5.
     """
 
     max_length: None = None
@@ -56,7 +56,7 @@ class T5Config(Seq2SeqConfig):
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
 
-    # Where transformers' configuration classes of the family differ.
+    # Defaults that differ between the configuration classes of T5, mT5 and Switch Transformer in transformers.
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 32128,
         "d_ff": 2048,
@@ -67,39 +67,34 @@ class T5Config(Seq2SeqConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> T5Config:
-        """Read the dictionary of a config.json; `source` names it in error messages.
-
-        Raises
-        ------
-        InputError
-            If a value asks for what this port does not compute.
-        """
+        """Read a config.json; see `ModelConfig.from_dict`."""
         projection = raw.get("feed_forward_proj", cls.DEFAULTS["feed_forward_proj"])
         gate, _, name = projection.rpartition("-") if isinstance(projection, str) else ("?", "", "")
         if gate not in ("", "gated"):
             raise InputError(
                 f"{source}: feed_forward_proj {projection!r} is not known; write ACTIVATION or gated-ACTIVATION."
             )
-        # The name stands for the tanh approximation in this one spelling, and only in this one.
+        # "gated-gelu" is the one spelling in which "gelu" means the tanh approximation.
         activation = "gelu_new" if projection == "gated-gelu" else name
         tied = raw.get("tie_word_embeddings", True)
-        return cls._read(
+        return cls.read(
             raw,
             source,
             activation=activation,
             gated=gate == "gated",
             tie_word_embeddings=tied,
-            scale_decoder_outputs=cls._scales(raw, tied),
+            scale_decoder_outputs=cls.scales_decoder_outputs(raw, tied),
         )
 
     @classmethod
-    def _scales(cls, raw: Mapping[str, Any], tied: bool) -> bool:
-        # transformers 5 writes the decision itself: it forgets the tying it was made from.
+    def scales_decoder_outputs(cls, raw: Mapping[str, Any], tied: bool) -> bool:
+        """Return whether the head's inputs are scaled, given whether config.json ties the head."""
+        # transformers 5 writes this setting, because the tie_word_embeddings that it writes may be wrong.
         return bool(raw.get("scale_decoder_outputs", tied))
 
     @classmethod
-    def _read(cls, raw: Mapping[str, Any], source: str, **values: Any) -> Any:
-        """Read what T5 and its kin have in common."""
+    def read(cls, raw: Mapping[str, Any], source: str, **values: Any) -> Any:
+        """Read the settings that T5, mT5 and Switch Transformer share, and set `values`."""
         size = lambda name: positive(raw, name, cls.DEFAULTS[name], source)  # noqa: E731
         layers.activation(values["activation"], source)
         buckets = positive(raw, "relative_attention_num_buckets", 32, source)
@@ -121,7 +116,7 @@ class T5Config(Seq2SeqConfig):
             layers=size("num_layers"),
             max_length=None,
             decoder_layers=positive(raw, "num_decoder_layers", size("num_layers"), source),
-            # Some published files lack it; all these models start from the padding token.
+            # Some published files do not set it; all these models start with the padding token.
             decoder_start_token_id=pad if start is None else start,
             pad_token_id=pad,
             d_kv=positive(raw, "d_kv", 64, source),
@@ -134,13 +129,12 @@ class T5Config(Seq2SeqConfig):
 
 
 def linear(inputs: int, outputs: int, std: float, config: T5Config, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return a linear layer without bias, drawn with a standard deviation of `std` times the configuration's factor."""
-    init = layers.normal(config.initializer_factor * std)
-    return nnx.Linear(inputs, outputs, use_bias=False, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    """Return a linear layer without bias; the configuration's factor multiplies the standard deviation `std`."""
+    return layers.linear(inputs, outputs, config.initializer_factor * std, dtype, rngs, bias=False)
 
 
 def norm(config: T5Config, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Return T5's norm: a division by the root mean square and a scale, without mean or bias."""
+    """Return T5's norm, an RMS norm with a scale and without bias."""
     return nnx.RMSNorm(
         config.width,
         epsilon=config.layer_norm_epsilon,
@@ -153,9 +147,9 @@ def norm(config: T5Config, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
 def relative_buckets(distance: np.ndarray, *, bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
     """Return the bucket of each distance (key position minus query position).
 
-    Half of the buckets hold one distance each, the others grow logarithmically up to `max_distance`; the last holds
-    everything beyond. Bidirectional attention has half of all buckets for each sign, causal attention none for keys
-    after the query (they share bucket 0 and are masked).
+    Half of the buckets contain one distance each. The others grow logarithmically up to `max_distance`; the last
+    contains all larger distances. Bidirectional attention has half of the buckets for each sign. Causal attention has
+    none for keys after the query: they get bucket 0 and are masked.
 
     References
     ----------
@@ -169,14 +163,14 @@ def relative_buckets(distance: np.ndarray, *, bidirectional: bool, buckets: int,
     else:
         back = np.maximum(-distance, 0)
     exact = buckets // 2
-    # In float32 as the reference: some distances lie on the edge between two buckets.
+    # In float32 as in transformers: some distances lie on the edge between two buckets.
     ratio = np.log(np.maximum(back, 1).astype(np.float32) / np.float32(exact))
     growing = exact + (ratio / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)).astype(int)
     return offset + np.where(back < exact, back, np.minimum(growing, buckets - 1))
 
 
 class Attention(nnx.Module):
-    """Attention of `x` to `memory` without scaling of the scores: the initialisation has it."""
+    """Attention from `x` to `memory`. The scores are not scaled; the initialisation of the queries makes up for it."""
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs):
         inner = config.heads * config.d_kv
@@ -190,7 +184,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, memory: jax.Array, mask: jax.Array, bias: jax.Array | None, key: jax.Array | None
     ) -> jax.Array:
-        """Attend: x (N*T, d), memory (N*S, d), mask (N, 1, T or 1, S), bias (1, H, T, S) -> (N*T, d)."""
+        """Apply attention from x (N*T, d) to memory (N*S, d); mask (N, 1, T or 1, S), bias (1, H, T, S)."""
         split = lambda y: y.reshape(mask.shape[0], -1, self.config.heads, self.config.d_kv)  # noqa: E731
         mixed = layers.attention(
             split(self.q(x)),
@@ -205,8 +199,8 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(x.shape[0], -1))
 
 
-class Perceptron(nnx.Module):
-    """Two matrices around an activation, or three with a gate."""
+class MLP(nnx.Module):
+    """MLP, gated or not."""
 
     def __init__(self, config: T5Config, dtype: Any, rngs: nnx.Rngs):
         self.inner = linear(config.width, config.d_ff, config.width**-0.5, config, dtype, rngs)
@@ -223,13 +217,13 @@ class Perceptron(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: self-attention, in the decoder attention to the encoder, and a perceptron, each on the normed stream.
+    """One layer: self-attention, cross-attention in the decoder, and an MLP, each applied to the normalised stream.
 
     Parameters
     ----------
     mlp : callable (config, dtype, rngs) -> module
     cross : bool
-        Whether there is attention to the encoder.
+        Whether there is cross-attention to the encoder.
     """
 
     def __init__(self, config: T5Config, mlp: Any, cross: bool, dtype: Any, rngs: nnx.Rngs):
@@ -252,7 +246,7 @@ class Block(nnx.Module):
         memory: jax.Array | None,
         memory_mask: jax.Array | None,
     ) -> jax.Array:
-        """Apply the attention to the residual stream x (N*T, d)."""
+        """Apply self-attention and cross-attention to the residual stream x (N*T, d)."""
         weights_key, out_key, cross_weights_key, cross_out_key = layers.split_key(key, 4)
         rate = self.config.dropout_rate
         normed = self.attention_norm(x)
@@ -278,7 +272,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: layers that share one table of relative-position biases, and a last norm."""
+    """The encoder or the decoder: layers that share a table of relative-position biases, and a final norm."""
 
     def __init__(self, config: T5Config, blocks: list[Any], dtype: Any, rngs: nnx.Rngs):
         init = layers.normal(config.initializer_factor * config.width**-0.5)
@@ -288,7 +282,7 @@ class Stack(nnx.Module):
         self.config = config
 
     def bias(self, length: int, *, bidirectional: bool) -> jax.Array:
-        """Return the biases (1, H, T, T) of the scores of self-attention."""
+        """Return the biases (1, H, T, T) added to the scores of self-attention."""
         buckets = relative_buckets(
             np.arange(1 - length, length),
             bidirectional=bidirectional,
@@ -300,11 +294,6 @@ class Stack(nnx.Module):
         return self.relative_bias(ids).transpose(2, 0, 1)[None]
 
 
-def encoder_mask(attention_mask: jax.Array) -> jax.Array:
-    """Return which of the encoder's tokens may be seen: bool (N, 1, 1, S) from the mask (N, S) of real ones."""
-    return (attention_mask != 0)[:, None, None, :]
-
-
 class T5(Seq2SeqLM):
     """T5 with its language-model head.
 
@@ -313,7 +302,7 @@ class T5(Seq2SeqLM):
     config : T5Config
     dtype : dtype of the parameters
     rngs : nnx.Rngs
-        Stream "params" draws the initial weights.
+        The stream "params" gives the keys for the initial weights.
 
     Notes
     -----
@@ -333,7 +322,7 @@ class T5(Seq2SeqLM):
 
     def blocks(self, count: int, cross: bool, dtype: Any, rngs: nnx.Rngs) -> list[Any]:
         """Return the layers of the encoder or, with `cross`, of the decoder."""
-        return [Block(self.config, Perceptron, cross, dtype, rngs) for _ in range(count)]
+        return [Block(self.config, MLP, cross, dtype, rngs) for _ in range(count)]
 
     def run(
         self,
@@ -344,11 +333,11 @@ class T5(Seq2SeqLM):
         memory: jax.Array | None = None,
         memory_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Run a stack on token ids (N, T) with the mask (N, 1, T or 1, T) of self-attention."""
+        """Run the encoder or decoder on token ids (N, T) with the mask (N, 1, T or 1, T) of self-attention."""
         config, (samples, length) = self.config, ids.shape
         embed_key, layers_key, last_key = layers.split_key(key, 3)
         x = layers.drop(self.tokens(ids.reshape(-1)), config.dropout_rate, embed_key)
-        keys = None if layers_key is None else jax.random.split(layers_key, len(stack.layers))
+        keys = layers.keys_per_layer(layers_key, len(stack.layers))
         x = self.run_layers(
             stack.layers,
             x,
@@ -365,7 +354,7 @@ class T5(Seq2SeqLM):
         self, input_ids: jax.Array, attention_mask: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Return the encoder's output (N, S, d); see `Seq2SeqLM`."""
-        return self.run(self.encoder, input_ids, encoder_mask(attention_mask), dropout_key)
+        return self.run(self.encoder, input_ids, layers.padding_mask(attention_mask), dropout_key)
 
     def decode(
         self,
@@ -383,27 +372,30 @@ class T5(Seq2SeqLM):
             layers.causal_mask(decoder_attention_mask),
             dropout_key,
             encoded.reshape(-1, self.config.width),
-            encoder_mask(attention_mask),
+            layers.padding_mask(attention_mask),
         )
         return x * self.config.width**-0.5 if self.config.scale_decoder_outputs else x
-
-    def head_weight(self) -> jax.Array:
-        """Return the head's weight (V, d), the embedding table where the two are tied."""
-        return (self.tokens if self.config.tie_word_embeddings else self.head).embedding[...]
 
 
 ATTENTION = {"q": "q", "k": "k", "v": "v", "out": "o"}
 
 
 def rules(config: T5Config, mlp: str = "DenseReluDense") -> list[Rule]:
-    """Return the rules of T5 and its kin for all but sparse perceptrons; `mlp` is what the checkpoint calls those."""
-    mapping = [Rule("tokens.embedding", "shared.weight")]
+    """Return the rules of T5, mT5 and Switch Transformer for all but sparse MLPs.
+
+    Parameters
+    ----------
+    config : T5Config
+    mlp : str
+        Name of a layer's MLP in the checkpoint.
+    """
+    result = [Rule("tokens.embedding", "shared.weight")]
     if not config.tie_word_embeddings:
-        mapping.append(Rule("head.embedding", "lm_head.weight"))
+        result.append(Rule("head.embedding", "lm_head.weight"))
     for stack, last in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{stack}.layers.{{i}}", f"{stack}.block.{{i}}.layer"
-        mapping.append(Rule(f"{stack}.norm.scale", f"{stack}.final_layer_norm.weight"))
-        mapping.append(
+        result.append(Rule(f"{stack}.norm.scale", f"{stack}.final_layer_norm.weight"))
+        result.append(
             Rule(
                 f"{stack}.relative_bias.embedding",
                 f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -412,28 +404,28 @@ def rules(config: T5Config, mlp: str = "DenseReluDense") -> list[Rule]:
         attentions = [("attention", 0, "SelfAttention")]
         attentions += [("cross", 1, "EncDecAttention")] if stack == "decoder" else []
         for kind, place, module in attentions:
-            mapping.append(Rule(f"{ours}.{kind}_norm.scale", f"{theirs}.{place}.layer_norm.weight"))
-            for own, name in ATTENTION.items():
-                mapping.append(transposed(f"{ours}.{kind}.{own}.kernel", f"{theirs}.{place}.{module}.{name}.weight"))
-        mapping.append(Rule(f"{ours}.mlp_norm.scale", f"{theirs}.{last}.layer_norm.weight"))
+            result.append(Rule(f"{ours}.{kind}_norm.scale", f"{theirs}.{place}.layer_norm.weight"))
+            for part, name in ATTENTION.items():
+                result.append(transposed(f"{ours}.{kind}.{part}.kernel", f"{theirs}.{place}.{module}.{name}.weight"))
+        result.append(Rule(f"{ours}.mlp_norm.scale", f"{theirs}.{last}.layer_norm.weight"))
         matrices = {"gate": "wi_0", "inner": "wi_1", "out": "wo"} if config.gated else {"inner": "wi", "out": "wo"}
-        for own, name in matrices.items():
-            mapping.append(transposed(f"{ours}.mlp.{own}.kernel", f"{theirs}.{last}.{mlp}.{name}.weight"))
-    return mapping
+        for part, name in matrices.items():
+            result.append(transposed(f"{ours}.mlp.{part}.kernel", f"{theirs}.{last}.{mlp}.{name}.weight"))
+    return result
 
 
-# Old checkpoints have a bias of cross-attention that no implementation uses.
+# Old checkpoints have a bias for cross-attention that no implementation uses.
 UNUSED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
 
 def copies(config: T5Config) -> dict[str, str]:
-    """Return the tensors that can only be copies of the embedding table."""
+    """Return the tensors that must equal the embedding table."""
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     names += ["lm_head.weight"] if config.tie_word_embeddings else []
     return dict.fromkeys(names, "shared.weight")
 
 
 def table(config: T5Config) -> Table:
-    """Return where each parameter stands in a Hugging Face checkpoint (its linear layers store (out, in))."""
+    """Return how a Hugging Face checkpoint stores the parameters; its linear layers store (out, in)."""
     untied = dataclasses.replace(config, tie_word_embeddings=False) if config.tie_word_embeddings else None
-    return Table(rules=tuple(rules(config)), same=copies(config), ignored=UNUSED, untied=untied)
+    return Table(rules=tuple(rules(config)), copies=copies(config), ignored=UNUSED, untied=untied)

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from lensjax.models import init_model, save_pretrained
 from lensjax.models.checkpoints.saving import export_tensors
 from support.paths import SOURCES
+from support.torch_files import whole, write
 
 SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
 NAME = "someone/model"
-BRANCHES = {"main": "a" * 40, "v2": "b" * 40}
+BRANCHES = {"main": "a" * 40, "v2": "b" * 40, "pickled": "c" * 40}
 PROGRAM = """
 import json, sys
 import jax, numpy as np
@@ -100,17 +101,23 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def repository(tmp_path):
-    """Two revisions of a model: one file, and shards beside a pickle. Returns commit -> folder, commit -> model."""
+    """Three revisions of a model: one file, shards beside a pickle, and a pickle alone.
+
+    Returns commit -> folder, branch -> sum of all absolute weights.
+    """
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
     folders, totals = {}, {}
-    for number, (branch, limit) in enumerate((("main", "1GB"), ("v2", 1000))):
+    for number, (branch, limit) in enumerate((("main", "1GB"), ("v2", 1000), ("pickled", "1GB"))):
         model = init_model(SMALL, jax.random.key(number))
         folders[BRANCHES[branch]] = tmp_path / branch
         save_pretrained(model, tmp_path / branch, tokenizer, max_shard_size=limit)
         totals[branch] = sum(float(np.abs(array.astype(np.float64)).sum()) for array in export_tensors(model).values())
     (tmp_path / "v2" / "pytorch_model.bin").write_bytes(b"a pickle")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    tensors = {name: whole(array) for name, array in export_tensors(model).items()}
+    write(tmp_path / "pickled" / "pytorch_model.bin", tensors)
     assert len(list((tmp_path / "v2").glob("model-*.safetensors"))) > 2
     return folders, totals
 
@@ -165,7 +172,11 @@ def test_models_come_from_the_hub_and_then_from_its_cache(hub, repository, tmp_p
     assert any(path.endswith(".safetensors") for path in fetched)
     assert not any(path.endswith(".bin") for path in fetched)
 
+    (from_pickle,) = load([[NAME, "pickled"]], cache, hub)
+    assert from_pickle == [pytest.approx(totals["pickled"], rel=1e-6), [2, 1]]
+
     before = len(hub.requests)
+    assert load([[NAME, "pickled"]], cache) == [from_pickle]
     main, sharded, other = load([[NAME, None], [NAME, "v2"], ["someone/else", None]], cache)
     assert main == [pytest.approx(totals["main"], rel=1e-6), [2, 1]]
     assert sharded == [pytest.approx(totals["v2"], rel=1e-6), [2, 1]]

@@ -35,50 +35,9 @@ from lensjax.models import (
 from lensjax.models.checkpoints.mapping import parameter_shapes
 from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.families.gpt2 import GPT2
-from lensjax.models.registry import Rule, Table, family, transposed
+from support.checkpoints import LLAMA, SMALL, T5, assert_same, edit_config, make_tokenizer
 from support.families import FAMILIES, flat, make_config
 from support.paths import SOURCES
-
-SMALL = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 6}
-
-
-@pytest.fixture
-def model():
-    return init_model(SMALL, jax.random.key(0))
-
-
-@pytest.fixture
-def saved(model, tmp_path):
-    save_pretrained(model, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
-
-
-def edit(directory, change):
-    """Rewrite model.safetensors with `change` applied to its dictionary of tensors."""
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(directory, **values):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | values))
-
-
-def assert_same(a, b, dtype=None):
-    left, right = export_tensors(a, dtype), export_tensors(b, dtype)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -184,105 +143,6 @@ def test_transformers_loads_saved_shards(model, tmp_path):
     found = theirs.state_dict()
     for name, value in export_tensors(model).items():
         np.testing.assert_array_equal(found[name].numpy(), value, err_msg=name)
-
-
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_buffers_copies_of_the_tied_head_and_bare_names_are_understood(prefix, saved, model):
-    def change(tensors):
-        old = dict(tensors)
-        tensors.clear()
-        tensors.update({prefix + name.removeprefix("transformer."): value for name, value in old.items()})
-        tensors["lm_head.weight"] = old["transformer.wte.weight"].copy()
-        for i in range(2):
-            tensors[f"{prefix}h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 6, 6), np.uint8))
-            tensors[f"{prefix}h.{i}.attn.masked_bias"] = np.float32([-1e4])
-
-    edit(saved, change)
-    assert_same(load_model(saved), model)
-
-
-def test_a_tied_table_may_stand_under_its_other_name(saved, model):
-    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
-    assert check_checkpoint(saved) == load_config(saved)
-    assert_same(load_model(saved), model)
-
-
-def test_a_tied_head_that_differs_is_refused(saved):
-    edit(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
-    with pytest.raises(InputError, match=r"ties lm_head\.weight to wte\.weight, but the two differ"):
-        load_model(saved)
-
-
-def test_everything_that_does_not_fit_is_said_at_once(saved):
-    def change(tensors):
-        del tensors["transformer.h.1.mlp.c_fc.bias"]
-        tensors["transformer.h.0.ln_1.weight"] = np.ones(9, np.float32)
-        tensors["transformer.h.2.ln_1.weight"] = np.ones(8, np.float32)
-        tensors["score.weight"] = np.ones((2, 8), np.float32)
-        tensors["wpe.weight"] = tensors["transformer.wpe.weight"].copy()
-
-    edit(saved, change)
-    with pytest.raises(InputError) as early:
-        check_checkpoint(saved)
-    with pytest.raises(InputError) as error:
-        load_model(saved)
-    assert str(early.value) == str(error.value)
-    listed, _, remedy = str(error.value).rpartition("\n")
-    assert remedy == "Use the config.json that these weights were saved with, or download both again."
-    first, *problems = listed.split("\n  ")
-    assert first == f"{saved}: the checkpoint does not fit its config.json, 5 problems:"
-    assert sorted(problems) == [
-        "both transformer.wpe.weight and wpe.weight are there",
-        "missing: transformer.h.1.mlp.c_fc.bias",
-        "unused: score.weight",
-        "unused: transformer.h.2.ln_1.weight",
-        "wrong shape: transformer.h.0.ln_1.weight has (9,), which does not make (8,) for layers.0.attention_norm.scale",
-    ]
-
-
-def test_a_checkpoint_that_fits_passes_the_check_without_its_tensors_being_read(saved, monkeypatch):
-    def read(*_):
-        raise AssertionError("a tensor was read")
-
-    monkeypatch.setattr("lensjax.models.checkpoints.safetensors_files.SafeTensors.rows", read)
-    assert check_checkpoint(saved) == load_config(saved)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_maps_every_parameter_once(name):
-    config = load_config(make_config(name, 2))
-    table = family(name, "test").table(config)
-    paths = parameter_shapes(config)
-    sources = [source for path in paths for source in table.sources(path)[1]]
-    assert len(sources) == len(set(sources)) >= len(paths) > 10
-
-
-@pytest.mark.parametrize("dtype", ["int8", jnp.int32, bool])
-def test_a_dtype_that_holds_no_weights_is_refused(dtype, saved):
-    with pytest.raises(InputError, match=rf"dtype is {jnp.dtype(dtype).name}; parameters need a floating-point one"):
-        load_model(saved, dtype=dtype)
-
-
-def test_a_rule_may_join_several_tensors():
-    rule = Rule(
-        "layers.{i}.qkv.kernel",
-        ("l{i}.q.weight", "l{i}.k.weight"),
-        lambda arrays: np.concatenate([array.T for array in arrays], 1),
-        lambda array: [part.T for part in np.split(array, 2, 1)],
-    )
-    assert rule.match("layers.12.qkv.kernel") == ("l12.q.weight", "l12.k.weight")
-    assert rule.match("layers.x.qkv.kernel") is None
-    assert rule.match("layers.1.qkv.kernel2") is None
-    kernel = np.arange(24).reshape(4, 6)
-    np.testing.assert_array_equal(rule.load(rule.save(kernel)), kernel)
-    np.testing.assert_array_equal(transposed("a", "b").load([kernel]), kernel.T)
-    np.testing.assert_array_equal(transposed("a", "b").save(kernel)[0], kernel.T)
-
-
-@pytest.mark.parametrize(("rules", "count"), [((), 0), ((Rule("a.{i}", "x"), Rule("a.1", "y")), 2)])
-def test_a_parameter_with_no_rule_or_two_is_an_error(rules, count):
-    with pytest.raises(LookupError, match=rf"{count} rules of the mapping table are about the parameter a\.1"):
-        Table(rules).sources("a.1")
 
 
 @pytest.mark.parametrize(
@@ -403,43 +263,7 @@ def test_layers_are_held_against_the_weights_before_any_is_built(saved, monkeypa
             load(saved)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "has no config.json; name a directory in Hugging Face format"),
-        ("{", "is not valid JSON"),
-        ("[" * 100000, "is not valid JSON .*nested"),
-        ('{"n_embd": ' + "9" * 5000 + "}", "is not valid JSON .*an integer of 5000 digits"),
-        ("\N{GREEK SMALL LETTER ALPHA}", "is not valid JSON"),
-        ('{"model_type": "gpt2", "n_layer": 1000000}', "n_layer is 1000000; no model has more than 10000"),
-        ('{"model_type": "llama", "num_hidden_layers": 1000000000000}', "num_hidden_layers is 1000000000000; no model"),
-        ('{"model_type": "qwen2", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
-        ('{"model_type": "mistral", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
-        ('{"model_type": "gemma3_text", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
-        ('{"model_type": "opt", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
-        ('{"model_type": "phi", "num_hidden_layers": 10001}', "num_hidden_layers is 10001; no model has more"),
-        ('{"model_type": "t5", "num_layers": 10001}', "num_layers is 10001; no model has more"),
-        ('{"model_type": "switch_transformers", "num_layers": 10001}', "num_layers is 10001; no model has more"),
-        ('{"model_type": "bart", "decoder_layers": 10001}', "decoder_layers is 10001; no model has more"),
-        ('{"model_type": "gpt2", "vocab_size": 2147483648}', "vocab_size is 2147483648; no size is more than"),
-        ("[]", "must hold a JSON object, found list"),
-        ("{}", "config.json has no model_type; add it"),
-        ('{"model_type": "mamba"}', "model_type 'mamba' is not supported; supported: .*gpt2"),
-        ('{"model_type": "gpt2", "auto_map": {"AutoModel": "x.Y"}}', "config.json has auto_map"),
-        ('{"model_type": "gpt2", "n_embd": "8"}', "n_embd is '8'; it must be a positive whole number"),
-        ('{"model_type": "gpt2", "n_layer": 0}', "n_layer is 0; it must be a positive whole number"),
-    ],
-)
-def test_unusable_configurations_are_refused_by_name(text, message, tmp_path):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        load_config(tmp_path)
-    assert len(str(error.value)) < 1000
-    assert str(tmp_path) in str(error.value)
-
-
-@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+@pytest.mark.parametrize("pickled", ["pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved):
     (saved / "model.safetensors").rename(saved / pickled)
     with pytest.raises(
@@ -448,10 +272,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled, saved
         load_model(saved)
 
 
-T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 11}
-
-
-@pytest.mark.parametrize("pickled", ["pytorch_model.bin", None])
+@pytest.mark.parametrize("pickled", ["model.pt", None])
 def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(T5))
     if pickled:
@@ -462,15 +283,6 @@ def test_the_way_to_convert_names_the_class_that_fits(pickled, saved, tmp_path):
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"transformers\.AutoModelForCausalLM\.from_pretrained\(SOURCE\)"):
         load_model(saved)
-
-
-@pytest.mark.parametrize(("encoder_decoder", "kind"), [(True, "Seq2SeqLM"), (False, "CausalLM")])
-def test_code_that_comes_with_a_model_is_not_run(encoder_decoder, kind, saved):
-    edit_config(saved, auto_map={"AutoModel": "evil.Model"}, is_encoder_decoder=encoder_decoder)
-    (saved / "evil.py").write_text("raise SystemExit('it ran')")
-    for load in (load_config, load_model, from_pretrained):
-        with pytest.raises(InputError, match=rf"which lensjax does not run.*transformers\.AutoModelFor{kind}\."):
-            load(saved)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(model, tmp_path):
@@ -484,32 +296,54 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(model, tmp_path):
         load_tokenizer(tmp_path)
 
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
+def test_byt5_has_a_tokenizer_without_a_vocabulary_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(T5 | {"vocab_size": 384}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}))
+    # The bytes of UTF-8 after the three tokens <pad>, </s> and <unk>, then </s>.
+    text = "Hé 你"
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == [byte + 3 for byte in text.encode()] + [1]
+    for settings in ('{"tokenizer_class": "T5Tokenizer"}', "[]", "{"):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(
+            InputError, match=r"its tokenizer cannot be loaded \(none of tokenizer\.json, .* is there\)"
+        ):
+            load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
-@pytest.mark.parametrize("old", [True, False])
-def test_rotary_scalings_that_are_not_computed_are_refused(kind, old, tmp_path):
-    scaling = {"type" if old else "rope_type": kind, "factor": 2.0}
-    config = LLAMA | ({"rope_scaling": scaling} if old else {"rope_parameters": scaling | {"rope_theta": 1e4}})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"rope_type '{kind}' is not supported; supported: default, linear, llama3"):
-        load_config(tmp_path)
+@pytest.mark.parametrize(
+    ("file", "kind", "tokenizer_class", "special"),
+    [
+        ("spiece.model", "unigram", "T5Tokenizer", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+        ("tokenizer.model", "bpe", "LlamaTokenizer", {"unk_id": 0, "bos_id": 1, "eos_id": 2, "byte_fallback": True}),
+    ],
+)
+def test_a_tokenizer_that_is_only_a_sentencepiece_model_is_loaded(file, kind, tokenizer_class, special, tmp_path):
+    import sentencepiece
+
+    lines = [f"the quick brown fox {i} jumps over lazy dogs in the garden" for i in range(200)]
+    with (tmp_path / file).open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=stream,
+            model_type=kind,
+            vocab_size=320 if kind == "bpe" else 50,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **special,
+        )
+    (tmp_path / "config.json").write_text(json.dumps(T5 if kind == "unigram" else LLAMA))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, "extra_ids": 0}))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / file))
+    for text in ("The quick fox", "dogs 12 in the garden"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
 
 
-@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
-def test_soft_capping_is_refused(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", name: 30.0}))
-    with pytest.raises(InputError, match=rf"{name} is 30\.0; only models without it are supported"):
-        load_config(tmp_path)
+def test_a_missing_sentencepiece_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr("lensjax.models.checkpoints.pretrained.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"only in spiece\.model, .* needs the sentencepiece package"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_model_without_weights_is_refused(saved):

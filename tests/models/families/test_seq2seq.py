@@ -23,7 +23,7 @@ from lensjax.models import (
     save_pretrained,
 )
 from lensjax.models.checkpoints.saving import export_tensors
-from lensjax.models.families.switch_transformers import SparsePerceptron
+from lensjax.models.families.switch_transformers import SparseMLP
 from lensjax.models.families.t5 import relative_buckets
 from support import golden_seq2seq
 from support.paths import GOLDEN
@@ -312,7 +312,7 @@ def test_dropout_is_off_without_a_key_and_random_with_one():
 
 def test_jitter_moves_the_routers_inputs_only():
     config = load_config(SMALL["switch_transformers"] | {"dropout_rate": 0.0, "router_jitter_noise": 0.02})
-    layer = SparsePerceptron(config, jnp.float32, nnx.Rngs(0))
+    layer = SparseMLP(config, jnp.float32, nnx.Rngs(0))
     x, real = jax.random.normal(jax.random.key(0), (4, 24)), jnp.ones((1, 4), jnp.int32)
     apply = compiled(lambda key: layer(x, real, key)[0])
     calm, shaken = np.asarray(apply(None)), np.asarray(apply(jax.random.key(2)))
@@ -386,7 +386,7 @@ def reference_routing(choice, capacity):
 
 def test_tokens_over_an_experts_capacity_pass_with_zero():
     config = load_config(SMALL["switch_transformers"])
-    layer = SparsePerceptron(config, jnp.float32, nnx.Rngs(0))
+    layer = SparseMLP(config, jnp.float32, nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(4, 9, 24)).astype(np.float32)
     real = np.ones((4, 9), np.int32)
     real[2, :4] = real[3, 5:] = 0

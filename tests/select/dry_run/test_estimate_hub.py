@@ -41,7 +41,7 @@ def hub(tiny_models, tmp_path, monkeypatch):
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    state = SimpleNamespace(fetched=[], snapshot=snapshot, files=files, weights=True, error=None)
+    state = SimpleNamespace(fetched=[], snapshot=snapshot, files=files, weights=True, pickle=True, error=None)
 
     def place(name):
         (blobs / digests[name]).write_bytes(files[name].read_bytes())
@@ -65,7 +65,8 @@ def hub(tiny_models, tmp_path, monkeypatch):
             for name, file in files.items()
             if state.weights or not large(name)
         ]
-        others = [RepoSibling("pytorch_model.bin", size=10**9), RepoSibling("onnx/model.safetensors", size=10**9)]
+        others = [RepoSibling("onnx/model.safetensors", size=10**9)]
+        others += [RepoSibling("pytorch_model.bin", size=10**9)] if state.pickle else []
         return SimpleNamespace(sha=COMMIT, siblings=[*siblings, *others])
 
     def snapshot_download(repo_id, *, revision=None, allow_patterns=None, ignore_patterns=None, local_files_only=False):
@@ -161,10 +162,20 @@ def test_headers_on_the_hub_show_what_does_not_fit(hub):
 
 
 def test_a_model_without_weights_to_use_is_refused_as_by_a_selection(hub):
-    hub.weights = False
+    hub.weights = hub.pickle = False
     with pytest.raises(InputError) as dry:
         find_candidates((NAME, f"{NAME}+lora"), Lora(), fetch=False)
     assert str(dry.value).startswith(f"{NAME}: has no model.safetensors and no model.safetensors.index.json.")
+
+
+def test_a_model_with_pickled_weights_only_is_listed_with_them(hub):
+    hub.weights = False
+    found = listing(NAME)
+    assert [file.name for file in found.weights] == ["pytorch_model.bin"]
+    assert found.missing == 10**9
+    assert "*.safetensors" not in hub.fetched
+    assert find_candidates((NAME, f"{NAME}+lora"), Lora(), fetch=False)
+    assert "pytorch_model*.bin" not in hub.fetched
 
 
 def test_a_model_that_the_hub_does_not_have_is_refused_as_by_a_selection(hub, monkeypatch):

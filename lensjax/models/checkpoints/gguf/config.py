@@ -1,8 +1,8 @@
-"""The configuration of a GGUF file, as the config.json that a model of the same family has.
+"""The configuration of a GGUF file, converted to the config.json of the model's family.
 
 References
 ----------
-llama.cpp, whose loader defines what the fields mean and what holds where there is none.
+llama.cpp, whose loader defines the meaning of the fields and their defaults.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lensjax.models.layers import Rotary
 from lensjax.models.registry import MOST_LAYERS, ModelConfig, family
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""What the frequencies of the rotary embedding are divided by: the scaling of Llama 3.1 and later, written out."""
+"""Tensor of divisors of the rotary frequencies: the scaling of Llama 3.1 and later as explicit numbers."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The scaling of all Llama 3.x that Meta published; only the factor varies."""
+"""The rotary scaling of all Llama 3.x models that Meta published; only the factor varies."""
 
 GEMMA_27B_LAYERS = 62
-"""By this llama.cpp knows the one Gemma 3 whose queries are scaled by hidden_size / heads."""
+"""Number of layers by which llama.cpp recognises the one Gemma 3 that scales queries by hidden_size / heads."""
 
 
 class Fields:
-    """The fields of a GGUF file's architecture.
+    """The metadata fields of a GGUF file's architecture.
 
     Parameters
     ----------
@@ -41,12 +41,12 @@ class Fields:
         self.architecture = architecture
 
     def __call__(self, name: str, *default: Any) -> Any:
-        """Return a field by its name without the architecture, or the default, if one is given.
+        """Return a field by its name without the architecture; if it is missing, return the default.
 
         Raises
         ------
         InputError
-            If it is missing and there is no default.
+            If the field is missing and there is no default.
         """
         full = f"{self.architecture}.{name}"
         if full not in self.file.fields and not default:
@@ -54,12 +54,12 @@ class Fields:
         return self.file.fields.get(full, *default)
 
     def number(self, name: str, *default: float) -> float:
-        """Return a field that holds a number.
+        """Return the value of a field that must be a number.
 
         Raises
         ------
         InputError
-            If it is missing and there is no default, or if it is no number.
+            If the field is missing and there is no default, or if it is not a number.
         """
         value = self(name, *default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -68,7 +68,7 @@ class Fields:
         return value
 
     def has(self, tensor: str) -> bool:
-        """Tell whether the file has a tensor."""
+        """Return whether the file has a tensor of this name."""
         return tensor in self.file.tensors
 
 
@@ -82,12 +82,12 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     Returns
     -------
     ModelConfig
-        Of the model's family; its `raw` is a config.json for transformers.
+        Of the model's family; `raw` is a config.json that transformers accepts.
 
     Raises
     ------
     InputError
-        If the architecture, or what the file asks of it, is not supported, or if a field is missing.
+        If the architecture or one of its settings is not supported, or a field is missing.
     """
     architecture = file.text("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -121,7 +121,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 def _decoder(fields: Fields, model_type: str, model_class: str) -> dict[str, Any]:
-    """Return what Llama-like models have in common, but for the rotary embedding."""
+    """Return the settings that all Llama-like models share, without the rotary embedding."""
     width, heads = fields.number("embedding_length"), fields.number("attention.head_count")
     return {
         "model_type": model_type,
@@ -138,7 +138,7 @@ def _decoder(fields: Fields, model_type: str, model_class: str) -> dict[str, Any
 
 
 def _llama(fields: Fields) -> dict[str, Any]:
-    # Mistral's files say llama too, and their windows are not in them: llama.cpp has none either.
+    # Mistral's files also have the architecture llama. They do not store the window, and llama.cpp applies none.
     raw = _decoder(fields, "llama", "LlamaForCausalLM")
     raw |= {"rope_parameters": _rope(fields, raw["head_dim"])}
     return raw | {"attention_bias": fields.has("blk.0.attn_q.bias"), "mlp_bias": fields.has("blk.0.ffn_up.bias")}
@@ -161,9 +161,9 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
     pattern = fields("attention.sliding_window_pattern", 6)
     if not isinstance(pattern, list):
         pattern = [bool((i + 1) % int(pattern)) for i in range(count)]
-    types = ["sliding_attention" if window and slides else "full_attention" for slides in pattern]
+    types = ["sliding_attention" if window and is_windowed else "full_attention" for is_windowed in pattern]
     large = count == GEMMA_27B_LAYERS
-    near = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base_swa", 10_000.0)}
+    local_rope = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base_swa", 10_000.0)}
     return raw | {
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": window,
@@ -171,7 +171,7 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
         "query_pre_attn_scalar": raw["hidden_size"] / raw["num_attention_heads"] if large else raw["head_dim"],
         "attn_logit_softcapping": fields("attn_logit_softcapping", None),
         "final_logit_softcapping": fields("final_logit_softcapping", None),
-        "rope_parameters": {"full_attention": _rope(fields, raw["head_dim"]), "sliding_attention": near},
+        "rope_parameters": {"full_attention": _rope(fields, raw["head_dim"]), "sliding_attention": local_rope},
     }
 
 
@@ -192,7 +192,7 @@ def _gpt2(fields: Fields) -> dict[str, Any]:
 def _phi2(fields: Fields) -> dict[str, Any]:
     width, heads = fields.number("embedding_length"), fields.number("attention.head_count")
     head_dim = int(width // max(heads, 1))
-    turning = fields.number("rope.dimension_count", head_dim)
+    rotated = fields.number("rope.dimension_count", head_dim)
     return {
         "model_type": "phi",
         "architectures": ["PhiForCausalLM"],
@@ -205,8 +205,8 @@ def _phi2(fields: Fields) -> dict[str, Any]:
         "layer_norm_eps": fields.number("attention.layer_norm_epsilon"),
         "hidden_act": "gelu_new",
         "qk_layernorm": False,
-        "partial_rotary_factor": turning / head_dim,
-        "rope_parameters": _rope(fields, int(turning)) | {"partial_rotary_factor": turning / head_dim},
+        "partial_rotary_factor": rotated / head_dim,
+        "rope_parameters": _rope(fields, int(rotated)) | {"partial_rotary_factor": rotated / head_dim},
     }
 
 
@@ -218,18 +218,18 @@ ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
 }
-"""general.architecture -> what makes the config.json, but for vocabulary, head and special tokens."""
+"""general.architecture -> function that returns the config.json without vocabulary, head and special tokens."""
 
 
 def _rope(fields: Fields, features: int) -> dict[str, Any]:
-    """Return the rope_parameters of a config.json, for heads of which `features` turn."""
-    path, turning = fields.file.path, fields("rope.dimension_count", features)
-    if turning != features:
-        raise InputError(f"{path}: only {turning} of {features} features of a head turn, which is not supported.")
+    """Return the rope_parameters of a config.json, for heads with `features` rotated features."""
+    path, rotated = fields.file.path, fields("rope.dimension_count", features)
+    if rotated != features:
+        raise InputError(f"{path}: only {rotated} of {features} features of a head turn, which is not supported.")
     theta = fields.number("rope.freq_base", 10_000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     old = fields("rope.scale_linear", None)
-    # A factor without a type scales linearly, as in llama.cpp.
+    # As in llama.cpp, a factor without a type means linear scaling.
     unscaled = fields("rope.scaling.factor", old) in (None, 0, 1)
     kind = fields("rope.scaling.type", "none" if unscaled else "linear")
     if kind == "linear":
@@ -247,51 +247,51 @@ def _rope(fields: Fields, features: int) -> dict[str, Any]:
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, features: int, source: str) -> dict[str, Any]:
-    """Return the parameters of Llama 3's rotary scaling that give the factors of a GGUF file.
+    """Return the parameters of Llama 3's rotary scaling that reproduce the divisors stored in a GGUF file.
 
     Parameters
     ----------
     factors : float array (features / 2,)
-        What each frequency is divided by.
+        Divisor of each frequency.
     theta : float
         Base of the wavelengths.
     features : int
-        Features of a head that turn.
+        Rotated features of a head.
     source : str
         Names the file in error messages.
 
     Returns
     -------
     dict
-        The fields of rope_parameters besides rope_theta. Low and high factor and context may be other multiples than
-        in the model's config.json: only their ratios show in the frequencies.
+        The fields of rope_parameters besides rope_theta. Low and high factor and context may differ from those in the
+        model's config.json by a common factor, because the frequencies depend only on their ratios.
 
     Raises
     ------
     InputError
-        If no parameters give these factors.
+        If no parameters reproduce these divisors.
     """
-    plain = Rotary(features, theta).frequencies().astype(np.float64)
+    unscaled = Rotary(features, theta).frequencies().astype(np.float64)
     factor = float(np.max(factors, initial=1.0))
-    if factors.shape != plain.shape or np.min(factors) < 1 - 1e-5:
+    if factors.shape != unscaled.shape or np.min(factors) < 1 - 1e-5:
         raise InputError(f"{source}: {ROPE_FACTORS} {factors.tolist()} is not the rotary scaling of Llama 3.")
     if factor <= 1 + 1e-5:
         return {}
-    trials = [LLAMA3]
-    # The share of a frequency that stays is, inside the band, linear in how often it turns over the context.
-    share = (1 / factors - 1 / factor) / (1 - 1 / factor)
-    inside = np.flatnonzero((share > 1e-3) & (share < 1 - 1e-3))
+    candidates = [LLAMA3]
+    # Between the two limits, the weight of the unscaled frequency is linear in the number of turns over the context.
+    weight = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    inside = np.flatnonzero((weight > 1e-3) & (weight < 1 - 1e-3))
     if len(inside) > 1:
-        slope, offset = np.polyfit(plain[inside] / (2 * np.pi), share[inside], 1)
+        slope, offset = np.polyfit(unscaled[inside] / (2 * np.pi), weight[inside], 1)
         if offset < 0 < slope:
             high = 1 - 1 / offset
             context = round(slope * (high - 1))
-            trials.append(
+            candidates.append(
                 {"low_freq_factor": 1.0, "high_freq_factor": float(high), "original_max_position_embeddings": context}
             )
-    for trial in trials:
-        low, high, context = trial.values()
-        computed = plain / Rotary(features, theta, "llama3", factor, low, high, float(context)).frequencies()
-        if np.allclose(computed, factors, rtol=1e-4, atol=0):
-            return {"rope_type": "llama3", "factor": factor} | trial
+    for parameters in candidates:
+        low, high, context = parameters.values()
+        divisors = unscaled / Rotary(features, theta, "llama3", factor, low, high, float(context)).frequencies()
+        if np.allclose(divisors, factors, rtol=1e-4, atol=0):
+            return {"rope_type": "llama3", "factor": factor} | parameters
     raise InputError(f"{source}: {ROPE_FACTORS} {factors.tolist()} is not the rotary scaling of Llama 3.")

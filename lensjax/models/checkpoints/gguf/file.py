@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its fields, and where each tensor stands.
+"""The header of a GGUF file: its metadata fields, and the position of each tensor.
 
-The gguf package's own reader keeps several NumPy views of each string: for the 98,000 tokens and merges of SmolLM2 that
-takes seconds and 120 MB, more than the vocabulary's use. The rest of that package serves: names, types, dequantisation.
+The reader of the gguf package keeps several NumPy views of each string, which takes seconds and 120 MB for the 98,000
+tokens and merges of SmolLM2. Therefore the header is read here; names, types and dequantisation are the package's.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from lensjax.errors import InputError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-"""Type of a field's value -> NumPy's name of it."""
+"""Type number of a field -> NumPy type string."""
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
-"""Of the tensors' contents, where the file has no general.alignment."""
+"""Alignment of the tensors in bytes if the file has no general.alignment."""
 
 
 def is_gguf(name_or_path: str | os.PathLike[str]) -> bool:
-    """Tell whether a model is named by a GGUF file."""
+    """Return whether a model is named by the path of a GGUF file."""
     return os.fspath(name_or_path).lower().endswith(".gguf")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor stands.
+    """Shape, type and position of a tensor.
 
     Attributes
     ----------
     shape : tuple of int
-        From the outermost dimension in, as NumPy has it.
+        Outermost dimension first, as in NumPy.
     kind : gguf.GGMLQuantizationType
     offset : int
-        Of its contents in the file, in bytes.
+        Position of its contents in the file, in bytes.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class StoredTensor:
     offset: int
 
     def bytes_of(self, elements: int) -> int:
-        """Return how many bytes so many elements take; whole blocks of the quantisation."""
+        """Return the size in bytes of a number of elements, which must fill complete quantisation blocks."""
         from gguf.constants import GGML_QUANT_SIZES
 
         block, size = GGML_QUANT_SIZES[self.kind]
@@ -66,7 +66,7 @@ class GGUFFile:
     ----------
     path : str
     fields : dict
-        Name -> number, bool, text, or list of them.
+        Name -> number, bool, str, or list of these.
     tensors : dict
         Name -> `StoredTensor`.
     """
@@ -82,7 +82,7 @@ class GGUFFile:
         Raises
         ------
         InputError
-            If there is no such file, it is damaged, of another version, or one part of several.
+            If the file does not exist, is damaged, has an unsupported version, or is one part of several.
         """
         source = os.fspath(path)
         file = Path(path).expanduser()
@@ -104,25 +104,25 @@ class GGUFFile:
         return cls(str(file), fields, tensors)
 
     def text(self, name: str) -> str | None:
-        """Return a field that holds text, or None where there is none."""
+        """Return the value of a field that must be text, or None if the file does not have it."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, str):
             raise InputError(f"{self.path}: the field {name} is {value!r}; it must be text: convert the model again.")
         return value
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return entries `start` to `stop` of a tensor's first axis, dequantised: float32.
+        """Return entries `start` to `stop` of a tensor's first axis, dequantised to float32.
 
         Raises
         ------
         InputError
-            If the gguf package cannot dequantise it, or if the file has become shorter.
+            If the gguf package cannot dequantise it, or the file has been truncated since it was opened.
         """
         tensor = self.tensors[name]
         stop = tensor.shape[0] if stop is None else stop
         inner = math.prod(tensor.shape[1:])
         count = tensor.bytes_of((stop - start) * inner)
-        # Read, not mapped: what was read of a mapped file counts as memory as long as it is open.
+        # Not memory-mapped: pages read from a mapped file count as memory as long as it is open.
         with open(self.path, "rb") as stream:
             stream.seek(tensor.offset + tensor.bytes_of(start * inner))
             data = np.fromfile(stream, np.uint8, count)
@@ -132,7 +132,7 @@ class GGUFFile:
         return array.reshape(stop - start, *tensor.shape[1:])
 
     def check_kinds(self) -> None:
-        """Refuse tensors of a kind that cannot be dequantised, without reading one.
+        """Check that all tensors can be dequantised, without reading any.
 
         Raises
         ------
@@ -157,14 +157,14 @@ class GGUFFile:
 
 
 class _Reader:
-    """Reads one value after the other."""
+    """Reads values one after the other."""
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
         self.left = os.fstat(stream.fileno()).st_size
 
     def take(self, count: int) -> bytes:
-        # Checked before reading: in a damaged file a length can be anything.
+        # Checked before reading, because a length in a damaged file can be any number.
         if count > self.left:
             raise ValueError("it ends too early")
         self.left -= count
@@ -201,7 +201,7 @@ class _Reader:
             raise ValueError("it does not begin with GGUF")
         version = self.number("I")
         if version not in VERSIONS:
-            # The other byte order shows as a version of many millions.
+            # A big-endian file appears to have a version of many millions.
             raise ValueError(f"version {version} is not one of {VERSIONS}, little-endian")
         tensor_count, field_count = self.number("Q"), self.number("Q")
         fields: dict[str, Any] = {}
@@ -220,8 +220,8 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-(size - self.left) // alignment) * alignment
-        found = {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
-        for name, tensor in found.items():
+        tensors = {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
             if tensor.offset + tensor.bytes_of(math.prod(tensor.shape)) > size:
                 raise ValueError(f"it ends before the tensor {name} does")
-        return fields, found
+        return fields, tensors

@@ -1,13 +1,14 @@
-"""The tokenizer of a GGUF file, as a fast tokenizer of transformers.
+"""The tokenizer of a GGUF file, converted to a fast tokenizer of transformers.
 
-The fields say vocabulary, merges or scores, and special tokens; how a byte-level vocabulary cuts text before merging
-they say only by name. transformers' own reader of them imports torch, and cuts for names it does not know, SmolLM2's
-among them, as GPT-2 does.
+The file has the vocabulary, its merges or scores, and the special tokens, but for byte-level BPE only the name of the
+pre-tokenizer, which splits the text before merging. transformers' GGUF reader imports torch, and uses GPT-2's
+pre-tokenizer for all names that it does not know, including SmolLM2's.
 
 References
 ----------
-llama.cpp, src/llama-vocab.cpp: which name means which expressions, and what holds where a field is missing; Sennrich et
-al. 2016, Neural machine translation of rare words with subword units; Kudo & Richardson 2018, SentencePiece.
+llama.cpp, src/llama-vocab.cpp: the regular expressions of each pre-tokenizer, and the defaults of missing fields;
+Sennrich et al. 2016, Neural machine translation of rare words with subword units; Kudo & Richardson 2018,
+SentencePiece.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Values of tokenizer.ggml.token_type."""
 
 SPACE = "▁"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's symbol for a space."""
 
 _CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,22 +39,24 @@ _TEKKEN = (
 )
 _DIGIT = r"\p{N}"
 _THREE = r"[0-9][0-9][0-9]"
+_EAST_ASIAN = r"[\u0800-\u9fa5\uac00-\ud7ff]+"
 
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", _THREE),
     **dict.fromkeys(("gpt-2", "phi-2"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder"), (_DIGIT, _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), (_LLAMA3,)),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}"),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
 }
-"""tokenizer.ggml.pre -> expressions, applied one after the other: each match, and each text between, is cut off."""
+"""tokenizer.ggml.pre -> regular expressions, applied one after the other; each splits off its matches."""
 
-WHOLE_WORDS = frozenset(("llama-bpe", "llama3", "llama-v3", "tekken"))
-"""Those whose pieces are looked up whole before anything is merged, and which begin a text with the BOS token."""
+IGNORE_MERGES = frozenset(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "tekken"))
+"""Pre-tokenizers whose pieces are looked up in the vocabulary before merging, and which add BOS by default."""
 
-COMPOSED = frozenset(("qwen2",))
-"""Those that bring text into Unicode's normal form C first; llama.cpp does not, the models' own tokenizers do."""
+NFC = frozenset(("qwen2",))
+"""Tokenizers that first normalise text to Unicode NFC, as the models' own tokenizers do; llama.cpp does not."""
 
 
 def gguf_tokenizer(file: GGUFFile) -> Any:
@@ -66,13 +69,13 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     Returns
     -------
     transformers.PreTrainedTokenizerFast
-        With special tokens, chat template and the model's longest input. Text after a special token, like text at the
-        start, gets SentencePiece's leading space where the file asks for one, as in llama.cpp.
+        With special tokens, chat template and maximum length. If the file sets SentencePiece's leading space, text
+        after a special token also gets one, as in llama.cpp.
 
     Raises
     ------
     InputError
-        If the file has no tokenizer, one of a kind that is not supported, or one whose fields do not fit together.
+        If the file has no tokenizer, one of an unsupported kind, or one with inconsistent fields.
     """
     kind = file.text("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -92,17 +95,17 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
     special = _special_tokens(file, tokens, types)
     tokenizer, add_bos = builders[kind](file, tokens, types)
     _add_tokens(tokenizer, types)
-    _frame(file, tokenizer, special, add_bos)
+    _add_bos_and_eos(file, tokenizer, special, add_bos)
     with without_advice():
         from transformers import PreTrainedTokenizerFast
     options: dict[str, Any] = {name: token for name, (token, _) in special.items()}
     context = file.fields.get(f"{file.fields.get('general.architecture')}.context_length")
     if context is not None:
         options["model_max_length"] = context
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
-    found.chat_template = file.text("tokenizer.chat_template")
-    found.name_or_path = str(file.path)
-    return found
+    result = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
+    result.chat_template = file.text("tokenizer.chat_template")
+    result.name_or_path = str(file.path)
+    return result
 
 
 def _strings(file: GGUFFile, name: str) -> list[str]:
@@ -113,7 +116,7 @@ def _strings(file: GGUFFile, name: str) -> list[str]:
 
 
 def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
-    """Return a tokenizer that merges the bytes of the pieces its pre-tokenizer cuts, and whether BOS is the rule."""
+    """Return a byte-level BPE tokenizer, and whether it adds BOS by default."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = file.text("tokenizer.ggml.pre")
@@ -125,7 +128,7 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> 
         )
     merges = []
     for merge in _strings(file, "tokenizer.ggml.merges"):
-        # A piece that is a space is written as one, so the separator is not at the start.
+        # The first token may itself be a space, so the separator is searched from the second character on.
         place = merge.find(" ", 1)
         if place < 0:
             raise InputError(f"{file.path}: the merge {merge!r} is not two tokens; convert the model again.")
@@ -137,25 +140,25 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> 
             f"{file.path}: merges of the tokenizer speak of {len(absent)} tokens that it does not have, such as "
             f"{min(absent)!r}; convert the model again."
         )
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in WHOLE_WORDS))
-    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[name]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in IGNORE_MERGES))
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[name]]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    if name in COMPOSED:
+    if name in NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, name in WHOLE_WORDS
+    return tokenizer, name in IGNORE_MERGES
 
 
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
-    """Return a tokenizer that merges characters in the order of the scores, and that BOS is the rule."""
+    """Return a SentencePiece BPE tokenizer, which merges by score, and True: it adds BOS by default."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InputError(f"{file.path}: has no tokenizer.ggml.scores for its tokens; convert the model again.")
-    # In tokens that users defined, llama.cpp's converter writes spaces as spaces.
+    # llama.cpp's converter writes user-defined tokens with plain spaces.
     spelled = [
         token.replace(" ", SPACE) if kind == USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)
     ]
@@ -185,7 +188,7 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) 
 
 
 def _merges(rank: dict[str, tuple[float, int]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that make a token, best first: SentencePiece joins any two whose join has a score."""
+    """Return all pairs of tokens whose concatenation is a token, best score first, as SentencePiece merges them."""
     pairs = []
     for token, order in rank.items():
         for place in range(1, len(token)):
@@ -196,21 +199,21 @@ def _merges(rank: dict[str, tuple[float, int]], vocabulary: dict[str, int]) -> l
 
 
 def _add_tokens(tokenizer: Any, types: Sequence[int]) -> None:
-    """Make tokens of control and those that users defined match whole, the longest first, before anything is merged."""
+    """Register control and user-defined tokens, which are matched in the text before merging, the longest first."""
     from tokenizers import AddedToken
 
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        texts = [tokenizer.id_to_token(i) for i, its in enumerate(types) if its == kind]
-        # What users defined is spelled as the normaliser writes it and sought there, control tokens in the text itself.
-        found = [AddedToken(text, normalized=SPACE in text and not special, special=special) for text in texts]
-        tokenizer.add_special_tokens(found) if special else tokenizer.add_tokens(found)
+        texts = [tokenizer.id_to_token(i) for i, token_type in enumerate(types) if token_type == kind]
+        # User-defined tokens are searched in the normalised text, control tokens in the original text.
+        added = [AddedToken(text, normalized=SPACE in text and not special, special=special) for text in texts]
+        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
 
 
 def _special_tokens(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> dict[str, tuple[str, int]]:
-    """Return transformers' name of a special token -> the token and its id."""
-    # The misspelling is the specification's.
+    """Return name of a special token in transformers -> (token, id)."""
+    # "seperator" is spelled this way in the GGUF specification.
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
-    found = {}
+    special = {}
     for theirs, ours in names.items():
         number = file.fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is None:
@@ -220,28 +223,28 @@ def _special_tokens(file: GGUFFile, tokens: Sequence[str], types: Sequence[int])
                 f"{file.path}: tokenizer.ggml.{theirs}_token_id is {number}, but there are {len(tokens)} tokens; "
                 "convert the model again."
             )
-        # Files name a token such as "!" where there is none; transformers would then cut it out of every text.
+        # Files without such a token may name an ordinary one such as "!", which would then be special in every text.
         if types[number] != NORMAL or ours in ("bos", "eos"):
-            found[f"{ours}_token"] = (tokens[number], number)
-    return found
+            special[f"{ours}_token"] = (tokens[number], number)
+    return special
 
 
-def _frame(file: GGUFFile, tokenizer: Any, special: dict[str, tuple[str, int]], add_bos: bool) -> None:
-    """Make the tokenizer put BOS before and EOS after a text, as the file says; `add_bos` where it says nothing."""
+def _add_bos_and_eos(file: GGUFFile, tokenizer: Any, special: dict[str, tuple[str, int]], add_bos: bool) -> None:
+    """Make the tokenizer add BOS and EOS as the file sets; `add_bos` is the default for BOS."""
     from tokenizers.processors import TemplateProcessing
 
-    wanted = {
+    is_added = {
         "bos_token": file.fields.get("tokenizer.ggml.add_bos_token", add_bos and "bos_token" in special),
         "eos_token": file.fields.get("tokenizer.ggml.add_eos_token", False),
     }
-    for name, asked in wanted.items():
-        if asked and name not in special:
+    for name, added in is_added.items():
+        if added and name not in special:
             raise InputError(f"{file.path}: the tokenizer adds a {name}, but has none; convert the model again.")
-    before = [special["bos_token"][0]] if wanted["bos_token"] else []
-    after = [special["eos_token"][0]] if wanted["eos_token"] else []
+    before = [special["bos_token"][0]] if is_added["bos_token"] else []
+    after = [special["eos_token"][0]] if is_added["eos_token"] else []
     if before or after:
         tokenizer.post_processor = TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
-            special_tokens=[special[name] for name, asked in wanted.items() if asked],
+            special_tokens=[special[name] for name, added in is_added.items() if added],
         )

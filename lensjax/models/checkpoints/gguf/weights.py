@@ -1,4 +1,4 @@
-"""The weights of a GGUF file under the names, in the shapes and with the meaning of a Hugging Face checkpoint."""
+"""The weights of a GGUF file, converted to the names, shapes and conventions of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lensjax.models.checkpoints.gguf.file import GGUFFile
 from lensjax.models.checkpoints.mapping import Tensors, assemble, family_of
 from lensjax.models.registry import ModelConfig
 
-TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """GPT-2's matrices, which its checkpoints store as (in, out) and GGUF as (out, in)."""
 
 
@@ -25,7 +25,7 @@ class GGUFTensors(Tensors):
     ----------
     file : GGUFFile
     config : ModelConfig
-        Of the file, from `gguf_config`.
+        Configuration of the file, from `gguf_config`.
     """
 
     described_by: ClassVar[str] = "metadata"
@@ -40,50 +40,50 @@ class GGUFTensors(Tensors):
         self.architecture = file.fields["general.architecture"]
         arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = get_tensor_name_map(arch, config.layers)
-        ours = {}
+        full_names = {}
         table = family_of(config).table(config)
         for rule in table.rules:
-            for pattern in (rule.theirs,) if isinstance(rule.theirs, str) else rule.theirs:
+            for pattern in rule.patterns:
                 for layer in range(config.layers if "{i}" in pattern else 1):
                     full = table.full(pattern.format(i=layer))
-                    ours[names.get_name(full, try_suffixes=(".weight", ".bias"))] = full
-        # What has no place in the model keeps its own name, under which it is then reported.
-        self.stored = {ours.get(name, name): name for name in file.tensors if name != ROPE_FACTORS}
+                    full_names[names.get_name(full, try_suffixes=(".weight", ".bias"))] = full
+        # Tensors that the model does not have keep their own names, which the error message then lists.
+        self.stored = {full_names.get(name, name): name for name in file.tensors if name != ROPE_FACTORS}
         self.shapes = {
-            name: file.tensors[stored].shape[::-1] if self._is_turned(name) else file.tensors[stored].shape
+            name: file.tensors[stored].shape[::-1] if self._is_transposed(name) else file.tensors[stored].shape
             for name, stored in self.stored.items()
         }
 
-    def _is_turned(self, name: str) -> bool:
-        return self.architecture == "gpt2" and name.endswith(TURNED)
+    def _is_transposed(self, name: str) -> bool:
+        return self.architecture == "gpt2" and name.endswith(TRANSPOSED)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return entries `start` to `stop` of the first axis of the tensor as stored, float32."""
-        found = self.file.read(self.stored[name], start, stop)
-        # Gemma multiplies by 1 + the weight of its norms; llama.cpp's files have the sum.
-        return found - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else found
+        values = self.file.read(self.stored[name], start, stop)
+        # Gemma multiplies by 1 + the weight of its norms; llama.cpp stores the sum.
+        return values - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else values
 
     def read(self, name: str, dtype: Any) -> np.ndarray:
         """Return a tensor as an array of `dtype`, in the shape and order of a Hugging Face checkpoint."""
-        array = self.filled(name, self.file.tensors[self.stored[name]].shape, dtype)
-        if self._is_turned(name):
+        array = self.read_in_slabs(name, self.file.tensors[self.stored[name]].shape, dtype)
+        if self._is_transposed(name):
             return array.T
         short = name.split(".")[-2] if self.architecture == "llama" else None
         if short not in ("q_proj", "k_proj"):
             return array
-        # llama.cpp turns neighbouring features in this architecture, so a head's two halves are stored interleaved.
+        # llama.cpp rotates neighbouring features in this architecture, so the two halves of a head are interleaved.
         heads = getattr(self.config, "heads" if short == "q_proj" else "num_key_value_heads")
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def load_gguf(file: GGUFFile | str | os.PathLike[str], *, dtype: Any = jnp.float32) -> LanguageModel:
-    """Load a model from a GGUF file, of any quantisation that the gguf package dequantises.
+    """Load a model from a GGUF file with any quantisation that the gguf package supports.
 
     Parameters
     ----------
     file : GGUFFile, str or path
-        The file.
+        The file, or its header if it has been read already.
     dtype : dtype of the parameters and of the computation
 
     Returns
@@ -93,8 +93,8 @@ def load_gguf(file: GGUFFile | str | os.PathLike[str], *, dtype: Any = jnp.float
     Raises
     ------
     InputError
-        As `GGUFFile.open` and `gguf_config`; also if the tensors do not fit the configuration, with all that do not in
-        one message, or if one cannot be dequantised.
+        As `GGUFFile.open` and `gguf_config`; also if tensors do not fit the configuration (all of them in one message)
+        or cannot be dequantised.
     """
     if not isinstance(file, GGUFFile):
         file = GGUFFile.open(file)

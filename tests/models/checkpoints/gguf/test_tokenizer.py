@@ -25,6 +25,12 @@ CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_en
 
 # The pre_tokenizer and normalizer of the models' published tokenizer.json.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def split(expression):
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
 PUBLISHED = {
     "gpt-2": (None, BYTE_LEVEL | {"use_regex": True}),
     "smollm": (
@@ -32,6 +38,20 @@ PUBLISHED = {
         {
             "type": "Sequence",
             "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
+        },
+    ),
+    "deepseek-coder": (
+        None,
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                split("[\r\n]"),
+                split(r"\s?\p{L}+"),
+                split(r"\s?\p{P}+"),
+                split("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
+                {"type": "Digits", "individual_digits": True},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
         },
     ),
     "llama-bpe": (
@@ -57,8 +77,7 @@ def published(name):
     """Return normalizer and pre-tokenizer of a tokenizer.json as the tokenizers library reads them."""
     normalizer, cut = PUBLISHED[name]
     if isinstance(cut, str):
-        split = {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
-        cut = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+        cut = {"type": "Sequence", "pretokenizers": [split(cut), BYTE_LEVEL | {"use_regex": False}]}
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     parts = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": cut, "model": empty}
     return Tokenizer.from_str(json.dumps(parts))
@@ -165,7 +184,25 @@ def test_words_are_looked_up_whole_only_where_the_model_does_so(tmp_path):
         write_bpe(tmp_path / "t.gguf", name, vocabulary, merges, change=lambda writer: writer.add_add_bos_token(False))
         found[name] = load_tokenizer(tmp_path / "t.gguf")("abc")["input_ids"]
     parts = [vocabulary["a"], 257]
-    assert found == {"gpt-2": parts, "smollm": parts, "qwen2": parts, "llama-bpe": [258], "tekken": [258]}
+    assert found == dict.fromkeys(PUBLISHED, parts) | {"llama-bpe": [258], "tekken": [258]}
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"])
+def test_other_names_of_the_pre_tokenizer_of_llama_3_give_the_same_ids(name, tmp_path):
+    vocabulary, merges = train("llama-bpe")
+    write_bpe(tmp_path / "a.gguf", "llama-bpe", vocabulary, merges, ADDED, change=special_fields)
+    write_bpe(tmp_path / "b.gguf", name, vocabulary, merges, ADDED, change=special_fields)
+    expected, ours = load_tokenizer(tmp_path / "a.gguf"), load_tokenizer(tmp_path / "b.gguf")
+    for text in TEXTS:
+        assert ours(text)["input_ids"] == expected(text)["input_ids"], text
+
+
+def test_deepseek_coder_splits_lines_words_punctuation_and_digits(tmp_path):
+    vocabulary, merges = train("deepseek-coder")
+    write_bpe(tmp_path / "t.gguf", "deepseek-coder", vocabulary, merges)
+    cut = load_tokenizer(tmp_path / "t.gguf").backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    pieces = [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in cut("it's 12\n\n  x+=y (z)")]
+    assert pieces == ["it", "'", "s", " ", "1", "2", "\n", "\n", " ", " x", "+=", "y", " (", "z", ")"]
 
 
 def test_special_tokens_and_chat_template_are_those_of_the_file(tmp_path):
