@@ -107,13 +107,13 @@ def command():
 def scripted_run():
     """Return what makes a stand-in for `CandidateRunner.run` from a law, which notes what it is asked for."""
 
-    def script(loss, made=None):
+    def script(loss, asked=None):
         """Stand in for `CandidateRunner.run`: no training, the losses of a function of (candidate, size)."""
 
         def run(runner, work, callbacks, deadline=None):
             name, size = runner.config.name, work.size
-            if made is not None:
-                made.append((name, size, runner.config.tokens))
+            if asked is not None:
+                asked.append((name, size, runner.config.tokens))
             steps = int(size > 0)
             given = {"validation_loss": 1.0, "steps": steps, "steps_run": steps, "samples": size, "tokens": 8 * size}
             rest = {"seconds": 0.1, "validation_history": (), "reason": "scripted", "trainable": 1}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import lensjax
-from lensjax import data
+from lensjax import data, losses
+from lensjax.report import html, schema
 from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,3 +72,10 @@ def test_links_between_pages_lead_somewhere():
 def test_a_notebook_shows_the_report_with_names_escaped():
     _, report = lensjax.ntk(lambda w, x: w["a&b"] @ x, {"a&b": jnp.ones(2)}, jnp.ones((3, 2)), return_report=True)
     assert report._repr_html_().startswith("<pre>NTK by ")
+
+
+@pytest.mark.parametrize("module", [html, schema, losses], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_are_true(module):
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -84,13 +84,15 @@ def test_known_trials_are_not_made_again(tuner, setting, monkeypatch):
     whole = tune(tuner, *setting[1], search=search, seed=0, on_trials=told.append)
     assert tuple(t for group in told for t in group) == whole.trials
     known = {(t.learning_rate, t.batch_size): t for t in whole.trials[:4]}
-    made = []
+    repeated = []
     original = FineTuner.trials
     monkeypatch.setattr(
-        FineTuner, "trials", lambda self, *a, **k: made.append((k["rates"], k["batch_size"])) or original(self, *a, **k)
+        FineTuner,
+        "trials",
+        lambda self, *a, **k: repeated.append((k["rates"], k["batch_size"])) or original(self, *a, **k),
     )
     again = tune(tuner, *setting[1], search=search, seed=0, known=known)
-    assert made == [((1e-3,), 16), ((1e-2,), 16)]
+    assert repeated == [((1e-3,), 16), ((1e-2,), 16)]
     assert dataclasses.replace(again, seconds=0) == dataclasses.replace(whole, seconds=0)
 
 
@@ -145,3 +147,11 @@ def test_progress_covers_all_trials(tuner, setting):
     assert 0 < shares[0] < 0.2
     assert 0.8 < max(shares) <= 1
     assert search.trials(PLAN) == 7
+
+
+def test_other_searches_are_other_runs():
+    first = Search().as_record()
+    assert first["lanes"] is None
+    assert first["hopeless_after"] == 2
+    assert Search(parallel_trials=3).as_record() == first | {"lanes": 3}
+    assert Search(prune_after=4).as_record() == first | {"hopeless_after": 4}

@@ -64,19 +64,19 @@ def test_adapters_change_what_identifies_a_candidate(tiny_models):
 def test_texts_are_packed_and_nothing_is_cut(tiny_models, command, tmp_path, monkeypatch, scripted_run):
     path = tmp_path / "t.txt"
     path.write_text("".join(f"a line of text, the {'very ' * (i % 7)} number {i}\n" for i in range(100)))
-    made = []
-    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    asked = []
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, asked))
     status, _ = command("--in-process", "--models", *tiny_models, "--task", path, *SIZES, "--out", tmp_path / "out")
     assert status == 0
-    tokens = made[0][2]
+    tokens = asked[0][2]
     assert {len(row) for row in tokens.train.first(20).rows[0][:-1]} == {24}
     assert sum(len(row) for row in tokens.train.first(20).rows[0]) == tokens.train.first(20).token_counts.sum()
     assert sum(part.truncated for part in tokens.parts) == 0
 
 
 def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch, scripted_run):
-    made = []
-    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
+    asked = []
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, asked))
     common = ("--in-process", "--models", *tiny_models, "--task", tiny_task, *SIZES)
     command(*common, "--out", tmp_path / "token")
     status, text = command(*common, "--loss-unit", "byte", "--out", tmp_path / "byte")
@@ -84,7 +84,7 @@ def test_losses_per_byte(tiny_models, tiny_task, command, tmp_path, monkeypatch,
     assert "nats per byte" in text
     per_token, per_byte = (json.loads((tmp_path / unit / "selection.json").read_text()) for unit in ("token", "byte"))
     assert (per_token["loss_unit"], per_byte["loss_unit"]) == ("nats per token", "nats per byte")
-    factor = made[0][2].test.tokens_per_byte
+    factor = asked[0][2].test.tokens_per_byte
     assert 0.1 < factor < 1
     for one, other in zip(per_token["candidates"], per_byte["candidates"], strict=True):
         assert other["losses"] == pytest.approx([loss * factor for loss in one["losses"]])

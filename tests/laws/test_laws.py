@@ -39,8 +39,8 @@ def test_agrees_with_naive_formula(law, change):
 def test_values_and_derivatives_finite_from_zero_to_1e12(law, beta, E, x64):
     with jax.enable_x64(x64):
         params = {name: jnp.full(SIZES.shape, v) for name, v in (PARAMS[law] | {"beta": beta, "E": E}).items()}
-        values, pull = jax.vjp(LAWS[law], params, jnp.asarray(SIZES))
-        slopes, by_size = pull(jnp.ones_like(values))
+        values, vjp = jax.vjp(LAWS[law], params, jnp.asarray(SIZES))
+        slopes, by_size = vjp(jnp.ones_like(values))
     assert np.isfinite(values).all()
     for name, slope in slopes.items():
         assert np.isfinite(slope).all(), name

@@ -13,7 +13,6 @@ from lensjax.report import html as report
 from lensjax.report import tables
 from lensjax.report.figures import data, png_figures, svg_figures
 from lensjax.report.figures.export import write_figures
-from lensjax.report.figures.scale import Scale, padded
 from lensjax.report.html import render_html
 from lensjax.report.predicted_curves import predicted_curves
 from lensjax.report.text import render
@@ -101,30 +100,6 @@ def test_a_loss_of_0_is_not_drawn(make):
     assert 'class="guess"' not in drawn
     assert "alpha" not in svg_figures.ranking(found, name="x").partition("</desc>")[2]
     assert png_figures.render_all(found)
-
-
-@pytest.mark.parametrize(
-    "values", [(1e-300, 1e300), (5e-324, 1.7e308), (5e-324, 5e-324), (1.7e308, 1.7e308), (1e-12, 1.1e-12), (0.5, 2.0)]
-)
-def test_scales_hold_all_positive_numbers(values):
-    scale = padded(values)
-    assert 0 < scale.low <= min(values)
-    assert max(values) <= scale.high < np.inf
-    assert scale.low < scale.high
-    assert all(0 <= scale(value) <= 1 for value in values)
-    assert scale(scale.low) == 0
-    assert scale(scale.high) == pytest.approx(1)
-    ticks = scale.ticks(6)
-    assert len(ticks) <= 6
-    assert sorted(set(ticks)) == ticks
-    assert all(scale.inside(tick) for tick in ticks)
-    if values[1] / values[0] > 1.05 and values[0] > 1e-320:
-        assert len(ticks) > 1
-
-
-def test_ticks_of_small_numbers_are_round():
-    assert Scale(1.3e-12, 2.3e-12).ticks(6) == [1.4e-12, 1.6e-12, 1.8e-12, 2e-12, 2.2e-12]
-    assert Scale(1e-300, 1e300).ticks(5)[1] == 1e-180
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from lensjax._display import escaped
 from lensjax.environment import versions
 from lensjax.errors import InputError
 from lensjax.report.figures.export import write_figures
-from lensjax.report.figures.scale import Scale, compact, shortened
 from lensjax.report.html import render_html
 from lensjax.report.predicted_curves import predicted_curves
 from lensjax.selectors import SELECTORS
@@ -220,7 +219,7 @@ def test_missing_intervals_are_absent_and_the_reason_is_given(make, method, reas
     assert "knows no intervals and no probabilities" in page.text
 
 
-def test_candidates_without_a_verdict_come_last_with_the_reason(make):
+def test_candidates_without_a_score_come_last_with_the_reason(make):
     selection = make("averaged")
     scores = dataclasses.replace(
         selection.main,
@@ -243,7 +242,7 @@ def test_an_order_that_is_not_that_of_the_expected_losses_is_explained(make):
         assert (words in page.text) == shown
 
 
-def test_without_any_verdict_there_is_an_error(make):
+def test_without_any_score_there_is_an_error(make):
     selection = make("averaged")
     scores = dataclasses.replace(selection.main, score=np.full(3, np.nan))
     with pytest.raises(InputError, match="no candidate could be scored"):
@@ -388,18 +387,5 @@ def test_no_losses_at_all(make):
     assert "Measured: nothing." in "".join(t for tag, t in page.texts if tag == "desc")
 
 
-def test_scales_have_round_ticks():
-    assert Scale(50, 6400, 0, 1).ticks(6) == [100, 1000]
-    assert Scale(1.3, 2.3, 0, 1).ticks(6) == [1.4, 1.6, 1.8, 2.0, 2.2]
-    assert Scale(1, 1e12, 0, 1).ticks(5) == [1, 1e3, 1e6, 1e9, 1e12]
-    assert Scale(10, 1000, 5, 25)(100) == pytest.approx(15)
-
-
 def test_texts_are_safe_in_attributes_too():
     assert escaped("a\"b'c<d>&\x07") == "a&quot;b&#x27;c&lt;d&gt;&amp;\ufffd"
-
-
-def test_short_forms():
-    assert [compact(v) for v in (0, 0.5, 200, 1600, 3_200_000, 2e12)] == ["0", "0.5", "200", "1.6k", "3.2M", "2e+12"]
-    assert shortened("short", 10) == "short"
-    assert shortened("a-very-long-name-7b", 11) == "a-ver…me-7b"

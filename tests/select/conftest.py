@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from lensjax.finetune import FineTuner
+from lensjax.jobs import runner
 from lensjax.select import driver
 from lensjax.select.cli import main as command_main
 
@@ -58,3 +59,16 @@ def mistake(capsys, monkeypatch, tmp_path, tiny_models, tiny_task):
         return captured.err.removeprefix("lensjax.select: ").rstrip("\n")
 
     return mistake
+
+
+@pytest.fixture
+def settings(tiny_models, tiny_task):
+    rest = {"smallest": 10, "visible": 40, "validation": 20, "test": 20, "max_length": 24}
+    return {"models": tuple(map(str, tiny_models)), "task": str(tiny_task), **rest}
+
+
+@pytest.fixture
+def trained(monkeypatch, scripted_run):
+    asked = []
+    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, asked))
+    return asked

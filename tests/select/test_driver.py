@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+import lensjax
 from lensjax import models
 from lensjax.errors import InputError
 from lensjax.finetune import FineTuner
@@ -378,3 +379,18 @@ def test_cost_of_everything_is_measured_by_verification_and_estimated_without(fi
     assert estimate["full_flops"] == pytest.approx(document["full_flops"], rel=0.05)
     assert "estimated at 2.0 passes" in estimate["cost_note"]
     assert runs[0]["facts"]["device"] == jax.devices()[0].device_kind
+
+
+def test_the_same_from_python(settings, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models, task = settings.pop("models"), settings.pop("task")
+    selection = lensjax.run_selection(models, task, isolate=False, out="out", target=100, budget="50%", **settings)
+    assert isinstance(selection, lensjax.Selection)
+    assert selection.best in ("tiny-8", "tiny-16")
+    assert "python -m lensjax.tune" in selection.facts["tune_command"]
+    assert (tmp_path / "out" / "runs.jsonl").exists()
+    assert selection.best in selection._repr_html_()
+    with pytest.raises(InputError, match="run_selection: no setting visibel; there are: "):
+        lensjax.run_selection(models, task, visibel=3)
+    with pytest.raises(InputError, match="is one model; give a list"):
+        lensjax.run_selection(models[0], task)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from lensjax import models
 from lensjax.errors import InputError
-from lensjax.jobs import job, process, runner
-from lensjax.jobs.pretrained_scores import POSITIONS, evidence_flops, samples_for, spectra_flops
+from lensjax.jobs import job, runner
+from lensjax.jobs.pretrained_scores import evidence_flops, spectra_flops
 from lensjax.journal import JOURNAL
 from lensjax.losses import read_journal
 from lensjax.report.schema import problems
@@ -23,7 +23,7 @@ from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Request, prepare
 from lensjax.select.session import runner_config
 from lensjax.selectors import log_me, nlp_metrics
-from lensjax.tasks import Encoded, encode, load_task
+from lensjax.tasks import encode, load_task
 
 EXPONENTS = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda")
 HERE = Machine("cpu", "test", 1, 2**40, {"float32": 1e11})
@@ -337,23 +337,3 @@ def test_what_was_measured_costs_a_dry_run_nothing(finished, options):
     status, text, _ = select(options, finished[0], "--method", "all", "--dry-run")
     assert status == 0
     assert "Every run is done already" in text
-
-
-def test_samples_hold_enough_target_tokens():
-    ids = tuple(np.zeros(12, np.int32) for _ in range(1000))
-    train = Encoded(ids, np.full(1000, 2), 0)
-    assert samples_for(train, 1000) == POSITIONS // 10
-    assert samples_for(train, 30) == 30
-
-
-def test_a_worker_measures_in_its_own_process(finished, options):
-    prepared = prepare(request(options))
-    worker = process.CandidateProcess(runner_config(prepared, prepared.candidates[1]))
-    try:
-        found = worker.measure(job.PretrainedScore("log_me", 40), job.Callbacks())
-    finally:
-        worker.close()
-    in_process = document(finished[0])["facts"]["log_me"]["wide+lora"]
-    assert found["log_me"] == pytest.approx(in_process["log_me"], rel=1e-5)
-    assert (found["positions"], found["classes"]) == (in_process["positions"], in_process["classes"])
-    assert found["peak_bytes"] > 0

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lensjax
+from lensjax.errors import InputError
 from lensjax.losses.table import read_losses
 from lensjax.metrics import pear_corr, rel_acc
 from lensjax.report.schema import problems
@@ -362,3 +364,13 @@ def test_options_say_how_runs_are_read(command, refused, tmp_path):
         assert refused(*target, *option) == f"{option[0]} needs --losses; remove {option[0]}."
     message = "same_step does not apply to a table of losses; remove it."
     assert refused("--losses", table_of, *target, "--same-step", "first") == f"{table_of}: {message}"
+
+
+def test_losses_that_are_there_already():
+    curves = lensjax.read_losses("published:flan")
+    by_table = lensjax.select_from_losses(curves, 1_638_400, visible=51_200, method="ats")
+    by_name = lensjax.select_from_losses("published:flan", visible=51_200, method="ats")
+    assert by_table.best == by_name.best
+    assert by_table.target == by_name.target
+    with pytest.raises(InputError, match="say for how many training samples"):
+        lensjax.select_from_losses(lensjax.Curves(("a", "b"), [1, 2], [[2.0, 1.0], [3.0, 2.0]]))

@@ -1,11 +1,15 @@
 """A request as it is prepared: subset sizes, what defines its runs, paths that are meant from elsewhere."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lensjax.errors import InputError
+from lensjax.finetune import Search
+from lensjax.journal import key_of
 from lensjax.models import Lora
 from lensjax.select.budget import Budget
-from lensjax.select.request import Request, prepare
+from lensjax.select.request import Prepared, Request, prepare
 
 
 @pytest.fixture
@@ -49,3 +53,19 @@ def test_relative_paths_are_meant_from_the_base(settings, tiny_models, tmp_path,
     assert [c.name for c in prepared.candidates] == ["tiny-8+lora", "tiny-16"]
     assert [c.asked for c in prepared.candidates] == list(names)
     assert prepared.candidates[1].path == tiny_models[1]
+
+
+# The digests are those that were computed before `parallel_trials` and `prune_after` had these names.
+REQUESTS = {
+    "default": (Request(), "72b22998f67d6b0a"),
+    "search": (Request(search=Search((1e-3, 3e-4), (8, 16))), "108c7966d8b1a922"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_what_identifies_a_run_is_what_it_was(name):
+    request, digest = REQUESTS[name]
+    task = SimpleNamespace(fingerprint="0123456789abcdef", text_only=False)
+    found = Prepared(request, task, (), {}, (50, 100), 1600, 128, ()).definition
+    assert list(found["search"]) == ["learning_rates", "batch_sizes", "lanes", "hopeless_after", "retry"]
+    assert key_of(found) == digest

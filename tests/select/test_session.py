@@ -2,35 +2,17 @@
 
 import io
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-import lensjax
-from lensjax.errors import InputError
-from lensjax.finetune import Trial
 from lensjax.jobs import job, runner
-from lensjax.journal import JOURNAL, Run
+from lensjax.journal import JOURNAL
 from lensjax.progress.console import Console
 from lensjax.select import records
 from lensjax.select.driver import select
-from lensjax.select.records import known_trials
 from lensjax.select.request import Request, prepare
 from lensjax.select.session import Session
-
-
-@pytest.fixture
-def settings(tiny_models, tiny_task):
-    rest = {"smallest": 10, "visible": 40, "validation": 20, "test": 20, "max_length": 24}
-    return {"models": tuple(map(str, tiny_models)), "task": str(tiny_task), **rest}
-
-
-@pytest.fixture
-def trained(monkeypatch, scripted_run):
-    made = []
-    monkeypatch.setattr(runner.CandidateRunner, "run", scripted_run(lambda _, size: 3.0 / (1 + size) ** 0.1, made))
-    return made
 
 
 def test_curves_have_the_unit_that_was_asked_for(settings, trained, tmp_path):
@@ -56,19 +38,6 @@ def test_a_finished_run_is_taken_over_and_not_repeated(settings, trained, tmp_pa
         assert session.loss(prepared.candidates[0], 20, "for the test") == 3.0 / 21**0.1
         session.close()
     assert len(trained) == 1
-
-
-def test_a_trial_that_cannot_be_read_is_made_again():
-    trial = Trial(
-        learning_rate=0.1, batch_size=4, status="finished", reason="r", test_loss=2.0, validation_loss=2.0,
-        validation_history=((0, 3.0),), steps=1, steps_run=2, steps_per_epoch=2, samples=8, tokens=9, flops=1.0,
-        step_flops=None, evaluation_flops=None,
-    )  # fmt: skip
-    stored = json.loads(json.dumps(asdict(trial)))
-    changes = [{"learning_rate": "x"}, {"steps": "1"}, {"validation_history": [[0]]}, {"batch_size": None}, {"new": 1}]
-    others = [None, [], "x", {}, *({**stored, **change} for change in changes)]
-    records = [Run(f"{n}", "a", 10, 2.0, facts={"trial": of}) for n, of in enumerate([*others, stored])]
-    assert known_trials([*records, Run("z", "a", 10, 2.0)]) == {(0.1, 4): trial}
 
 
 def test_runs_of_other_versions_are_pointed_out(settings, trained, tmp_path, monkeypatch):
@@ -108,31 +77,6 @@ def test_a_long_name_has_a_log(settings, tmp_path, monkeypatch):
     config = session.runner_for(prepared.candidates[0]).config
     assert len(config.log.name) < 255
     session.close()
-
-
-def test_the_same_from_python(settings, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    models, task = settings.pop("models"), settings.pop("task")
-    selection = lensjax.run_selection(models, task, isolate=False, out="out", target=100, budget="50%", **settings)
-    assert isinstance(selection, lensjax.Selection)
-    assert selection.best in ("tiny-8", "tiny-16")
-    assert "python -m lensjax.tune" in selection.facts["tune_command"]
-    assert (tmp_path / "out" / "runs.jsonl").exists()
-    assert selection.best in selection._repr_html_()
-    with pytest.raises(InputError, match="run_selection: no setting visibel; there are: "):
-        lensjax.run_selection(models, task, visibel=3)
-    with pytest.raises(InputError, match="is one model; give a list"):
-        lensjax.run_selection(models[0], task)
-
-
-def test_losses_that_are_there_already():
-    curves = lensjax.read_losses("published:flan")
-    by_table = lensjax.select_from_losses(curves, 1_638_400, visible=51_200, method="ats")
-    by_name = lensjax.select_from_losses("published:flan", visible=51_200, method="ats")
-    assert by_table.best == by_name.best
-    assert by_table.target == by_name.target
-    with pytest.raises(InputError, match="say for how many training samples"):
-        lensjax.select_from_losses(lensjax.Curves(("a", "b"), [1, 2], [[2.0, 1.0], [3.0, 2.0]]))
 
 
 def test_a_run_that_failed_is_a_point_that_was_not_measured(settings, tmp_path, monkeypatch):

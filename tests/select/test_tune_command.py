@@ -1,4 +1,4 @@
-"""The command that fine-tunes a winner: what it says is what the selection's runs were made with."""
+"""The command that fine-tunes the chosen model: what it says is what the selection's runs were made with."""
 
 import dataclasses
 import shlex

@@ -33,7 +33,7 @@ def curves(seed=0, candidates=4, sizes=(0, 100, 200, 400, 1600), missing=True):
 
 
 def reference(table, target, s):
-    """The whole average in plain loops, each law and each centre by itself; nothing shared with the code."""
+    """The whole average in plain loops, each law and each hyper-prior by itself; nothing shared with the code."""
     floors, onsets, exponents = module.FLOORS, module.ONSETS, module.EXPONENTS
     edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(floors)), 1.0]
     grid = [(e, d, b) for e in floors for d in onsets for b in exponents]
@@ -76,13 +76,13 @@ def reference(table, target, s):
         priors.append(p)
         evidence.append(sum(math.log(float(likelihood[row] @ p)) for row in range(len(table))))
     evidence = np.array(evidence)
-    centres = np.exp(evidence - evidence.max())
-    centres /= centres.sum()
+    hyper_posterior = np.exp(evidence - evidence.max())
+    hyper_posterior /= hyper_posterior.sum()
     weights = np.zeros_like(likelihood)
-    for centre, p in zip(centres, priors, strict=True):
+    for share, p in zip(hyper_posterior, priors, strict=True):
         for row in range(len(table)):
-            weights[row] += centre * likelihood[row] * p / (likelihood[row] @ p)
-    return weights, predicted, centres
+            weights[row] += share * likelihood[row] * p / (likelihood[row] @ p)
+    return weights, predicted, hyper_posterior
 
 
 def quantile(values, weights, level):
@@ -129,10 +129,10 @@ def compared():
 
 
 def test_posterior_is_that_of_plain_loops(compared):
-    _, found, (weights, predicted, centres), _ = compared
+    _, found, (weights, predicted, hyper_posterior), _ = compared
     np.testing.assert_allclose(found.log_loss, predicted, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(found.weights, weights, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(found.hyper_posterior, centres, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.hyper_posterior, hyper_posterior, rtol=1e-9, atol=1e-12)
 
 
 def test_mean_and_quantiles_are_those_of_plain_loops(compared):
@@ -160,16 +160,18 @@ def test_choice_is_made_between_the_prediction_and_the_largest_size(compared):
     table, found, (weights, predicted, _), _ = compared
     s = DEFAULT_SETTINGS
     same = dataclasses.replace(found, largest=np.full(len(table), 1600.0))
-    merits = []
+    criterion = []
     for row in range(len(table)):
         power = sum(w * math.exp(s.power_mean_order * p) for w, p in zip(weights[row], predicted[row], strict=True))
         seen = 0.0
         for (e, d0, b), w, p in zip(compared_grid(), weights[row], predicted[row], strict=True):
             at_target, at_largest = (math.log(e + (1 - e) / (1 + (d / d0) ** b)) for d in (50_000, 1600))
             seen += w * (p - at_target + at_largest)
-        merits.append((1 - s.largest_size_weight) * math.log(power) / s.power_mean_order + s.largest_size_weight * seen)
+        criterion.append(
+            (1 - s.largest_size_weight) * math.log(power) / s.power_mean_order + s.largest_size_weight * seen
+        )
     with small_grid():
-        np.testing.assert_allclose(same.criterion(), merits, rtol=1e-10)
+        np.testing.assert_allclose(same.criterion(), criterion, rtol=1e-10)
         chosen = int(np.argmin(same.criterion()))
         assert same.score().argmin() == chosen
         others = np.arange(len(table)) != chosen

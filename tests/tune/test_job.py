@@ -1,4 +1,4 @@
-"""A selection's winner fine-tuned by the command that the selection ends with; tiny models, a tiny task."""
+"""A selection's chosen model fine-tuned by the command that the selection ends with; tiny models, a tiny task."""
 
 import dataclasses
 import hashlib
@@ -52,7 +52,7 @@ def selected(tiny_models, tiny_task, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(selected, tune_command):
-    """The winner, fine-tuned by the selection's command: where it is, what was printed, the record."""
+    """The chosen model, fine-tuned by the selection's command: where it is, what was printed, the record."""
     python, dash, module, *arguments = shlex.split(selected.found["facts"]["tune_command"])
     assert (python, dash, module) == ("python", "-m", "lensjax.tune")
     status, text, progress = tune_command(*arguments)
