@@ -15,9 +15,7 @@ from lensjax.finetune.sharding import place
 from lensjax.models import Lora
 from lensjax.select.dry_run import memory as memory_estimates
 from lensjax.select.dry_run.estimate import dry_run
-from lensjax.select.dry_run.forecast import (
-    format_bytes,
-)
+from lensjax.select.dry_run.forecast import format_bytes
 from lensjax.select.dry_run.machine import Machine
 from support.dry_runs import GIB, HERE, PLAN
 
