@@ -29,7 +29,7 @@ class LawShapes(chex.TestCase):
             chex.assert_tree_all_finite(values)
 
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(log_kernel_residual, kernel_residual)
+    @parameterized.named_parameters(("log", log_kernel_residual), ("plain", kernel_residual))
     def test_residuals_of_a_kernel_have_the_shape_of_the_times(self, function):
         eigenvalues, projections = jnp.arange(1.0, 1 + MODES), jnp.ones(MODES)
         values = self.variant(function)(jnp.arange(float(SIZES)), eigenvalues, projections)
