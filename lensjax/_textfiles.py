@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 LFS = b"version https://git-lfs"
 POINTER = "it is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
@@ -53,3 +55,10 @@ def wrong_delimiter(text: str) -> str:
     if "," in first:
         return ""
     return next((name for mark, name in DELIMITERS.items() if mark in first), "")
+
+
+def unreadable(path: Path, error: Exception, remedy: str = "download it again") -> str:
+    """Return why a binary file cannot be read, to end a sentence: a Git LFS pointer, or the error and a remedy."""
+    with path.open("rb") as file:
+        pointer = file.read(len(LFS)) == LFS
+    return f": {POINTER}" if pointer else f" ({error}); {remedy}"

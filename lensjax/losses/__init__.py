@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lensjax.errors import InputError
+from lensjax.journal import JOURNAL
 from lensjax.losses.curves import Curves
 from lensjax.losses.huggingface_trainer import TRAINER_STATE, read_trainer_states
-from lensjax.losses.run_directory import JOURNAL, read_journal
+from lensjax.losses.run_directory import read_journal
 from lensjax.losses.stores import is_database
 from lensjax.losses.table import read_losses
 from lensjax.losses.trackers import is_chart, read_mlflow, read_wandb, table_of

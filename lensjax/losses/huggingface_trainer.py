@@ -15,7 +15,7 @@ import numpy as np
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.losses.evaluations import Evaluations, curves_of_runs, evaluation
-from lensjax.losses.points import Repeats, SameStep, Which, check_metric, named, number_of, short
+from lensjax.losses.points import Repeats, SameStep, Which, check_metric, listed, named, number_of, short
 
 TRAINER_STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -121,7 +121,7 @@ def _counting(run: Path, states: list[State], metric: str, notes: list[str]) -> 
         if differs is not None:
             strangers.append((state.path.parent.name, differs))
     if strangers:
-        shown = ", ".join(name for name, _ in strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        shown = listed([name for name, _ in strangers], 3)
         notes.append(
             f"{counting.path} counts, and what other runs left beside it does not: {shown} ({strangers[0][1]}). If "
             "those are meant, move that file away"

@@ -51,9 +51,14 @@ def expression_of(pattern: str) -> re.Pattern[str]:
 
 def worded(names: Iterable[str]) -> dict[str, tuple[str, str]] | None:
     """Return model and samples of names that all end in a number with a word for samples; None if one does not."""
+    return fitting(names, WORDED)
+
+
+def fitting(names: Iterable[str], expressions: Sequence[re.Pattern[str]]) -> dict[str, tuple[str, str]] | None:
+    """Return model and samples of names, each by the first expression that it fits; None if one fits none."""
     found = {}
     for name in names:
-        match = next(filter(None, (expression.fullmatch(name) for expression in WORDED)), None)
+        match = next(filter(None, (expression.fullmatch(name) for expression in expressions)), None)
         if match is None:
             return None
         found[name] = (match["model"], match["samples"])

@@ -13,7 +13,7 @@ import numpy as np
 from lensjax._messages import ungrouped
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
-from lensjax.losses.names import PATTERNS, REMEDY, doubt, expression_of, worded
+from lensjax.losses.names import PATTERNS, REMEDY, doubt, expression_of, fitting, worded
 
 Repeats = Literal["refuse", "mean", "lowest"]
 Which = Literal["lowest", "last"]
@@ -90,22 +90,16 @@ def named(
     InputError
         A name that does not fit; numbers that may be something else.
     """
-    if pattern is not None:
-        expression = expression_of(pattern)
-        fits = {name: expression.fullmatch(name) for name in runs}
-        if all(fits.values()):
-            return _read_names({n: (m["model"], m["samples"]) for n, m in fits.items() if m is not None}, runs)
-    else:
-        said = worded(runs)
-        if said is not None:
-            return _read_names(said, runs)
-        for one in PATTERNS:
-            expression = expression_of(one)
-            fits = {name: expression.fullmatch(name) for name in runs}
-            if all(fits.values()):
-                return _bare(fits, runs, models or {}, notes)
-    wrong = next(n for n, m in fits.items() if m is None)
     tried = PATTERNS if pattern is None else (pattern,)
+    said = worded(runs) if pattern is None else None
+    if said is not None:
+        return _read_names(said, runs)
+    for one in tried:
+        found = fitting(runs, [expression_of(one)])
+        if found is not None:
+            return _bare(found, runs, models or {}, notes) if pattern is None else _read_names(found, runs)
+    last = expression_of(tried[-1])
+    wrong = next(name for name in runs if last.fullmatch(name) is None)
     raise InputError(
         f"{runs[wrong]}: the name {wrong!r} does not say model and number of samples as {' or '.join(tried)} does. "
         "Rename the run, or say how names are made: pattern='{model}-n{samples}', say (--pattern; * for what is to be "
@@ -114,13 +108,12 @@ def named(
 
 
 def _bare(
-    fits: Mapping[str, re.Match[str] | None],
+    found: Mapping[str, tuple[str, str]],
     runs: Mapping[str, str],
     models: Mapping[str, str],
     notes: list[str] | None,
 ) -> dict[str, tuple[str, float]]:
     """Read names that end in a bare number, if it can only be a number of samples."""
-    found = {name: (match["model"], match["samples"]) for name, match in fits.items() if match is not None}
     read = _read_names(found, runs)
     reason = doubt(found, [(models.get(name, model), samples) for name, (model, samples) in read.items()])
     if reason:
@@ -195,7 +188,7 @@ def loss_of(value: Any, what: str) -> float:
 
 
 def chosen_of(values: Sequence[float], which: Which) -> float:
-    """Return the lowest or the last of a run's losses; NaN if there is none."""
+    """Return the lowest finite one (NaN if there is none) or the last one of a run's losses, of which there is one."""
     if which not in ("lowest", "last"):
         raise InputError(f"which={which!r} is not known; choose 'lowest' or 'last'.")
     if which == "last":

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from lensjax.errors import InputError
+from lensjax.journal import JOURNAL
 from lensjax.losses.curves import FACT_COLUMNS, Curves
 from lensjax.losses.evaluations import Evaluations, curves_of_runs, evaluation
 from lensjax.losses.points import Repeats, SameStep, check_metric, number_of
-
-JOURNAL = "runs.jsonl"
 
 
 def read_journal(

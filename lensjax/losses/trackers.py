@@ -15,7 +15,7 @@ from lensjax._textfiles import decode
 from lensjax.errors import InputError
 from lensjax.losses.curves import Curves
 from lensjax.losses.evaluations import FINISHED, Evaluations, curves_of_runs, evaluation
-from lensjax.losses.names import PATTERNS, expression_of, worded
+from lensjax.losses.names import PATTERNS, expression_of, fitting, worded
 from lensjax.losses.points import Repeats, SameStep, Which, check_metric, listed, named, number_of, short, size_of
 from lensjax.losses.stores import Run, is_database, read_database, read_files
 
@@ -311,7 +311,7 @@ def _ends(runs: Mapping[str, str], pattern: str | None) -> dict[str, tuple[str, 
     """Return models and samples as names have them, taking every number for one of samples."""
     if pattern is not None or worded(runs) is not None:
         return named(runs, pattern)
-    fits = next((p for p in PATTERNS if all(expression_of(p).fullmatch(name) for name in runs)), None)
+    fits = next((p for p in PATTERNS if fitting(runs, [expression_of(p)]) is not None), None)
     return named(runs, fits)
 
 

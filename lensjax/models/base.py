@@ -14,7 +14,7 @@ from lensjax_kernels.cross_entropy import IGNORED, next_token_labels
 
 from lensjax.errors import InputError
 from lensjax.models.execution import run_layers
-from lensjax.models.layers import Embedding, attention_implementation
+from lensjax.models.layers import Embedding, attention_implementation, split_key
 from lensjax.models.lora import Lora, with_dropout
 from lensjax.models.registry import ModelConfig
 
@@ -238,9 +238,7 @@ class Seq2SeqLM(LanguageModel):
         mask = jnp.ones(input_ids.shape, jnp.int32) if attention_mask is None else attention_mask
         if decoder_attention_mask is None:
             decoder_attention_mask = jnp.ones(decoder_input_ids.shape, jnp.int32)
-        keys: tuple[jax.Array | None, ...] = (None, None)
-        if dropout_key is not None:
-            keys = tuple(jax.random.split(dropout_key))
+        keys = split_key(dropout_key, 2)
         encoded = self.encode(input_ids, mask, dropout_key=keys[0])
         return self.decode(decoder_input_ids, decoder_attention_mask, encoded, mask, dropout_key=keys[1])
 

@@ -126,8 +126,7 @@ def attention(
         scores = scores + bias
     # The smallest finite number rather than -inf: a query that sees no key (padding on the left) would give NaN.
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(accumulator).min), axis=-1).astype(value.dtype)
-    if dropout_key is not None:
-        weights = drop(weights, dropout, dropout_key)
+    weights = drop(weights, dropout, dropout_key)
     return jnp.einsum("nhts,nshd->nthd", weights, value)
 
 

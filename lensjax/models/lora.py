@@ -22,7 +22,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models import layers
 from lensjax.models.execution import is_stacked, stack_layers, unstack_layers
-from lensjax.models.registry import Table, family
+from lensjax.models.registry import Table, family_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -160,7 +160,7 @@ def adaptable(model: Any) -> dict[str, tuple[str, ...]]:
         Our dotted name, such as `layers.0.attention.query` -> the names in the checkpoint, such as
         `model.layers.0.self_attn.q_proj`; there are several only for experts.
     """
-    table = family(model.config.model_type, model.config.model_type).table(model.config)
+    table = family_of(model.config).table(model.config)
     names = {}
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))

@@ -369,3 +369,8 @@ def family(model_type: str, source: str) -> Family:
     name, config, model = FAMILIES[model_type]
     module = importlib.import_module(f"lensjax.models.families.{name}")
     return Family(getattr(module, config), getattr(module, model), module.table)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the family that a configuration belongs to."""
+    return family(config.model_type, config.model_type)

@@ -10,7 +10,7 @@ from typing import Any
 from lensjax.errors import InputError
 from lensjax.tasks.example import PROMPT, Example, RowReader
 from lensjax.tasks.sources import cannot_load
-from lensjax.tasks.specification import TaskSource
+from lensjax.tasks.specification import ResolvedSource, TaskSource
 from lensjax.tasks.task import Task
 
 BYTES_PER_TOKEN = 3  # assumed where only the bytes of a data set are known; English has about 4
@@ -74,7 +74,7 @@ def summarize_dataset(source: TaskSource) -> DatasetSummary | None:
     _check_fields(resolved.read, info.features, f"{dataset}, its fields")
     notes: list[str] = []
     train = _training_samples(
-        source, {part: _rows(dataset, config, split, info) for part, split in splits.items()}, notes
+        source, resolved, {part: _rows(dataset, config, split, info) for part, split in splits.items()}, notes
     )
     tokens = None
     if resolved.text_only:
@@ -106,12 +106,16 @@ def summarize_dataset(source: TaskSource) -> DatasetSummary | None:
     return DatasetSummary(task, info.download_size, info.dataset_size, cache, tokens, tuple(notes))
 
 
-def _training_samples(source: TaskSource, rows: Mapping[str, int | None], notes: list[str]) -> int:
+def _training_samples(
+    source: TaskSource, resolved: ResolvedSource, rows: Mapping[str, int | None], notes: list[str]
+) -> int:
     """Return how many training samples are left at most once validation and test samples are set aside.
 
     Parameters
     ----------
     source : TaskSource
+    resolved : ResolvedSource
+        Of that source.
     rows : mapping
         Rows of each split, None where the hub does not say.
     notes : list of str
@@ -122,7 +126,6 @@ def _training_samples(source: TaskSource, rows: Mapping[str, int | None], notes:
     InputError
         If their number is not known, or there are too few.
     """
-    resolved = source.resolve()
     name, limit = resolved.label, source.limit
     available = rows["train"]
     if limit is not None:

@@ -18,7 +18,7 @@ from lensjax.errors import InputError
 from lensjax.models.base import Seq2SeqConfig
 from lensjax.models.execution import unstack_layers
 from lensjax.models.lora import Lora, adaptable, adapters, with_adapters
-from lensjax.models.registry import Table, family
+from lensjax.models.registry import Table, family_of
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def save_lora(model: Any, directory: str | os.PathLike[str], *, base: str | os.P
         raise InputError("The model has no adapters to save; save all its weights with save_pretrained.")
     lora: Lora = model.lora
     model = unstack_layers(model)
-    known, table = adaptable(model), _table(model)
+    known, table = adaptable(model), family_of(model.config).table(model.config)
     tensors: dict[str, np.ndarray] = {}
     used: list[str] = []
     for name, adapter in adapters(model).items():
@@ -101,10 +101,6 @@ def _targets(used: list[str], known: list[str]) -> list[str]:
     return sorted(short if matched == set(used) else used)
 
 
-def _table(model: Any) -> Table:
-    return family(model.config.model_type, model.config.model_type).table(model.config)
-
-
 def _stores_inputs_first(table: Table, name: str) -> bool:
     """Return whether the checkpoint stores matrices as (in, out), as GPT-2's does."""
     try:
@@ -143,11 +139,9 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
             f"{source / WEIGHTS}: cannot be read ({error}). Adapters in a pickled file (adapter_model.bin) are not "
             "opened; load and save them once with peft, which writes safetensors."
         ) from error
-    lora = Lora(config["r"], float(config["lora_alpha"]), config.get("lora_dropout", 0.0), None, None,
-                config.get("use_rslora", False))  # fmt: skip
     matrices, problems = {}, []
-    known = adaptable(unstack_layers(model))
-    for name, theirs in known.items():
+    plain = unstack_layers(model)
+    for name, theirs in adaptable(plain).items():
         pairs = [(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight") for module in theirs]
         needed = [part for pair in pairs for part in pair]
         missing = [part for part in needed if part not in tensors]
@@ -159,12 +153,14 @@ def load_lora(model: Any, directory: str | os.PathLike[str]) -> Any:
     problems += [f"unused: {part}" for part in tensors]
     if not matrices and not problems:
         problems.append("there is no adapter in the file")
-    lora = Lora(lora.rank, lora.alpha, lora.dropout, tuple(matrices), None, lora.rank_stabilised)
-    adapted = (
-        unstack_layers(model)
-        if problems
-        else with_adapters(unstack_layers(model), lora, list(matrices), jax.random.key(0))
+    lora = Lora(
+        config["r"],
+        float(config["lora_alpha"]),
+        config.get("lora_dropout", 0.0),
+        tuple(matrices),
+        rank_stabilised=config.get("use_rslora", False),
     )
+    adapted = plain if problems else with_adapters(plain, lora, list(matrices), jax.random.key(0))
     for name, adapter in adapters(adapted).items():
         for matrix, parts in zip((adapter.lora_a, adapter.lora_b), zip(*matrices[name], strict=True), strict=True):
             shape = parts[0].shape if matrix[...].ndim == 2 else (len(parts), *parts[0].shape)

@@ -21,7 +21,7 @@ from flax import nnx
 from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel
 from lensjax.models.lora import Lora, add_lora
-from lensjax.models.registry import Family, ModelConfig, Table, family
+from lensjax.models.registry import ModelConfig, Table, family_of
 
 FEW_LAYERS = 64
 MAX_LISTED = 20
@@ -80,11 +80,6 @@ def slabs(shape: tuple[int, ...]) -> list[tuple[int, int]]:
         return [(0, math.prod(shape))]
     step = max(1, SLAB // max(1, math.prod(shape[1:])))
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-
-def family_of(config: ModelConfig) -> Family:
-    """Return the family that a configuration belongs to."""
-    return family(config.model_type, config.model_type)
 
 
 class _OneKey:

@@ -26,7 +26,7 @@ from typing import IO, Any, BinaryIO, cast
 import jax.numpy as jnp
 import numpy as np
 
-from lensjax._textfiles import LFS, POINTER
+from lensjax._textfiles import unreadable
 from lensjax.errors import InputError
 from lensjax.models.checkpoints.safetensors_files import FileTensors
 
@@ -343,9 +343,7 @@ class PickledTensors(FileTensors):
             try:
                 tensors = read_header(file)
             except (ValueError, OSError) as error:
-                with file.open("rb") as stream:
-                    pointer = stream.read(len(LFS)) == LFS
-                reason = f": {POINTER}" if pointer else f" ({error}); download it again, or convert it to safetensors"
+                reason = unreadable(file, error, "download it again, or convert it to safetensors")
                 raise InputError(f"{file}: cannot be read as weights of PyTorch{reason}.") from error
             for name, (tensor, start) in tensors.items():
                 if name in self._tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lensjax._files import read_json
 from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel
 from lensjax.models.checkpoints.config_file import load_config
@@ -30,14 +30,13 @@ from lensjax.models.checkpoints.mapping import (
     Tensors,
     assemble,
     check_layer_count,
-    family_of,
     fitting_config,
     match,
     parameter_shapes,
 )
 from lensjax.models.checkpoints.pickled import PickledTensors, has_pickled_weights
 from lensjax.models.checkpoints.safetensors_files import FileTensors, HubTensors, SafeTensors, has_safetensors
-from lensjax.models.registry import ModelConfig
+from lensjax.models.registry import ModelConfig, family_of
 
 
 def count_parameters(model: str | os.PathLike[str] | ModelConfig, *, revision: str | None = None) -> int:
@@ -177,8 +176,8 @@ def _has_vocabulary(directory: Path) -> bool:
     if any((directory / name).is_file() for name in VOCABULARY_FILES):
         return True
     try:
-        settings = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        settings = read_json(directory / "tokenizer_config.json")
+    except (OSError, ValueError):
         return False
     return isinstance(settings, dict) and settings.get("tokenizer_class") in BYTE_TOKENIZERS
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lensjax._files import read_json
-from lensjax._textfiles import LFS, POINTER
+from lensjax._textfiles import unreadable
 from lensjax.errors import InputError
 from lensjax.models.base import Seq2SeqConfig
 from lensjax.models.checkpoints.config_file import TEXT_MODELS, conversion
@@ -84,10 +84,7 @@ class SafeTensors(FileTensors):
                     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
                     kinds = {name: part.get_dtype() for name, part in slices.items()}
             except (SafetensorError, OSError) as error:
-                with file.open("rb") as stream:
-                    pointer = stream.read(len(LFS)) == LFS
-                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
-                raise InputError(f"{file}: cannot be read as safetensors{reason}.") from error
+                raise InputError(f"{file}: cannot be read as safetensors{unreadable(file, error)}.") from error
             for stored, shape in shapes.items():
                 name = name_in_language_model(stored, config)
                 if name is None:
@@ -105,7 +102,7 @@ class SafeTensors(FileTensors):
             return handle.get_slice(stored)[start:stop] if self.shapes[name] else handle.get_tensor(stored)
 
 
-class HubTensors(SafeTensors):
+class HubTensors(FileTensors):
     """The tensors of a model on the hub by name and shape; only the headers of its weight files are downloaded.
 
     Parameters
@@ -140,7 +137,7 @@ class HubTensors(SafeTensors):
             for stored, info in file.tensors.items()
             if (name := name_in_language_model(stored, config)) is not None
         }
-        self.files, self.source = {}, listing.name
+        self.source = listing.name
         self.shapes = {name: tuple(info.shape) for name, info in headers.items()}
         self.kinds = {name: info.dtype for name, info in headers.items()}
 

@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from lensjax.errors import InputError
 from lensjax.models.base import LanguageModel
-from lensjax.models.checkpoints.mapping import family_of
 from lensjax.models.checkpoints.safetensors_files import INDEX
 from lensjax.models.execution import is_stacked, unstack_layers
 from lensjax.models.lora import adapters
+from lensjax.models.registry import family_of
 
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

@@ -46,7 +46,7 @@ class Gemma3Config(llama.LlamaConfig):
         count = positive(raw, "num_hidden_layers", cls.SIZES["num_hidden_layers"], source)
         length = positive(raw, "max_position_embeddings", cls.SIZES["max_position_embeddings"], source)
         head_dim = positive(raw, "head_dim", 256, source)
-        window = None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
+        window = llama.sliding_window(raw, source)
         pattern = positive(raw, "sliding_window_pattern", 6, source)
         types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
         windows = llama.layer_windows(raw, window, types, source)

@@ -131,6 +131,11 @@ class LlamaConfig(ModelConfig):
         )
 
 
+def sliding_window(raw: Mapping[str, Any], source: str) -> int | None:
+    """Return `sliding_window` of a config.json: 4096 where it is absent, None (no window) where it is null."""
+    return None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
+
+
 def layer_windows(
     raw: Mapping[str, Any], window: int | None, default: list[str], source: str
 ) -> tuple[int | None, ...]:

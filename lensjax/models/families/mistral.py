@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lensjax.models.families.llama import Llama, LlamaConfig, table
+from lensjax.models.families.llama import Llama, LlamaConfig, sliding_window, table
 from lensjax.models.registry import positive
 
 __all__ = ["Mistral", "MistralConfig", "table"]
@@ -30,7 +30,7 @@ class MistralConfig(LlamaConfig):
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> LlamaConfig:
         """Read a config.json; see `ModelConfig.from_dict`."""
         # Absent means 4096, null means no window.
-        window = None if raw.get("sliding_window", 4096) is None else positive(raw, "sliding_window", 4096, source)
+        window = sliding_window(raw, source)
         count = positive(raw, "num_hidden_layers", cls.SIZES["num_hidden_layers"], source)
         # Absent means 8 key heads, null as many key heads as query heads.
         key_heads = 8 if "num_key_value_heads" not in raw else 0

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lensjax.models.families.llama import Llama, LlamaConfig, layer_windows, table
+from lensjax.models.families.llama import Llama, LlamaConfig, layer_windows, sliding_window, table
 from lensjax.models.registry import positive
 
 __all__ = ["Qwen2", "Qwen2Config", "table"]
@@ -45,9 +45,7 @@ def windows_and_key_heads(raw: Mapping[str, Any], source: str, sizes: Mapping[st
     Without `use_sliding_window` no layer has a window; with it, the layers from `max_window_layers` on have one. An
     absent number of key heads means 32, null as many key heads as query heads.
     """
-    window = None
-    if raw.get("use_sliding_window", False) and raw.get("sliding_window", 4096) is not None:
-        window = positive(raw, "sliding_window", 4096, source)
+    window = sliding_window(raw, source) if raw.get("use_sliding_window", False) else None
     first_windowed = raw.get("max_window_layers", 28)
     count = positive(raw, "num_hidden_layers", sizes["num_hidden_layers"], source)
     types = ["full_attention" if window is None or i < first_windowed else "sliding_attention" for i in range(count)]

@@ -235,7 +235,6 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config, dtype, rngs)
         self.mlp = mlp(config, dtype, rngs)
         self.config = config
-        self.is_decoder = cross
 
     def attend(
         self,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lensjax._messages import nearby
-from lensjax._textfiles import LFS, POINTER
+from lensjax._textfiles import unreadable
 from lensjax.errors import InputError
 
 MAGIC = b"GGUF"
@@ -92,10 +92,7 @@ class GGUFFile:
             try:
                 fields, tensors = _Reader(stream).header()
             except (ValueError, RecursionError) as error:
-                stream.seek(0)
-                pointer = stream.read(len(LFS)) == LFS
-                reason = f": {POINTER}" if pointer else f" ({error}); download it again"
-                raise InputError(f"{source}: cannot be read as GGUF{reason}.") from error
+                raise InputError(f"{source}: cannot be read as GGUF{unreadable(file, error)}.") from error
         parts = fields.get("split.count", 1)
         if not isinstance(parts, int) or parts > 1:
             raise InputError(

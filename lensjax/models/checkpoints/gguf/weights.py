@@ -11,8 +11,8 @@ import numpy as np
 from lensjax.models.base import LanguageModel
 from lensjax.models.checkpoints.gguf.config import ROPE_FACTORS, gguf_config
 from lensjax.models.checkpoints.gguf.file import GGUFFile
-from lensjax.models.checkpoints.mapping import Tensors, assemble, family_of
-from lensjax.models.registry import ModelConfig
+from lensjax.models.checkpoints.mapping import Tensors, assemble
+from lensjax.models.registry import ModelConfig, family_of
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """GPT-2's matrices, which its checkpoints store as (in, out) and GGUF as (out, in)."""
