@@ -125,3 +125,11 @@ def scripted_run():
         return run
 
     return script
+
+
+@pytest.fixture
+def common_terminal(monkeypatch):
+    """Whatever terminal the tests run in, the view is that of a common one."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")

@@ -15,19 +15,15 @@ from lensjax import models
 from lensjax.errors import InputError
 from lensjax.jobs import job, runner, tokens
 from lensjax.jobs.candidates import find_candidate, find_candidates
-from lensjax.journal import JOURNAL
 from lensjax.models import Lora
 from lensjax.models.checkpoints.safetensors_files import INDEX
 from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.select import request as request_module
 from lensjax.select import session
 from lensjax.tasks import encode, load_task
+from support.journals import journal
 
 SIZES = ("--smallest", 10, "--visible", 20, "--validation", 20, "--test", 20, "--max-length", 24, "--quiet")
-
-
-def journal(directory):
-    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
 def test_full_fine_tuning_and_adapters_are_two_candidates(tiny_models, tiny_task, command, tmp_path):

@@ -27,7 +27,7 @@ def config(tiny_models, tiny_task):
     return runner_config(prepared, prepared.candidates[0])
 
 
-def test_weights_are_held_once(config, monkeypatch):
+def test_weights_are_held_once(config):
     own = runner.CandidateRunner(config)
     pretrained = weakref.ref(own.pretrained)
     tuner = weakref.ref(own.tuner)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from lensjax_kernels import head_cross_entropy
 
+from support.comparing import relative
+
 
 def make_case(rows, width, vocabulary, seed=0):
     rng = np.random.default_rng(seed)
@@ -45,10 +47,6 @@ def weighted(labels, chunk):
         return jnp.sum(losses * weights_of(len(labels)))
 
     return total
-
-
-def relative(ours, theirs):
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
 
 # 12 rows: one piece, pieces that divide the rows, pieces that do not, one row at a time, more than there are.

@@ -77,7 +77,7 @@ def test_thousands_may_be_separated(write):
     assert read_losses(write('model,0,"1,600",3_200\na,3,2,1\nb,2,1,1\n')).sizes.tolist() == [0, 1600, 3200]
 
 
-def test_tab_separated_table_and_byte_order_mark(write, tmp_path):
+def test_tab_separated_table_and_byte_order_mark(tmp_path):
     path = tmp_path / "table.tsv"
     path.write_bytes("﻿model\t0\t200\na\t3\t2\nb\t2\t1\n".encode())
     assert read_losses(str(path)).losses.tolist() == [[3, 2], [2, 1]]

@@ -14,11 +14,8 @@ from lensjax.models.checkpoints.adapters import save_lora
 from lensjax.models.execution import stack_layers, unstack_layers
 from lensjax.models.lora import Frozen, Lora, adaptable, adapters, add_lora, merge_lora, parameter_counts, targets
 from support.adapted import make_model, trained
+from support.comparing import relative
 from support.families import FAMILIES, compiled, flat, make_batch, make_config, pure
-
-
-def relative(ours, theirs):
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

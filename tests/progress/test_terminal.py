@@ -96,12 +96,7 @@ def everything(terminal, stream):
     return found[:-1].decode()
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    """Whatever terminal the tests run in, the view is that of a common one."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
+pytestmark = pytest.mark.usefixtures("common_terminal")
 
 
 @pytest.fixture
@@ -378,7 +373,7 @@ def test_an_interrupt_while_drawing_gives_the_cursor_back(follow, monkeypatch):
     assert len(drawn) == 2
 
 
-def test_no_thread_draws_and_what_others_print_goes_above(follow, monkeypatch):
+def test_no_thread_draws_and_what_others_print_goes_above(monkeypatch):
     out, stream = io.StringIO(), Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", stream)

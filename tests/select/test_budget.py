@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -12,11 +11,12 @@ import pytest
 from lensjax.errors import InputError, SelectionError
 from lensjax.finetune import Progress
 from lensjax.jobs import job, process, runner
-from lensjax.journal import JOURNAL, Run
+from lensjax.journal import Run
 from lensjax.progress.console import Console
 from lensjax.select import cli, driver, session
 from lensjax.select import request as request_module
 from lensjax.select.budget import Budget, Ledger
+from support.journals import journal
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,6 @@ def test_a_run_that_might_exceed_the_budget_is_refused_with_a_reason():
 def options(tiny_models, tiny_task):
     sizes = ("--smallest", 10, "--validation", 20, "--test", 20, "--max-length", 24, "--target", 800)
     return ["--models", *tiny_models, "--task", tiny_task, *sizes, "--max-epochs", 2, "--batch-size", 8, "--in-process"]
-
-
-def journal(directory):
-    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", ["averaged", "lens"])

@@ -17,6 +17,7 @@ from lensjax.jobs import job, runner
 from lensjax.journal import JOURNAL
 from lensjax.select import cli
 from lensjax.select import request as request_module
+from support.journals import journal
 
 
 @pytest.fixture
@@ -41,10 +42,6 @@ def finished(tiny_models, tiny_task, tmp_path_factory):
 
 
 CONFIG = {"model_type": "gpt2", "n_positions": 64, "n_layer": 1, "n_head": 2}
-
-
-def journal(directory):
-    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
 def test_every_candidate_is_measured_from_zero_shot_to_the_largest_subset(finished, tiny_models):

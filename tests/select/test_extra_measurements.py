@@ -24,6 +24,7 @@ from lensjax.select.request import Request, prepare
 from lensjax.select.session import runner_config
 from lensjax.selectors import log_me, nlp_metrics
 from lensjax.tasks import encode, load_task
+from support.journals import journal
 
 EXPONENTS = ("pl_alpha", "e_tpl_alpha", "e_tpl_lambda")
 HERE = Machine("cpu", "test", 1, 2**40, {"float32": 1e11})
@@ -74,10 +75,6 @@ def finished(options, tmp_path_factory, scripted_run):
             runner.CandidateRunner, "run", scripted_run(lambda name, size: 3.0 * (1 + size) ** (-0.01 * len(name)))
         )
         return directory, *select(options, directory, "--method", "all")
-
-
-def journal(directory):
-    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
 def document(directory):

@@ -27,11 +27,7 @@ from lensjax.select import request as request_module
 LINES = 40
 
 
-@pytest.fixture(autouse=True)
-def common_terminal(monkeypatch):
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
+pytestmark = pytest.mark.usefixtures("common_terminal")
 
 
 @pytest.fixture
@@ -263,7 +259,7 @@ def test_rankings_take_little_of_the_time(options, trained, tmp_path, monkeypatc
     assert own.state.ranking["tiny-16"].rank == 1
 
 
-def test_a_resumed_selection_ranks_once_for_all_it_finds(options, trained, tmp_path, monkeypatch):
+def test_a_resumed_selection_ranks_once_for_all_it_finds(options, trained, monkeypatch):
     assert cli.run([*options, "--quiet"], io.StringIO(), io.StringIO()) == 0
     score_all, ranked = session.score_all, []
     monkeypatch.setattr(session, "score_all", lambda *a, **n: ranked.append(1) or score_all(*a, **n))

@@ -254,7 +254,6 @@ def test_numbers_in_a_parquet_file(mistake):
 
 
 def test_a_chat_template_that_fails_is_one_message(mistake):
-    pytest.importorskip("jinja2")
     Path("one/chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
     assert mistake("--template", "chat") == (
         "--template chat: the chat template of a candidate's tokenizer (one) fails (TemplateError: System role not "

@@ -14,6 +14,7 @@ from lensjax.jobs import job, runner, tokens
 from lensjax.journal import JOURNAL
 from lensjax.models import Lora
 from lensjax.select import cli, extra_measurements, request
+from support.journals import journal
 
 
 @pytest.fixture
@@ -40,10 +41,6 @@ def scripted_trials(monkeypatch):
         return tuple(found)
 
     monkeypatch.setattr(FineTuner, "trials", trials)
-
-
-def journal(directory):
-    return [json.loads(line) for line in (directory / JOURNAL).read_text().splitlines()]
 
 
 def test_tangents_are_recorded_counted_and_not_repeated(options, command, tmp_path, tiny_models, monkeypatch):

@@ -70,7 +70,7 @@ def test_records_without_some_facts_still_give_an_answer(settings, trained, tmp_
     assert "--learning-rate" in again.facts["tune_command"]
 
 
-def test_a_long_name_has_a_log(settings, tmp_path, monkeypatch):
+def test_a_long_name_has_a_log(settings, tmp_path):
     prepared = prepare(Request(**settings))
     session = Session(prepared, tmp_path / "out", Console(io.StringIO(), quiet=True))
     object.__setattr__(prepared.candidates[0], "name", "x" * 300)

@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-SINGLE, FACTORS, MATERIALIZED = "contribution", "factors", "materialized"
+from support.programs import FACTORS, MATERIALIZED, SINGLE, total
+
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 PROGRAMS = {}
 
@@ -20,12 +21,6 @@ def program(params, **expected):
         return f
 
     return add
-
-
-def total(x):
-    """Return two numbers that depend on all entries."""
-    weights = jnp.arange(1, x.size + 1).reshape(x.shape) / x.size
-    return jnp.stack([jnp.sum(jnp.sin(x) * weights), jnp.sum(jnp.tanh(x) * weights[::-1])])
 
 
 def image(x):

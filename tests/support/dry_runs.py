@@ -7,14 +7,8 @@ from lensjax.select.records import run_key
 from lensjax.select.request import prepare
 
 GIB = 2**30
-
-
 HERE = Machine("cpu", "a processor", 1, 8 * GIB, {"float32": 1e11})
-
-
 SMALL = {"smallest": 10, "visible": 20, "validation": 20, "test": 20, "max_length": 24}
-
-
 PLAN = Plan(max_epochs=2, batch_size=8, learning_rate=0.01)
 
 

@@ -5,7 +5,6 @@ at another line of the journal's code or in the middle of a write. It is a progr
 has JAX's threads, which do not survive a fork. It prints a JSON object.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -111,8 +110,7 @@ def main():
         safe += [key for what, key in reported if what == "safe"]
         begun += [key for what, key in reported if what == "begun"]
         # What was reported safe must be there, and nothing that was never begun; the worker's lock is gone.
-        with contextlib.suppress(StopIteration):
-            next(directory.iterdir())
+        if any(directory.iterdir()):
             journal = journal_module.Journal(directory, SPECIFICATION)
             torn += bool(journal.notices)
             missing = [key for key in safe if journal.get(key) is None]

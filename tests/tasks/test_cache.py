@@ -99,7 +99,7 @@ def test_arrays_that_are_no_encoding_are_made_again(own, changes):
     assert cached("k", lambda: made) is made
 
 
-def test_an_archive_that_unpacks_to_more_than_its_size_is_made_again(own, monkeypatch):
+def test_an_archive_that_unpacks_to_more_than_its_size_is_made_again(own):
     own.mkdir(parents=True)
     zeros = np.zeros(10**6, np.int32)
     np.savez_compressed(own / "k.npz", ids=zeros, lengths=[10**6], prompt_lengths=[0], facts=[0, 0, 0, -1])

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("jinja2")
-
 from lensjax.errors import InputError
 from lensjax.tasks import CHAT, Example, chat, encode
 from support import tokenizer_kinds
@@ -61,7 +59,7 @@ def test_a_chat_is_what_the_template_makes_of_the_dialogue(named, name):
         assert "assistant" not in scored
 
 
-def test_a_turn_ends_as_the_template_ends_it(tmp_path):
+def test_a_turn_ends_as_the_template_ends_it():
     tokenizer = tokenizer_kinds.DECODERS["bytes-bos"](None)
     ends = {
         "gemma": "<end_of_turn>\n", "phi3": "<|end|>\n</s>", "chatml": "<|im_end|>\n", "llama2": " </s>",

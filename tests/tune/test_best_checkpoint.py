@@ -234,7 +234,7 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(open_checkpoint):
     assert kept.saved.validation_loss == 3.0
 
 
-def test_what_is_there_is_not_overwritten_unless_asked_for(open_checkpoint, tmp_path):
+def test_what_is_there_is_not_overwritten_unless_asked_for(open_checkpoint):
     kept = open_checkpoint()
     kept.update(best_weights(3.0))
     kept.close()

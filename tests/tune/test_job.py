@@ -352,7 +352,7 @@ def test_a_damaged_selection_is_refused(refused, arguments, tmp_path, entry, spe
     assert message.startswith(f"--selection {tmp_path}: holds no selection.json of a finished selection (")
 
 
-def test_a_model_is_not_written_over_itself(tuned, tiny_task, tmp_path):
+def test_a_model_is_not_written_over_itself(tuned, tiny_task):
     request = Request(models=(str(tuned.directory),), task=tiny_task, validation=20, test=20, max_length=24)
     with pytest.raises(InputError, match="is the model that is fine-tuned"):
         job.prepare_job(request, tuned.directory, overwrite=True)

@@ -130,7 +130,6 @@ def test_loading_takes_the_parameters_and_little_more(name, stored, wanted, mode
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    print(name, stored, wanted, found, (found["peak"] - found["largest"]) / found["parameters"])
     assert found["parameters"] > 80e6
     assert found["peak"] > found["parameters"]  # or nothing was measured
     assert found["peak"] <= 1.3 * found["parameters"] + found["largest"]

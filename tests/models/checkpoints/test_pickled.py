@@ -181,7 +181,7 @@ def test_hostile_pickles_are_refused_and_change_nothing(content):
     assert before == after
 
 
-def test_every_truncation_and_many_changes_of_a_file_give_one_error_or_the_same_tensors(tmp_path):
+def test_every_truncation_and_many_changes_of_a_file_give_an_error_or_tensors_that_can_be_read(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     rng = np.random.default_rng(0)
     for layout in LAYOUTS:
@@ -198,7 +198,7 @@ def test_every_truncation_and_many_changes_of_a_file_give_one_error_or_the_same_
             except InputError:
                 continue
             for name, shape in tensors.shapes.items():
-                tensors.rows(name, 0, shape[0] if shape else 1)
+                assert tensors.rows(name, 0, shape[0] if shape else 1).shape == shape
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The decoder-only families on shared layers, against transformers' torch implementations and against themselves."""
 
 import json
-from functools import partial
 
 import chex
 import jax
@@ -24,6 +23,8 @@ from lensjax.models.checkpoints.saving import export_tensors
 from lensjax.models.layers import RMSNorm, Rotary, rotate, window_mask
 from lensjax.models.registry import family
 from support import golden_decoders
+from support.comparing import relative
+from support.decoders import losses, make_batch
 from support.paths import GOLDEN
 
 CASES = (
@@ -51,21 +52,6 @@ SMALL["mistral"]["sliding_window"] = 3
 SMALL["gemma3_text"] |= {"sliding_window": 3, "num_hidden_layers": 2, "sliding_window_pattern": 2}
 
 
-def make_batch(vocabulary, samples=3, length=9, seed=0):
-    ids = np.random.default_rng(seed).integers(0, vocabulary, (samples, length)).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
-
-
-@partial(jax.jit, static_argnums=0)
-def compiled_losses(graph, state, batch, key):
-    return nnx.merge(graph, state).loss_sums(batch, dropout_key=key)
-
-
-def losses(model, batch, key=None):
-    """Return each sample's loss, compiled as one program: op by op it takes seconds."""
-    return compiled_losses(*nnx.split(model), batch, key)[0]
-
-
 @nnx.jit
 def logits(model, batch):
     return model(batch["input_ids"], batch["attention_mask"])
@@ -75,11 +61,6 @@ def pure(model):
     """Return (loss(params, batch) -> scalar sum, params)."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     return lambda params, batch: nnx.merge(graph, params, rest).loss_sums(batch)[0].sum(), params
-
-
-def relative(ours, theirs):
-    """Largest difference over the tensor's largest value."""
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
 
 def check_against_golden(directory, case):
@@ -142,7 +123,7 @@ def test_live_parity_both_ways(tmp_path):
 def test_neither_padding_nor_neighbours_change_a_loss(name):
     model = init_model(SMALL[name], jax.random.key(0))
     batch = make_batch(53)
-    expected = np.asarray(losses(model, batch))
+    expected = np.asarray(losses(model, batch)[0])
     # Each of the three samples with padding on the right, on the left and on both sides, all in one batch.
     fill = {"input_ids": 7, "attention_mask": 0, "labels": 5}  # a label on padding must count for nothing, either
     together = {
@@ -151,13 +132,13 @@ def test_neither_padding_nor_neighbours_change_a_loss(name):
         )
         for key, value in batch.items()
     }
-    np.testing.assert_allclose(losses(model, together), np.tile(expected, 3), rtol=5e-6)
+    np.testing.assert_allclose(losses(model, together)[0], np.tile(expected, 3), rtol=5e-6)
     # The same three among other neighbours, in another order.
     other = make_batch(53, samples=9, length=13, seed=1)
     rows = np.array([3, 8, 1])
     for key, value in together.items():
         other[key][rows] = value[[0, 4, 8]]
-    np.testing.assert_allclose(losses(model, other)[rows], expected, rtol=5e-6)
+    np.testing.assert_allclose(losses(model, other)[0][rows], expected, rtol=5e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -202,9 +183,9 @@ def test_layers_may_be_scanned(name):
     # Two kinds of layers where the family has them; dropout shows that each layer gets its key.
     model = init_model(SMALL[name] | {"num_hidden_layers": 2, "attention_dropout": 0.3}, jax.random.key(0))
     batch = make_batch(53)
-    expected = losses(model, batch, make_key(1))
+    expected = losses(model, batch, make_key(1))[0]
     model.execution = "scan"
-    np.testing.assert_allclose(losses(model, batch, make_key(1)), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(model, batch, make_key(1))[0], expected, rtol=1e-5)
 
 
 def test_gradients_through_scanned_and_recomputed_layers_of_two_kinds_agree():
@@ -232,16 +213,16 @@ def test_each_dropout_rate_acts_alone_and_only_with_a_key(name, place):
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     model = init_model(SMALL[name] | {"num_hidden_layers": 1} | rates | {place: 0.5}, jax.random.key(0))
     batch = make_batch(53)
-    dropped = [losses(model, batch, make_key(seed)) for seed in (0, 1, 0)]
+    dropped = [losses(model, batch, make_key(seed))[0] for seed in (0, 1, 0)]
     assert np.abs(dropped[0] - dropped[1]).max() > 1e-4
     np.testing.assert_array_equal(dropped[0], dropped[2])
-    assert np.abs(losses(model, batch) - dropped[0]).max() > 1e-4
+    assert np.abs(losses(model, batch)[0] - dropped[0]).max() > 1e-4
 
 
 def test_dropout_is_nothing_at_rate_zero():
     model = init_model(SMALL["opt"] | {"dropout": 0.0}, jax.random.key(0))
     batch = make_batch(53)
-    np.testing.assert_array_equal(losses(model, batch, make_key(0)), losses(model, batch))
+    np.testing.assert_array_equal(losses(model, batch, make_key(0))[0], losses(model, batch)[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -268,7 +249,7 @@ def test_half_precision_keeps_its_dtype_and_accumulates_losses_in_float32(case):
     golden = load_file(GOLDEN / case / "golden.safetensors")
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     assert jax.eval_shape(model, batch["input_ids"]).dtype == "bfloat16"
-    found = losses(model, batch)
+    found = losses(model, batch)[0]
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, golden["loss_sums"], rtol=5e-2)
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from functools import partial
 
 import chex
 import jax
@@ -16,25 +15,12 @@ from lensjax.errors import InputError
 from lensjax.models import init_model, load_config, load_model, save_pretrained
 from lensjax.models.checkpoints.saving import export_tensors
 from support import golden_decoders
+from support.comparing import relative
+from support.decoders import losses, make_batch
 from support.paths import GOLDEN
 
 CASES = ("gpt2-tied", "gpt2-unscaled", "gpt2-untied")
 SMALL = {"model_type": "gpt2", "vocab_size": 53, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 16}
-
-
-def make_batch(vocabulary, samples=3, length=9, seed=0):
-    ids = np.random.default_rng(seed).integers(0, vocabulary, (samples, length)).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}
-
-
-@partial(jax.jit, static_argnums=0)
-def compiled_losses(graph, state, batch, key):
-    return nnx.merge(graph, state).loss_sums(batch, dropout_key=key)
-
-
-def losses(model, batch, key=None):
-    """Return `model.loss_sums(batch)`, compiled as one program: op by op it takes seconds."""
-    return compiled_losses(*nnx.split(model), batch, key)
 
 
 def pure(model):
@@ -45,11 +31,6 @@ def pure(model):
 
 def double(params):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
-
-
-def relative(ours, theirs):
-    """Largest difference over the tensor's largest value."""
-    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
 
 
 def check_against_golden(directory):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 from lensjax import models
@@ -34,8 +35,6 @@ def wide_model(tiny_models, tmp_path):
     """A model whose weights take more memory than its activations."""
     raw = json.loads((tiny_models[0] / "config.json").read_text())
     raw |= {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_inner": 1024}
-    import jax
-
     directory = tmp_path / "wide"
     models.save_pretrained(models.init_model(raw, jax.random.key(3)), directory)
     for file in ("tokenizer.json", "tokenizer_config.json"):

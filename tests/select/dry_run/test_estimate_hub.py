@@ -22,12 +22,10 @@ from lensjax.jobs.candidates import find_candidates
 from lensjax.models import Lora
 from lensjax.models.checkpoints.hub import listing
 from lensjax.select.dry_run.estimate import dry_run
-from lensjax.select.dry_run.machine import Machine
 from lensjax.select.request import Request, prepare
+from support.dry_runs import HERE, SMALL
 
-HERE = Machine("cpu", "a processor", 1, 8 * 2**30, {"float32": 1e11})
 NAME, COMMIT = "someone/model", "c" * 40
-SMALL = {"smallest": 10, "visible": 20, "validation": 20, "test": 20, "max_length": 24}
 PLAN = Plan(max_epochs=2, batch_size=8)
 
 
@@ -178,7 +176,7 @@ def test_a_model_with_pickled_weights_only_is_listed_with_them(hub):
     assert "pytorch_model*.bin" not in hub.fetched
 
 
-def test_a_model_that_the_hub_does_not_have_is_refused_as_by_a_selection(hub, monkeypatch):
+def test_a_model_that_the_hub_does_not_have_is_refused_as_by_a_selection(hub):
     hub.error = huggingface_hub.errors.LocalEntryNotFoundError("offline mode is on\nand more")
     message = (
         rf"^{NAME}: is no directory here and could not be had from the Hugging Face hub \(offline mode is on\)\. "
@@ -221,17 +219,17 @@ def dataset(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def dry_run_of(tiny_models, tmp_path):
-    def dry_run_of(**options):
+def request_of(tiny_models, tmp_path):
+    def request_of(**options):
         fields = {"input_field": "question", "target_field": "answer"}
         chosen = {"task": "someone/data", "plan": PLAN, "out": tmp_path / "out", **fields, **SMALL, **options}
         return Request(models=tuple(map(str, tiny_models)), **chosen)
 
-    return dry_run_of
+    return request_of
 
 
-def test_the_hub_says_how_many_rows_there_are(dataset, dry_run_of):
-    request = dry_run_of(smallest=50, visible=200)
+def test_the_hub_says_how_many_rows_there_are(dataset, request_of):
+    request = request_of(smallest=50, visible=200)
     forecast = dry_run(request, request.out, machine=HERE)
     assert (forecast.train, forecast.target, forecast.sizes) == (960, 960, (50, 100, 200))
     run = next(r for r in forecast.runs if r.size == 100)
@@ -243,18 +241,18 @@ def test_the_hub_says_how_many_rows_there_are(dataset, dry_run_of):
     assert places["data set, from the hub"] == 5000 + 9000
     counted = 4 * 24 * (200 + 20 + 20) + 16 * 240
     assert places["tokens"] == counted
-    own = dry_run(dry_run_of(validation_split="validation"), None, machine=HERE)
+    own = dry_run(request_of(validation_split="validation"), None, machine=HERE)
     assert own.train == 980
     assert own.directory is None
-    part = dry_run(dry_run_of(split="train[:30%]", limit=250), None, machine=HERE)
+    part = dry_run(request_of(split="train[:30%]", limit=250), None, machine=HERE)
     assert part.train == 210
 
 
-def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, dry_run_of):
+def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, request_of):
     dataset.rows = None
     with pytest.raises(InputError, match=r"the hub does not say how many rows its split 'train' has\. Give --limit"):
-        dry_run(dry_run_of(), None, machine=HERE)
-    forecast = dry_run(dry_run_of(limit=500), None, machine=HERE)
+        dry_run(request_of(), None, machine=HERE)
+    forecast = dry_run(request_of(limit=500), None, machine=HERE)
     assert forecast.train == 460
     assert any("--limit 500 is taken for their number" in note for note in forecast.notes)
 
@@ -272,18 +270,18 @@ def test_rows_must_be_given_where_the_hub_does_not_know_them(dataset, dry_run_of
         ({"smallest": 970, "visible": None}, "the task has 960 training samples, fewer than the smallest subset"),
     ],
 )
-def test_what_a_selection_would_refuse_is_refused(dataset, dry_run_of, options, message):
+def test_what_a_selection_would_refuse_is_refused(dataset, request_of, options, message):
     with pytest.raises(InputError, match=message):
-        dry_run(dry_run_of(**options), None, machine=HERE)
+        dry_run(request_of(**options), None, machine=HERE)
 
 
-def test_nested_fields_are_found(dataset, dry_run_of):
-    forecast = dry_run(dry_run_of(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
+def test_nested_fields_are_found(dataset, request_of):
+    forecast = dry_run(request_of(input_field="translation.en", target_field="translation.fr"), None, machine=HERE)
     assert forecast.train == 960
 
 
-def test_lengths_of_texts_are_estimated_from_their_bytes(dataset, dry_run_of):
-    request = dry_run_of(input_field=None, target_field=None, text_field="text")
+def test_lengths_of_texts_are_estimated_from_their_bytes(dataset, request_of):
+    request = request_of(input_field=None, target_field=None, text_field="text")
     forecast = dry_run(request, None, machine=HERE)
     run = next(r for r in forecast.runs if r.size == 20)
     assert run.tokens == 20 * 30  # 90 bytes a text
@@ -292,11 +290,11 @@ def test_lengths_of_texts_are_estimated_from_their_bytes(dataset, dry_run_of):
     assert prepared.summary.tokens == 30
 
 
-def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, dry_run_of, monkeypatch):
+def test_a_data_set_in_the_cache_is_read_as_it_is(dataset, request_of, monkeypatch):
     dataset.cache.mkdir()
     rows = [{"question": f"{n} and {n}", "answer": f"{2 * n}"} for n in range(100)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    request = dry_run_of()
+    request = request_of()
     forecast = dry_run(request, request.out, machine=HERE)
     assert forecast.train == 60
     assert not any("upper bounds" in note for note in forecast.notes)
